@@ -1,0 +1,109 @@
+"""A 2-D convolution whose gradient is fast inside a loop on CPU.
+
+Inside a `while` or `scan`, XLA's CPU backend runs the two convolutions of the
+backward pass on a path that is 10 to 30 times slower than outside one
+(jax-ml/jax#12868). Here the gradient in the input is written as a forward
+convolution and that in the kernel as matrix products, which are fast in both
+places. Other platforms keep XLA's own gradient. `benchmarks/convolution.py`
+measures both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from puredif_jax.types import Array
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def _convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=LAYOUT
+    )
+
+
+def _input_gradient(
+    g: Array, kernel: Array, x: Array, stride: int, padding: Padding
+) -> Array:
+    """d/dx <g, conv(x)>: g, spread by the stride, convolved with the turned kernel."""
+    edges = []
+    for axis, (before, _) in enumerate(padding, start=1):
+        reach = kernel.shape[axis - 1] - 1 - before
+        spread = (g.shape[axis] - 1) * stride + 1
+        after = x.shape[axis] + kernel.shape[axis - 1] - 1 - spread - reach
+        edges.append((reach, after, stride - 1))
+    spread_g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    return _convolve(spread_g, turned, 1, ((0, 0), (0, 0)))
+
+
+def _kernel_gradient(
+    g: Array, x: Array, size: tuple[int, int], stride: int, padding: Padding
+) -> Array:
+    """d/dkernel <g, conv(x)>: at each offset, the window of x times g, one matmul."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = ((n - 1) * stride + 1 for n in g.shape[1:3])
+    flat = g.reshape(-1, g.shape[-1])
+
+    def at(i: int, j: int) -> Array:
+        window = x[:, i : i + rows : stride, j : j + columns : stride]
+        return window.reshape(-1, x.shape[-1]).T @ flat
+
+    return jnp.stack([jnp.stack([at(i, j) for j in range(size[1])]) for i in range(size[0])])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    return _convolve(x, kernel, stride, padding)
+
+
+def _conv_fwd(x: Array, kernel: Array, stride: int, padding: Padding):
+    return _convolve(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv_bwd(stride: int, padding: Padding, residuals, g: Array):
+    x, kernel = residuals
+
+    def xla(g: Array, x: Array, kernel: Array):
+        return jax.vjp(lambda a, b: _convolve(a, b, stride, padding), x, kernel)[1](g)
+
+    def cpu(g: Array, x: Array, kernel: Array):
+        return (
+            _input_gradient(g, kernel, x, stride, padding),
+            _kernel_gradient(g, x, kernel.shape[:2], stride, padding),
+        )
+
+    return lax.platform_dependent(g, x, kernel, cpu=cpu, default=xla)
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def conv_general_dilated(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    *,
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+    precision: lax.PrecisionLike,
+) -> Array:
+    """`lax.conv_general_dilated` for `flax.linen.Conv`, undilated and ungrouped.
+
+    x `[B, H, W, C]`, kernel `[h, w, C, D]`, one stride for both axes. Not
+    differentiable in forward mode.
+    """
+    del lhs_dilation, rhs_dilation, dimension_numbers, precision
+    assert feature_group_count == 1 and strides[0] == strides[1]
+    rows, columns = padding
+    return _conv(x, kernel, strides[0], (tuple(rows), tuple(columns)))

@@ -1,0 +1,267 @@
+"""Noise schedules, the forward process, and samplers as one `lax.scan`.
+
+A schedule is two tables, signal s_t and noise v_t, and every other coefficient
+is derived from them: x_t = s_t x_0 + v_t eps. The tables are float64 numpy, so
+that differences such as 1 - alpha_t keep their digits; they become float32
+constants where they meet an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax.types import Array, Key, NoiseModel, Params, Shard, unsharded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The forward process x_t = signal_t x_0 + noise_t eps.
+
+    Attributes:
+      signal: s_t, float64 `[T]`; sqrt(abar_t) for a variance-preserving process.
+      noise: v_t, float64 `[T]`; sqrt(1 - abar_t).
+    """
+
+    signal: np.ndarray
+    noise: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.signal.ndim != 1 or self.signal.shape != self.noise.shape:
+            raise ValueError(
+                "a schedule needs signal and noise of one shape [T], found "
+                f"{self.signal.shape} and {self.noise.shape}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """T, the number of timesteps."""
+        return len(self.signal)
+
+    @property
+    def previous(self) -> tuple[np.ndarray, np.ndarray]:
+        """s_{t-1} and v_{t-1}, with s_{-1} = 1 and v_{-1} = 0; float64 `[T]`."""
+        return (
+            np.concatenate([[1.0], self.signal[:-1]]),
+            np.concatenate([[0.0], self.noise[:-1]]),
+        )
+
+    @property
+    def alpha(self) -> np.ndarray:
+        """alpha_t = (s_t / s_{t-1})^2, float64 `[T]`."""
+        return (self.signal / self.previous[0]) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearBetas:
+    """beta_t linear in t, the schedule of DDPM (Ho et al. 2020).
+
+    alpha_t = 1 - beta_t, s_t^2 = prod_{i<=t} alpha_i, v_t^2 = 1 - s_t^2.
+    """
+
+    steps: int = 1000
+    start: float = 1e-4
+    end: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or not 0 < self.start <= self.end < 1:
+            raise ValueError(
+                "a linear schedule needs steps >= 2 and 0 < start <= end < 1, found "
+                f"steps={self.steps}, start={self.start}, end={self.end}"
+            )
+
+    def tables(self) -> NoiseSchedule:
+        """The float64 tables of this schedule."""
+        betas = np.linspace(self.start, self.end, self.steps, dtype=np.float64)
+        log_abar = np.cumsum(np.log1p(-betas))
+        return NoiseSchedule(
+            signal=np.exp(0.5 * log_abar), noise=np.sqrt(-np.expm1(log_abar))
+        )
+
+
+def lookup(table: np.ndarray, t: Array) -> Array:
+    """table[t] in float32, shaped `[B, 1, 1, 1]` for t `[B]` and `[]` for a scalar."""
+    values = jnp.asarray(table, jnp.float32)[t]
+    return values.reshape(t.shape + (1, 1, 1)) if t.ndim else values
+
+
+def diffuse(schedule: NoiseSchedule, x0: Array, eps: Array, t: Array) -> Array:
+    """q(x_t | x_0): s_t x_0 + v_t eps. x0, eps `[B, H, W, C]`, t `[B]`."""
+    chex.assert_equal_shape([x0, eps])
+    return lookup(schedule.signal, t) * x0 + lookup(schedule.noise, t) * eps
+
+
+def predict_x0(schedule: NoiseSchedule, x: Array, eps: Array, t: Array) -> Array:
+    """x0hat = (x_t - v_t eps) / s_t. x, eps `[B, H, W, C]`, t `[B]` or `[]`."""
+    return (x - lookup(schedule.noise, t) * eps) / lookup(schedule.signal, t)
+
+
+class Sampler(Protocol):
+    """A reverse process on a grid of timesteps."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def step(
+        self,
+        schedule: NoiseSchedule,
+        eps: Array,
+        x: Array,
+        t: Array,
+        t_prev: Array,
+        key: Key,
+    ) -> Array:
+        """x at t_prev from x at t and the predicted noise; t, t_prev scalars."""
+        ...
+
+
+def grid(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    """The timesteps of a strided sampler, rising: 0, k, 2k, ... with k = T // steps.
+
+    This is the "leading" spacing of DDPM and DDIM in diffusers. int32 `[steps]`.
+
+    Raises:
+      ValueError: steps is not in 1..T.
+    """
+    if not 1 <= steps <= schedule.steps:
+        raise ValueError(
+            f"a sampler needs 1 to {schedule.steps} steps, found {steps}"
+        )
+    return (np.arange(steps) * (schedule.steps // steps)).astype(np.int32)
+
+
+def _endpoints(
+    schedule: NoiseSchedule, t: Array, t_prev: Array
+) -> tuple[Array, Array, Array, Array]:
+    """(s_t, v_t, s_prev, v_prev) with s_{-1} = 1, v_{-1} = 0."""
+    signal = np.concatenate([schedule.signal, [1.0]])
+    noise = np.concatenate([schedule.noise, [0.0]])
+    return (
+        lookup(signal, t),
+        lookup(noise, t),
+        lookup(signal, t_prev),
+        lookup(noise, t_prev),
+    )
+
+
+def _bounded_x0(x: Array, eps: Array, s: Array, v: Array, clip: float | None) -> Array:
+    x0 = (x - v * eps) / s
+    return x0 if clip is None else jnp.clip(x0, -clip, clip)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM:
+    """Ancestral sampling (Ho et al. 2020), on all T timesteps or strided.
+
+    With a = (s_t / s_n)^2 for the step from t to n:
+    x_n = [s_n (1 - a) x0hat + sqrt(a) v_n^2 x_t] / v_t^2 + sqrt(v_n^2 (1 - a)) / v_t z.
+    The variance is that of the true posterior ("fixed small").
+
+    Attributes:
+      steps: number of model evaluations, spaced by `grid`.
+      clip: bound of |x0hat|, or None. A bound weakens or removes most backdoors.
+    """
+
+    steps: int = 1000
+    clip: float | None = None
+
+    def step(
+        self,
+        schedule: NoiseSchedule,
+        eps: Array,
+        x: Array,
+        t: Array,
+        t_prev: Array,
+        key: Key,
+    ) -> Array:
+        s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
+        x0 = _bounded_x0(x, eps, s, v, self.clip)
+        a = (s / s_n) ** 2
+        mean = (s_n * (1 - a) * x0 + jnp.sqrt(a) * v_n**2 * x) / v**2
+        std = v_n * jnp.sqrt(1 - a) / v
+        return mean + std * jax.random.normal(key, x.shape, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM:
+    """Deterministic sampling (Song et al. 2021), with an optional share of noise.
+
+    x_n = s_n x0hat + sqrt(v_n^2 - c^2) eps + c z,
+    c = eta sqrt(v_n^2 (1 - (s_t / s_n)^2)) / v_t.
+
+    Attributes:
+      steps: number of model evaluations, spaced by `grid`.
+      eta: 0 for a deterministic map, 1 for the variance of DDPM.
+      clip: bound of |x0hat|, or None. A bound weakens or removes most backdoors.
+    """
+
+    steps: int = 50
+    eta: float = 0.0
+    clip: float | None = None
+
+    def step(
+        self,
+        schedule: NoiseSchedule,
+        eps: Array,
+        x: Array,
+        t: Array,
+        t_prev: Array,
+        key: Key,
+    ) -> Array:
+        s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
+        x0 = _bounded_x0(x, eps, s, v, self.clip)
+        if self.eta == 0.0:
+            del key
+            return s_n * x0 + v_n * eps
+        c = self.eta * v_n * jnp.sqrt(1 - (s / s_n) ** 2) / v
+        noise = jax.random.normal(key, x.shape, x.dtype)
+        return s_n * x0 + jnp.sqrt(jnp.maximum(v_n**2 - c**2, 0)) * eps + c * noise
+
+
+def sample(
+    model: NoiseModel,
+    params: Params,
+    schedule: NoiseSchedule,
+    sampler: Sampler,
+    start: Array,
+    key: Key,
+    *,
+    stop: int = 0,
+    remat: bool = False,
+    shard: Shard = unsharded,
+) -> Array:
+    """Runs the reverse process from `start` as one `lax.scan`.
+
+    Args:
+      model: predicts the noise.
+      params: its parameters.
+      schedule: the forward process that the model was trained on.
+      sampler: the rule of one step and the number of steps.
+      start: x_T, `[B, H, W, C]`; add a trigger here.
+      key: randomness of stochastic samplers.
+      stop: number of last steps left out; the result is then x at that grid point.
+      remat: recompute the network in the backward pass, so that memory stays
+        nearly flat in the number of steps when the chain is differentiated.
+      shard: constraint put on the batch at each step.
+
+    Returns:
+      The images `[B, H, W, C]` (unclipped).
+    """
+    rising = grid(schedule, sampler.steps)
+    t_all = jnp.asarray(rising[stop:][::-1])
+    n_all = jnp.asarray(np.concatenate([[-1], rising[:-1]])[stop:][::-1].astype(np.int32))
+
+    def body(x: Array, xs: tuple[Array, Array]) -> tuple[Array, None]:
+        t, t_prev = xs
+        eps = model(params, x, jnp.full((x.shape[0],), t))
+        step_key = jax.random.fold_in(key, t)
+        return shard(sampler.step(schedule, eps, x, t, t_prev, step_key)), None
+
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, shard(start), (t_all, n_all))[0]

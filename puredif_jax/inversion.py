@@ -1,0 +1,175 @@
+"""Trigger inversion: optax descent on K candidates at once, as (init, step)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from puredif_jax.types import Array, Candidate, Key, Objective, Params
+
+
+@struct.dataclass
+class InversionState:
+    """What inversion carries: arrays only.
+
+    candidate: both images with a leading axis of candidates, `[K, H, W, C]`.
+    opt_state: of the optimiser, over that tree.  key: root of all randomness.
+    step: steps done.
+    """
+
+    candidate: Candidate
+    opt_state: optax.OptState
+    key: Key
+    step: Array
+
+
+class InversionInfo(NamedTuple):
+    """Diagnostics of one step, `[K]` each; not carried."""
+
+    loss: Array
+    grad_norm: Array
+    trigger_norm: Array
+
+
+class Inverter(NamedTuple):
+    """init(key) -> state;  step(params, state) -> (state, info)."""
+
+    init: Callable[[Key], InversionState]
+    step: Callable[[Params, InversionState], tuple[InversionState, InversionInfo]]
+
+
+Refresh = Callable[[Params, Candidate, Key], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """Adam on the candidates, projected onto the images.
+
+    Attributes:
+      steps: optimiser steps.
+      candidates: K, restarts optimised together.
+      learning_rate: of Adam; decays to a tenth by a cosine.
+      low, high: range of the uniform initial trigger; every second candidate starts
+        with its sign turned.
+      bound: triggers and targets are kept in [-bound, bound] after each step; a
+        trigger is an image, and without a bound a huge one that drives the network
+        to a constant wins some losses. None leaves them free.
+      refresh: steps between two estimates of the target from the present trigger; 0
+        leaves the target to the gradient.
+      constant_rate: no decay of the learning rate.
+    """
+
+    steps: int = 200
+    candidates: int = 1
+    learning_rate: float = 0.05
+    low: float = -1.0
+    high: float = 0.0
+    bound: float | None = 1.0
+    refresh: int = 0
+    constant_rate: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "candidates", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.bound is not None and self.bound <= 0:
+            raise ValueError(f"bound must be above 0 or none, found {self.bound}")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optax transformation that these numbers describe."""
+        if self.constant_rate:
+            return optax.adam(self.learning_rate)
+        return optax.adam(
+            optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1)
+        )
+
+
+def inverter(
+    objective: Objective,
+    descent: Descent,
+    image_shape: tuple[int, int, int],
+    start: Candidate | None = None,
+    refresh: Refresh | None = None,
+) -> Inverter:
+    """Makes the two functions of an inversion.
+
+    Args:
+      objective: (params, candidate, key) -> scalar, of one candidate.
+      descent: hyperparameters.
+      image_shape: (H, W, C).
+      start: first candidate for all K (reinforcement starts at the known trigger);
+        None for random ones.
+      refresh: (params, candidate, key) -> target `[H, W, C]`, called every
+        `descent.refresh` steps inside the scan, without gradient.
+
+    Returns:
+      `init` and `step`, neither of them jitted. The objective is vmapped over
+      candidates with shared parameters, so they fold into the batch. The key of step
+      n is `fold_in(state.key, n)`: a resumed run repeats the same draws.
+    """
+    optimizer = descent.optimizer()
+    count = descent.candidates
+
+    def keep(candidate: Candidate) -> Candidate:
+        if descent.bound is None:
+            return candidate
+        return jax.tree.map(
+            lambda x: jnp.clip(x, -descent.bound, descent.bound), candidate
+        )
+
+    def init(key: Key) -> InversionState:
+        key_start, key_run = jax.random.split(key)
+        shape = (count, *image_shape)
+        if start is None:
+            delta = jax.random.uniform(
+                key_start, shape, minval=descent.low, maxval=descent.high
+            )
+            sign = jnp.where(jnp.arange(count) % 2, -1.0, 1.0)
+            delta = delta * sign[:, None, None, None]
+            candidate = Candidate(delta=delta, target=jnp.zeros(shape))
+        else:
+            candidate = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), start)
+        return InversionState(
+            candidate=candidate,
+            opt_state=optimizer.init(candidate),
+            key=key_run,
+            step=jnp.zeros((), jnp.int32),
+        )
+
+    def step(
+        params: Params, state: InversionState
+    ) -> tuple[InversionState, InversionInfo]:
+        key, key_refresh = jax.random.split(jax.random.fold_in(state.key, state.step))
+        candidate = state.candidate
+        if refresh is not None and descent.refresh:
+            candidate = jax.lax.cond(
+                state.step % descent.refresh == 0,
+                lambda c, k: c.replace(
+                    target=jax.vmap(refresh, in_axes=(None, 0, 0))(
+                        params, c, jax.random.split(k, count)
+                    )
+                ),
+                lambda c, k: c,
+                candidate,
+                key_refresh,
+            )
+        loss, grads = jax.vmap(
+            jax.value_and_grad(objective, argnums=1), in_axes=(None, 0, 0)
+        )(params, candidate, jax.random.split(key, count))
+        updates, opt_state = optimizer.update(grads, state.opt_state, candidate)
+        candidate = keep(optax.apply_updates(candidate, updates))
+        info = InversionInfo(
+            loss=loss,
+            grad_norm=jax.vmap(optax.global_norm)(grads),
+            trigger_norm=jax.vmap(lambda x: jnp.linalg.norm(x.ravel()))(candidate.delta),
+        )
+        state = state.replace(candidate=candidate, opt_state=opt_state, step=state.step + 1)
+        return state, info
+
+    return Inverter(init, step)

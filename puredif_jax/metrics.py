@@ -1,0 +1,130 @@
+"""Measures of triggers, of draws and of image sets. Pixel errors are in [0, 1]."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax.types import Array
+
+MSE_THRESHOLDS = (1e-3, 1e-2, 1e-1)
+SSIM_THRESHOLD = 0.8
+
+
+class TriggerDistance(NamedTuple):
+    """How far an inverted trigger is from the true one; scalars.
+
+    relative_l2: ||delta - r|| / ||r||.  cosine: <delta, r> / (||delta|| ||r||).
+    mse: mean (delta - r)^2.  max_error: max |delta - r|.  norm_ratio: ||delta|| / ||r||.
+    """
+
+    relative_l2: Array
+    cosine: Array
+    mse: Array
+    max_error: Array
+    norm_ratio: Array
+
+
+def trigger_distance(delta: Array, trigger: Array) -> TriggerDistance:
+    """Compares two triggers `[H, W, C]` of equal shape."""
+    chex.assert_equal_shape([delta, trigger])
+    error = delta - trigger
+    norm, norm_r = jnp.linalg.norm(delta.ravel()), jnp.linalg.norm(trigger.ravel())
+    return TriggerDistance(
+        relative_l2=jnp.linalg.norm(error.ravel()) / norm_r,
+        cosine=jnp.vdot(delta, trigger) / jnp.maximum(norm * norm_r, 1e-12),
+        mse=jnp.mean(error**2),
+        max_error=jnp.max(jnp.abs(error)),
+        norm_ratio=norm / norm_r,
+    )
+
+
+def to_unit(images: Array) -> Array:
+    """Images in [-1, 1] to [0, 1], clipped as they would be when saved."""
+    return jnp.clip((images + 1) / 2, 0, 1)
+
+
+def mse(images: Array, target: Array) -> Array:
+    """Mean squared error to a target in [0, 1] units: `[B]`.
+
+    images `[B, H, W, C]` and target `[H, W, C]`, both in [-1, 1].
+    """
+    return jnp.mean((to_unit(images) - to_unit(target)[None]) ** 2, axis=(1, 2, 3))
+
+
+def ssim(images: Array, target: Array, window: int = 11, sigma: float = 1.5) -> Array:
+    """Structural similarity (Wang et al. 2004) to a target: `[B]`.
+
+    Gaussian window of `window` pixels, without padding, averaged over positions and
+    channels; c1 = 0.01^2, c2 = 0.03^2 for a data range of 1. Inputs as for `mse`.
+    """
+    offsets = np.arange(window) - (window - 1) / 2
+    kernel = np.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = jnp.asarray(kernel / kernel.sum(), jnp.float32)
+
+    def blur(x: Array) -> Array:
+        for axis in (1, 2):
+            length = x.shape[axis] - window + 1
+            x = sum(
+                kernel[i] * jax.lax.slice_in_dim(x, i, i + length, axis=axis)
+                for i in range(window)
+            )
+        return x
+
+    x = to_unit(images)
+    y = jnp.broadcast_to(to_unit(target)[None], x.shape)
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    index = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    index /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    return jnp.mean(index, axis=(1, 2, 3))
+
+
+def success(images: Array, target: Array) -> dict[str, float]:
+    """Attack success of draws `[B, H, W, C]` against a target `[H, W, C]`.
+
+    Returns the rates at MSE < 1e-3, 1e-2 and 1e-1 and SSIM > 0.8, side by side (the
+    field has no standard threshold), and the means of both measures.
+    """
+    error, similarity = np.asarray(mse(images, target)), np.asarray(ssim(images, target))
+    rates = {f"mse<{limit:g}": float((error < limit).mean()) for limit in MSE_THRESHOLDS}
+    return {
+        **rates,
+        f"ssim>{SSIM_THRESHOLD:g}": float((similarity > SSIM_THRESHOLD).mean()),
+        "mean_mse": float(error.mean()),
+        "mean_ssim": float(similarity.mean()),
+    }
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two feature sets `[N, F]`.
+
+    In float64. It is the FID of Heusel et al. 2017 only if the features are those of
+    their Inception network; name the network beside the number.
+
+    Raises:
+      ValueError: a set has fewer than two rows, or the widths differ.
+    """
+    if first.ndim != 2 or first.shape[1:] != second.shape[1:] or min(
+        len(first), len(second)
+    ) < 2:
+        raise ValueError(
+            "frechet_distance needs two sets [N, F] of at least two rows and one width, "
+            f"found {first.shape} and {second.shape}"
+        )
+    moments = [
+        (x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
+        for x in (np.asarray(first, np.float64), np.asarray(second, np.float64))
+    ]
+    (mean_1, cov_1), (mean_2, cov_2) = moments
+    values, vectors = np.linalg.eigh(cov_1)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ cov_2 @ root)
+    distance = np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2)
+    return float(distance - 2 * np.sum(np.sqrt(np.maximum(cross, 0))))

@@ -1,0 +1,149 @@
+"""Processes, devices and shardings: the only module that knows of them.
+
+One program runs on every host. Values are made whole on each host by the same
+seeds; `put` keeps the rows that belong to it and `gather` brings results back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from puredif_jax.types import Array, Shard
+
+AXES = ("candidate", "batch")
+EXPLICIT = ("PUREDIF_COORDINATOR", "PUREDIF_NUM_PROCESSES", "PUREDIF_PROCESS_ID")
+
+
+def initialize(environ: Mapping[str, str]) -> None:
+    """Joins the other processes, if the environment says that there are any.
+
+    Must come before anything that touches a device. Plain processes set the three
+    variables of `EXPLICIT` (address:port of process 0, count, own number from 0);
+    TPU pods, SLURM, Open MPI and Kubernetes set PUREDIF_DISTRIBUTED=1 and are
+    detected. Without either, this does nothing.
+
+    Raises:
+      ValueError: a variable is missing or has no meaning, or no cluster is found.
+    """
+    given = {name: environ[name] for name in EXPLICIT if environ.get(name)}
+    detect = environ.get("PUREDIF_DISTRIBUTED") or "0"
+    if detect not in ("0", "1"):
+        raise ValueError(f"PUREDIF_DISTRIBUTED must be 0 or 1, found {detect!r}")
+    if given and detect == "1":
+        raise ValueError(
+            f"PUREDIF_DISTRIBUTED=1 detects the processes, so leave {', '.join(given)} "
+            "unset, or the other way round"
+        )
+    if given:
+        if missing := [name for name in EXPLICIT if name not in given]:
+            raise ValueError(
+                f"{', '.join(given)} needs {', '.join(missing)} to be set as well"
+            )
+        address, count, number = given.values()
+        if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+            raise ValueError(
+                "PUREDIF_PROCESS_ID must lie in 0..PUREDIF_NUM_PROCESSES-1, "
+                f"found {number!r} of {count!r}"
+            )
+        jax.distributed.initialize(address, int(count), int(number))
+    elif detect == "1":
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                "PUREDIF_DISTRIBUTED=1, but no TPU pod, SLURM, Open MPI or Kubernetes "
+                f"job was detected; set {', '.join(EXPLICIT)} instead"
+            ) from error
+
+
+def make_mesh(shape: Mapping[str, int] | None) -> Mesh:
+    """A mesh of all devices with the axes "candidate" and "batch".
+
+    Args:
+      shape: devices along each axis, 1 where not named; -1, for one of them, takes
+        what is left. None puts all on "batch". All sizes 1 use one device of a
+        single process.
+
+    Raises:
+      ValueError: an axis is unknown, or the sizes do not give all devices.
+    """
+    devices = jax.devices()
+    shape = {"batch": -1} if shape is None else shape
+    if unknown := [name for name in shape if name not in AXES]:
+        raise ValueError(
+            f"the axes of a mesh are {' and '.join(AXES)}, found {', '.join(unknown)}"
+        )
+    sizes = [shape.get(name, 1) for name in AXES]
+    found = f"found {dict(zip(AXES, sizes, strict=True))}"
+    if any(n < 1 and n != -1 for n in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"sizes of a mesh must be above 0, or one of them -1, {found}")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // math.prod(abs(n) for n in sizes)
+    elif math.prod(sizes) == 1 and jax.process_count() == 1:
+        devices = devices[:1]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"the sizes of a mesh must multiply to the {len(devices)} devices, {found}"
+        )
+    return jax.make_mesh(
+        sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())
+
+
+def along(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """Split over the named mesh axes, one for each leading array axis."""
+    return NamedSharding(mesh, P(*axes))
+
+
+def constrain(mesh: Mesh, *axes: str | None) -> Shard:
+    """A function that holds an array to `along(mesh, *axes)` inside of jit."""
+    sharding = along(mesh, *axes)
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Global arrays out of values that every process holds whole.
+
+    The tree holds NumPy arrays, JAX arrays of this process or typed keys, the same
+    on every process; each device receives its part only, as `sharding` says.
+    """
+
+    def leaf(x: Any) -> Array:
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(
+            x.dtype, jax.dtypes.prng_key
+        ):
+            data = leaf(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(leaf, tree)
+
+
+def gather(tree: Any) -> Any:
+    """Every array whole, as NumPy, on every process; a collective operation."""
+
+    def leaf(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(leaf, tree)
+
+
+def is_host_zero() -> bool:
+    """Whether this process is the one that writes files and progress."""
+    return jax.process_index() == 0

@@ -1,0 +1,56 @@
+"""Names shared by the whole package: array aliases and the protocols of the core.
+
+Conventions everywhere: images are NHWC float32 in [-1, 1]; timesteps are int32
+in 0..T-1; keys are typed (`jax.random.key`); `t = -1` stands for the clean end
+of the chain, where the signal is 1 and the noise 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import struct
+
+Array = jax.Array
+Key = jax.Array
+Params = Any
+
+
+class NoiseModel(Protocol):
+    """A network, or a closed form, that predicts the noise in its input."""
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        """Returns eps(x, t): `[B, H, W, C]` from x `[B, H, W, C]` and t `[B]`."""
+        ...
+
+
+@struct.dataclass
+class Candidate:
+    """An estimate of a backdoor: its trigger and the image that it yields.
+
+    delta: `[H, W, C]`, added to the initial noise, in image units.
+    target: `[H, W, C]`, the image that the model then draws.
+    """
+
+    delta: Array
+    target: Array
+
+
+class Objective(Protocol):
+    """A loss on a candidate: pure, scalar, differentiable in the candidate."""
+
+    def __call__(self, params: Params, candidate: Candidate, key: Key) -> Array: ...
+
+
+Shard = Callable[[Array], Array]
+
+
+def unsharded(x: Array) -> Array:
+    """The identity: the constraint of a program that runs on one device."""
+    return x
+
+
+Image = np.ndarray

@@ -1,0 +1,275 @@
+"""The DDPM UNet, in the structure and order of diffusers' `UNet2DModel`.
+
+Parameter names are those of the PyTorch state dict with "_" for ".", so weights
+carry over by name. `UNet` is a frozen configuration that is itself a
+`NoiseModel`; that it is made with Flax linen is known to this module only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax.convolution import conv_general_dilated
+from puredif_jax.types import Array, Key, Params
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet:
+    """A UNet2D noise model.
+
+    Names and meanings are those of diffusers' `UNet2DModel` configuration.
+
+    Attributes:
+      sample_size: (H, W) of the images it was made for.
+      in_channels: colour channels, in and out.
+      block_out_channels: width of each resolution, from high to low.
+      down_block_types: "DownBlock2D" or "AttnDownBlock2D" for each resolution.
+      up_block_types: "UpBlock2D" or "AttnUpBlock2D", from low to high resolution.
+      layers_per_block: residual blocks in a down block (an up block has one more).
+      attention_head_dim: width of a head; None for one head over all channels.
+      norm_num_groups: groups of every GroupNorm.
+      norm_eps: its epsilon.
+      downsample_padding: 1 (symmetric) or 0 (pad right and bottom by one first).
+      flip_sin_to_cos: order of the halves of the time embedding.
+      freq_shift: shift in its frequencies, 10000^(-i / (half - freq_shift)).
+      dropout: rate; used only when a dropout key is given.
+      dtype: compute dtype, "float32" or "bfloat16".
+      param_dtype: dtype in which parameters are made.
+    """
+
+    sample_size: tuple[int, int] = (32, 32)
+    in_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
+    down_block_types: tuple[str, ...] = (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "DownBlock2D",
+        "DownBlock2D",
+    )
+    up_block_types: tuple[str, ...] = (
+        "UpBlock2D",
+        "UpBlock2D",
+        "AttnUpBlock2D",
+        "UpBlock2D",
+    )
+    layers_per_block: int = 2
+    attention_head_dim: int | None = None
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6
+    downsample_padding: int = 0
+    flip_sin_to_cos: bool = False
+    freq_shift: float = 1.0
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        for name, valid in (("down", DOWN_BLOCKS), ("up", UP_BLOCKS)):
+            found = getattr(self, f"{name}_block_types")
+            if len(found) != levels or not set(found) <= set(valid):
+                raise ValueError(
+                    f"{name}_block_types needs {levels} names out of "
+                    f"{', '.join(valid)}, found {found}"
+                )
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"each of block_out_channels must be a multiple of norm_num_groups="
+                    f"{self.norm_num_groups}, found {width}"
+                )
+            if self.attention_head_dim and width % self.attention_head_dim:
+                raise ValueError(
+                    f"each of block_out_channels must be a multiple of "
+                    f"attention_head_dim={self.attention_head_dim}, found {width}"
+                )
+        factor = 2 ** (levels - 1)
+        if any(n % factor for n in self.sample_size):
+            raise ValueError(
+                f"{levels} resolutions need image sides that are multiples of "
+                f"{factor}, found {self.sample_size}"
+            )
+        if self.downsample_padding not in (0, 1):
+            raise ValueError(
+                f"downsample_padding must be 0 or 1, found {self.downsample_padding}"
+            )
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(
+                    f"{name} must be float32 or bfloat16, found {getattr(self, name)}"
+                )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return (*self.sample_size, self.in_channels)
+
+    def init(self, key: Key) -> Params:
+        """Fresh parameters: a nested dict of arrays of `param_dtype`."""
+        x = jnp.zeros((1, *self.image_shape), self.dtype)
+        return _UNet2D(self).init(key, x, jnp.zeros((1,), jnp.int32))["params"]
+
+    def __call__(
+        self, params: Params, x: Array, t: Array, dropout_key: Key | None = None
+    ) -> Array:
+        """eps(x, t), float32 `[B, H, W, C]`, for x `[B, H, W, C]` and t `[B]`."""
+        chex.assert_rank([x, t], [4, 1])
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        out = _UNet2D(self).apply(
+            {"params": params}, x, t, deterministic=dropout_key is None, rngs=rngs
+        )
+        return out.astype(jnp.float32)
+
+
+def _group_norm(config: UNet, x: Array, name: str) -> Array:
+    norm = nn.GroupNorm(
+        config.norm_num_groups,
+        epsilon=config.norm_eps,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        name=name,
+    )
+    with jax.numpy_dtype_promotion("standard"):  # Flax relies on it
+        return norm(x)
+
+
+def _conv(
+    config: UNet, width: int, name: str, size: int = 3, zero: bool = False, **kwargs
+) -> nn.Conv:
+    kwargs.setdefault("padding", size // 2)
+    return nn.Conv(
+        width,
+        (size, size),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_init=nn.initializers.zeros if zero else nn.linear.default_kernel_init,
+        conv_general_dilated=conv_general_dilated,
+        name=name,
+        **kwargs,
+    )
+
+
+def _dense(config: UNet, width: int, name: str, zero: bool = False) -> nn.Dense:
+    return nn.Dense(
+        width,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_init=nn.initializers.zeros if zero else nn.linear.default_kernel_init,
+        name=name,
+    )
+
+
+class _Resnet(nn.Module):
+    """GroupNorm, SiLU, conv, + time, GroupNorm, SiLU, dropout, conv, + shortcut."""
+
+    config: UNet
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array, deterministic: bool) -> Array:
+        c = self.config
+        h = nn.silu(_group_norm(c, x, "norm1"))
+        h = _conv(c, self.width, "conv1")(h)
+        h = h + _dense(c, self.width, "time_emb_proj")(nn.silu(temb))[:, None, None, :]
+        h = nn.silu(_group_norm(c, h, "norm2"))
+        h = nn.Dropout(c.dropout)(h, deterministic=deterministic)
+        h = _conv(c, self.width, "conv2", zero=True)(h)
+        if x.shape[-1] != self.width:
+            x = _conv(c, self.width, "conv_shortcut", size=1)(x)
+        return x + h
+
+
+class _Attention(nn.Module):
+    """Self-attention over all positions, in float32, with a residual connection."""
+
+    config: UNet
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        batch, height, width, channels = x.shape
+        head = c.attention_head_dim or channels
+        h = _group_norm(c, x, "group_norm")
+        q, k, v = (
+            _dense(c, channels, f"to_{name}")(h)
+            .reshape(batch, height * width, channels // head, head)
+            .astype(jnp.float32)
+            for name in "qkv"
+        )
+        h = jax.nn.dot_product_attention(q, k, v).astype(c.dtype)
+        h = h.reshape(batch, height, width, channels)
+        return x + _dense(c, channels, "to_out_0", zero=True)(h)
+
+
+def _time_features(config: UNet, t: Array) -> Array:
+    """Sinusoidal embedding of t `[B]`: `[B, block_out_channels[0]]`, float32."""
+    width = config.block_out_channels[0]
+    half = width // 2
+    exponent = -np.log(10000.0) * np.arange(half) / (half - config.freq_shift)
+    frequency = jnp.asarray(np.exp(exponent), jnp.float32)
+    angle = t.astype(jnp.float32)[:, None] * frequency[None]
+    halves = [jnp.sin(angle), jnp.cos(angle)]
+    if config.flip_sin_to_cos:
+        halves.reverse()
+    features = jnp.concatenate(halves, axis=-1)
+    return jnp.pad(features, ((0, 0), (0, width % 2)))
+
+
+class _UNet2D(nn.Module):
+    config: UNet
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, deterministic: bool = True) -> Array:
+        c = self.config
+        widths = c.block_out_channels
+        x = x.astype(c.dtype)
+
+        temb = _time_features(c, t).astype(c.dtype)
+        temb = _dense(c, 4 * widths[0], "time_embedding_linear_1")(temb)
+        temb = _dense(c, 4 * widths[0], "time_embedding_linear_2")(nn.silu(temb))
+
+        def layer(x: Array, prefix: str, i: int, width: int, attend: bool) -> Array:
+            name = f"{prefix}_resnets_{i}"
+            x = _Resnet(c, width, name=name)(x, temb, deterministic)
+            return _Attention(c, name=f"{prefix}_attentions_{i}")(x) if attend else x
+
+        x = _conv(c, widths[0], "conv_in")(x)
+        skips = [x]
+        for level, width in enumerate(widths):
+            prefix = f"down_blocks_{level}"
+            attend = c.down_block_types[level] == "AttnDownBlock2D"
+            for i in range(c.layers_per_block):
+                x = layer(x, prefix, i, width, attend)
+                skips.append(x)
+            if level < len(widths) - 1:
+                pad = 1 if c.downsample_padding else ((0, 1), (0, 1))
+                name = f"{prefix}_downsamplers_0_conv"
+                x = _conv(c, width, name, strides=2, padding=pad)(x)
+                skips.append(x)
+
+        x = _Resnet(c, widths[-1], name="mid_block_resnets_0")(x, temb, deterministic)
+        x = _Attention(c, name="mid_block_attentions_0")(x)
+        x = _Resnet(c, widths[-1], name="mid_block_resnets_1")(x, temb, deterministic)
+
+        for level, width in enumerate(widths[::-1]):
+            prefix = f"up_blocks_{level}"
+            attend = c.up_block_types[level] == "AttnUpBlock2D"
+            for i in range(c.layers_per_block + 1):
+                x = layer(
+                    jnp.concatenate([x, skips.pop()], axis=-1), prefix, i, width, attend
+                )
+            if level < len(widths) - 1:
+                x = x.repeat(2, axis=1).repeat(2, axis=2)
+                x = _conv(c, width, f"{prefix}_upsamplers_0_conv")(x)
+
+        x = nn.silu(_group_norm(c, x, "conv_norm_out"))
+        return _conv(c, c.in_channels, "conv_out", zero=True)(x)

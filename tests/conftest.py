@@ -1,0 +1,19 @@
+"""Tripwires for the whole suite: strict shapes and dtypes, eight CPU devices."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def standard_promotion():
+    """Ordinary dtype promotion: optax itself raises floats to an int32 count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -1,0 +1,595 @@
+"""config: files, typed overrides, the JSON form, and what each error says."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, Optional
+
+import pytest
+from absl import app, flags
+
+from puredif_jax.config import ConfigError, from_flags, load, override, to_dict, to_json
+
+if typing.TYPE_CHECKING:
+    from decimal import Decimal
+
+PROGRAM = "main.py"
+
+
+def adam() -> str:
+    return "adam"
+
+
+class Sampler(typing.Protocol):
+    def step(self, x: float) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ddim:
+    eta: float = 0.0
+
+    def step(self, x: float) -> float:
+        return x * self.eta
+
+    def __call__(self) -> float:
+        return self.eta
+
+
+@dataclasses.dataclass(frozen=True)
+class Trigger:
+    size: int = 9
+    shape: tuple[int, int] = (3, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class BadDiffusion:
+    trigger: Trigger = Trigger()
+
+
+@dataclasses.dataclass(frozen=True)
+class VillanDiffusion:
+    trigger: Trigger = Trigger()
+    psi: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    threshold: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Inversion:
+    steps: int = 10
+    name: str = "base"
+    rate: float = 0.1
+    ema: bool = False
+    timesteps: tuple[int, ...] = (1, 2)
+    weights: tuple[float, ...] = (0.5,)
+    tags: tuple[str, ...] = ()
+    limit: int | None = None
+    label: Optional[str] = "x"  # noqa: UP045  (the older form is read too)
+    schedule: Literal["linear", "cosine"] = "linear"
+    order: Literal[0, 1] = 1
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    chunk: int | tuple[int, ...] | str = 1
+    quoted: "int" = 3  # noqa: UP037  (a string in a string, with the import above)
+    optimiser: Callable[[], Any] = adam
+    decay: Callable[[int], float] | float = 0.0
+    grid: tuple[tuple[int, int], ...] = ((1, 2),)
+    derived: int = dataclasses.field(default=0, init=False)
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be\npositive, not {self.steps}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    attack: BadDiffusion | VillanDiffusion = VillanDiffusion()
+    inversion: Inversion = Inversion()
+    sampler: Sampler = Ddim()
+    detector: Detector | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Unresolved:
+    price: Decimal | None = None
+
+
+def message_of(call: Callable[[], Any], *parts: str) -> str:
+    """The text of the ConfigError that `call` raises: one line that holds `parts`."""
+    with pytest.raises(ConfigError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and not message.endswith(".")
+    for part in parts:
+        assert part in message
+    return message
+
+
+def write(folder, text, name="run.py") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+FILE = '''"""A config file with its own class and postponed annotations."""
+from __future__ import annotations
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Trigger:
+    size: int = 9
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    trigger: Trigger = Trigger()
+    steps: int = 10
+    ema: bool = False
+
+def get_config():
+    return Run(steps=20)
+'''
+
+
+# --- load ---------------------------------------------------------------------------
+
+
+def test_load_returns_the_tree(tmp_path):
+    config = load(write(tmp_path, FILE))
+    assert (type(config).__name__, config.steps, config.trigger.size) == ("Run", 20, 9)
+
+
+def test_types_of_a_file_resolve_in_that_file(tmp_path):
+    (tmp_path / "other").mkdir()
+    first = load(write(tmp_path, FILE))
+    load(write(tmp_path / "other", FILE.replace("size: int", "size: str")))
+    assert override(first, "trigger.size", "11").trigger.size == 11
+
+
+def test_load_names_a_missing_file_and_the_closest(tmp_path):
+    write(tmp_path, FILE, "smoke.py")
+    path = str(tmp_path / "smok.py")
+    message_of(lambda: load(path), path, "did you mean 'smoke.py'?", "get_config()")
+
+
+@pytest.mark.parametrize("name", ["run.txt", "run", ""])
+def test_load_takes_only_python_files(tmp_path, name):
+    path = write(tmp_path, FILE, name) if name else str(tmp_path)
+    message_of(lambda: load(path), path, "not an existing .py file")
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("x = 1", "does not define get_config()"),
+        ("get_config = 3", "does not define get_config()"),
+        ("def get_config(): return {'a': 1}", "returns a dict from get_config()"),
+        ("def get_config(): pass", "returns a NoneType from get_config()"),
+        (FILE.replace("Run(steps=20)", "Run"), "returns a type from get_config()"),
+    ],
+)
+def test_load_wants_a_frozen_dataclass_from_get_config(tmp_path, text, found):
+    path = write(tmp_path, text)
+    message_of(lambda: load(path), path, found, "an instance of a frozen dataclass")
+
+
+def test_load_rejects_an_unfrozen_dataclass(tmp_path):
+    text = (
+        "import dataclasses\n@dataclasses.dataclass\nclass Run:\n    a: int = 1\n"
+        "def get_config(): return Run()\n"
+    )
+    path = write(tmp_path, text)
+    message_of(lambda: load(path), path, "returns a Run", "of a frozen dataclass")
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("def f(:", SyntaxError),
+        ("import no_such_module_here", ModuleNotFoundError),
+        ("def get_config(): raise ValueError('two\\nlines.')", ValueError),
+        ("def get_config(size): pass", TypeError),
+    ],
+)
+def test_load_chains_an_error_in_the_file(tmp_path, text, kind):
+    path = write(tmp_path, text)
+    message_of(lambda: load(path), path, kind.__name__)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert type(caught.value.__cause__) is kind and isinstance(caught.value, ValueError)
+
+
+# --- override: values -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        *[("ema", text, True) for text in ("true", "True", "1", "yes")],
+        *[("ema", text, False) for text in ("false", "FALSE", "0", "no")],
+        ("steps", "50", 50),
+        ("steps", "1_000", 1000),
+        ("steps", "1e3", 1000),
+        ("steps", "2.0", 2),
+        ("steps", "9007199254740993", 2**53 + 1),
+        ("quoted", "-4", -4),
+        ("rate", "1e-3", 0.001),
+        ("rate", "3", 3.0),
+        ("rate", "inf", math.inf),
+        ("name", "none", "none"),
+        ("name", "", ""),
+        ("name", " a=b ", " a=b "),
+        ("timesteps", "1,2,3", (1, 2, 3)),
+        ("timesteps", "(1, 2, 3)", (1, 2, 3)),
+        ("timesteps", "(5,)", (5,)),
+        ("timesteps", "5", (5,)),
+        ("timesteps", "()", ()),
+        ("weights", "1,0.5", (1.0, 0.5)),
+        ("tags", "a,b", ("a", "b")),
+        ("tags", "('a', \"b\")", ("a", "b")),
+        ("limit", "none", None),
+        ("limit", "None", None),
+        ("limit", "7", 7),
+        ("label", "none", None),
+        ("label", "y", "y"),
+        ("schedule", "cosine", "cosine"),
+        ("order", "0", 0),
+        ("mesh", "{'candidate':4}", {"candidate": 4}),
+        ("mesh", "candidate:4,batch:2", {"candidate": 4, "batch": 2}),
+        ("mesh", "{}", {}),
+        ("chunk", "4", 4),
+        ("chunk", "4,5", (4, 5)),
+        ("chunk", "auto", "auto"),
+        ("decay", "0.5", 0.5),
+    ],
+)
+def test_override_reads_text_as_the_declared_type(name, text, value):
+    changed = override(Experiment(), f"inversion.{name}", text)
+    found = getattr(changed.inversion, name)
+    assert found == value and type(found) is type(value)
+    kept = dataclasses.replace(changed.inversion, **{name: getattr(Inversion(), name)})
+    assert dataclasses.replace(changed, inversion=kept) == Experiment()
+
+
+def test_override_of_a_fixed_tuple_and_of_the_root():
+    config = override(Experiment(), "attack.trigger.shape", "(4,5)")
+    assert config.attack.trigger.shape == (4, 5)
+    assert override(config, "seed", "3") == dataclasses.replace(config, seed=3)
+    assert Experiment().seed == 0
+
+
+def test_the_current_class_of_a_union_or_protocol_decides_the_names():
+    assert override(Experiment(), "attack.psi", "2").attack == VillanDiffusion(psi=2.0)
+    assert override(Experiment(), "sampler.eta", "1").sampler == Ddim(1.0)
+    bad = Experiment(attack=BadDiffusion())
+    message_of(
+        lambda: override(bad, "attack.psi", "2"),
+        "config.attack has no field 'psi'",
+        "names of BadDiffusion are trigger",
+    )
+
+
+def test_an_optional_dataclass_can_be_set_to_none():
+    config = Experiment(detector=Detector())
+    assert override(config, "detector.threshold", "1").detector == Detector(1.0)
+    assert override(config, "detector", "none").detector is None
+
+
+# --- override: errors -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("ema", "maybe", "bool (written true or false)"),
+        ("steps", "1.5", "expected int"),
+        ("steps", "1e30", "expected int"),
+        ("steps", "inf", "expected int"),
+        ("steps", "true", "expected int"),
+        ("steps", "", "expected int"),
+        ("rate", "fast", "expected float"),
+        ("timesteps", "1,x", "tuple[int, ...] (written A,B or ())"),
+        ("timesteps", "1,,2", "tuple[int, ...]"),
+        ("timesteps", "", "tuple[int, ...]"),
+        ("tags", "(a,b", "tuple[str, ...]"),
+        ("limit", "many", "expected int | None (written none)"),
+        ("schedule", "sine", "expected one of ['linear', 'cosine']"),
+        ("mesh", "candidate", "dict[str, int] (written KEY:VALUE,KEY:VALUE or {})"),
+        ("mesh", "candidate:x", "dict[str, int]"),
+        ("mesh", "candidate:1:2", "dict[str, int]"),
+        ("decay", "slow", "float"),
+    ],
+)
+def test_wrong_type_says_field_text_and_expected_type(name, text, expected):
+    path = f"inversion.{name}"
+    found = f"config.{path} cannot be {text!r}"
+    message_of(lambda: override(Experiment(), path, text), found, expected)
+
+
+def test_optional_is_named_with_its_way_to_be_none():
+    @dataclasses.dataclass(frozen=True)
+    class Old:
+        size: Optional[int] = None  # noqa: UP045
+
+    message_of(lambda: override(Old(), "size", "x"), "Optional[int] (written none)")
+
+
+@pytest.mark.parametrize("text", ["1", "1,2,3", "()"])
+def test_a_fixed_tuple_has_a_fixed_length(text):
+    message_of(
+        lambda: override(Experiment(), "attack.trigger.shape", text),
+        f"config.attack.trigger.shape cannot be {text!r}",
+        "tuple[int, int]",
+    )
+
+
+def test_a_misspelt_name_gets_the_closest_and_all_names():
+    message_of(
+        lambda: override(Experiment(), "inversion.stesp", "5"),
+        "config.inversion has no field 'stesp'",
+        "did you mean 'steps'?",
+        "of Inversion are steps, name, rate",
+    )
+    message = message_of(
+        lambda: override(Experiment(), "zzz.steps", "5"),
+        "config has no field 'zzz': ",
+        "of Experiment are attack, inversion, sampler, detector, seed",
+    )
+    assert "did you mean" not in message
+
+
+@pytest.mark.parametrize("path", ["", "inversion.", "inversion..steps"])
+def test_an_empty_name_is_no_field(path):
+    message_of(lambda: override(Experiment(), path, "5"), "has no field ''")
+
+
+def test_a_derived_field_is_no_valid_name():
+    message = message_of(
+        lambda: override(Experiment(), "inversion.derived", "5"), "no field 'derived'"
+    )
+    assert "grid" in message and ", derived" not in message
+
+
+def test_a_nested_dataclass_lists_its_fields():
+    message_of(
+        lambda: override(Experiment(), "attack", "BadDiffusion"),
+        "config.attack cannot be 'BadDiffusion', it is of type VillanDiffusion",
+        "config.attack.NAME with NAME one of trigger, psi",
+    )
+    message_of(
+        lambda: override(Experiment(), "sampler", "none"),
+        "config.sampler cannot be 'none', it is of type Ddim",
+        "NAME one of eta",
+    )
+
+
+def test_a_dataclass_that_is_none_is_set_in_a_file():
+    message_of(
+        lambda: override(Experiment(), "detector", "Detector"),
+        "config.detector cannot be 'Detector', it is None",
+        "set it in a config file",
+        "Detector | None (written none)",
+    )
+    message_of(
+        lambda: override(Experiment(), "detector.threshold", "1"),
+        "config.detector is None and has no field 'threshold'",
+        "set it in a config file",
+    )
+
+
+def test_a_path_beyond_a_scalar():
+    message_of(
+        lambda: override(Experiment(), "seed.x", "1"),
+        "config.seed is of type int and has no field 'x'",
+        "set config.seed itself",
+    )
+
+
+def test_a_function_is_set_in_a_file():
+    message_of(
+        lambda: override(Experiment(), "inversion.optimiser", "sgd"),
+        "config.inversion.optimiser cannot be 'sgd', it is a function",
+        "set it in a config file",
+        "Callable[[], Any]",
+    )
+
+
+def test_a_nested_tuple_is_set_in_a_file():
+    message_of(
+        lambda: override(Experiment(), "inversion.grid", "1,2"),
+        "config.inversion.grid cannot be '1,2', it is of type tuple",
+        "tuple[tuple[int, int], ...]",
+    )
+
+
+def test_a_type_that_does_not_resolve():
+    message_of(
+        lambda: override(Unresolved(), "price", "1"),
+        "config.price cannot be '1', set it in a config file",
+        "types of Unresolved",
+        "'Decimal' is not defined",
+    )
+
+
+def test_post_init_errors_name_the_field():
+    message_of(
+        lambda: override(Experiment(), "inversion.steps", "0"),
+        "config.inversion.steps cannot be '0'",
+        "Inversion raises ValueError: steps must be positive, not 0",
+    )
+
+
+def test_post_init_of_an_outer_dataclass_names_the_inner_field():
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        detector: Any = Detector()
+
+        def __post_init__(self):
+            if self.detector.threshold > 1:
+                raise ValueError("threshold is above 1")
+
+    message_of(
+        lambda: override(Outer(), "detector.threshold", "2"),
+        "config.detector.threshold cannot be '2'",
+        "Outer raises ValueError: threshold is above 1",
+    )
+
+
+# --- from_flags -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path, FILE)
+
+
+def test_flags_with_equals_signs_or_spaces(path):
+    for argv in (
+        [f"--config={path}", "--config.steps=5", "--config.trigger.size=11"],
+        ["--config.steps", "5", "--config", path, "--config.trigger.size", "11"],
+        ["-config", path, "-config.steps=5", "-config.trigger.size", "11"],
+    ):
+        config, remaining = from_flags([PROGRAM, *argv])
+        assert (config.steps, config.trigger.size, remaining) == (5, 11, [PROGRAM])
+
+
+def test_flags_apply_in_order_and_keep_later_equals_signs(path):
+    argv = [PROGRAM, f"--config={path}", "--config.steps=5", "--config.steps=6"]
+    assert from_flags(argv)[0].steps == 6
+    argv[-1] = "--config.steps=a=b"
+    message_of(lambda: from_flags(argv), "config.steps cannot be 'a=b'")
+
+
+def test_a_negative_value_after_a_space(path):
+    config, _ = from_flags([PROGRAM, "--config", path, "--config.steps", "-5"])
+    assert config.steps == -5
+
+
+def test_flags_of_absl_are_left_alone(path):
+    app.define_help_flags()
+    absl = ["--verbosity=1", "--verbosity", "1", "-v", "0", "--nologtostderr", "--help"]
+    before = flags.FLAGS["verbosity"].value
+    argv = [PROGRAM, *absl[:3], "--config", path, "--config.ema", "yes", *absl[3:]]
+    config, remaining = from_flags(argv)
+    assert config.ema and remaining == [PROGRAM, *absl]
+    assert flags.FLAGS["verbosity"].value == before
+
+
+def test_what_absl_leaves_is_what_from_flags_takes(path):
+    values = flags.FlagValues()
+    flags.DEFINE_integer("level", 0, "", flag_values=values)
+    argv = [PROGRAM, "--config", path, "--level", "2", "--config.steps", "-5"]
+    config, remaining = from_flags(values(argv, known_only=True))
+    assert (config.steps, remaining, values.level) == (-5, [PROGRAM], 2)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["stray", "--steps=5", "--confg=x.py", "--configs.steps=5", "--", "--noverbosity"],
+)
+def test_unknown_arguments_list_the_valid_forms(path, argument):
+    message_of(
+        lambda: from_flags([PROGRAM, f"--config={path}", argument]),
+        f"unknown argument {argument!r}",
+        "--config=FILE.py, --config.NAME=VALUE and absl's flags, such as --verbosity=1",
+    )
+
+
+@pytest.mark.parametrize("argv", [[PROGRAM], [PROGRAM, "--config.steps=5"], []])
+def test_a_missing_config_gets_an_example(argv):
+    message_of(
+        lambda: from_flags(argv),
+        "0 config files are given (none)",
+        "--config=configs/smoke.py",
+    )
+
+
+def test_two_configs_are_too_many(path):
+    message_of(
+        lambda: from_flags([PROGRAM, f"--config={path}", "--config=b.py"]),
+        f"2 config files are given ({path}, b.py)",
+    )
+
+
+@pytest.mark.parametrize("tail", [[], ["--config=x.py"]])
+@pytest.mark.parametrize("name", ["--config", "--config.steps"])
+def test_a_flag_without_value(name, tail):
+    message_of(
+        lambda: from_flags([PROGRAM, name, *tail]),
+        f"{name} has no value: write {name}=VALUE",
+    )
+
+
+# --- to_dict, to_json -----------------------------------------------------------------
+
+
+def test_round_trip_of_an_overridden_config():
+    config = Experiment()
+    for dotted, text in (
+        ("inversion.steps", "50"),
+        ("inversion.timesteps", "3,4"),
+        ("inversion.mesh", "candidate:4"),
+        ("attack.psi", "inf"),
+    ):
+        config = override(config, dotted, text)
+    found = json.loads(to_json(config))
+    assert found == to_dict(config)
+    assert found["attack"] == {
+        "type": "VillanDiffusion",
+        "trigger": {"type": "Trigger", "size": 9, "shape": [3, 3]},
+        "psi": "inf",
+    }
+    assert list(found) == ["type", "attack", "inversion", "sampler", "detector", "seed"]
+    assert found["detector"] is None
+    inversion = found["inversion"]
+    assert (inversion["steps"], inversion["timesteps"]) == (50, [3, 4])
+    assert inversion["mesh"] == {"candidate": 4} and inversion["grid"] == [[1, 2]]
+    assert inversion["optimiser"] == f"{__name__}.adam" and inversion["ema"] is False
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    value: Any
+
+
+class Call:
+    def __call__(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    "value, plain",
+    [
+        (-math.inf, "-inf"),
+        (math.nan, "nan"),
+        (Trigger, f"{__name__}.Trigger"),
+        (Call(), f"{__name__}.Call"),
+        (
+            functools.partial(typing.cast(Any, adam), 0.1, adam, b=(1, 2)),
+            f"{__name__}.adam(0.1, '{__name__}.adam', b=[1, 2])",
+        ),
+        ((Detector(),), [{"type": "Detector", "threshold": 0.5}]),
+    ],
+)
+def test_to_dict_of_special_values(value, plain):
+    assert to_dict(Holder(value)) == {"type": "Holder", "value": plain}
+
+
+def test_to_json_is_indented_and_stable():
+    text = '{\n  "type": "Detector",\n  "threshold": 0.5\n}'
+    assert to_json(Detector()) == text
+
+
+def test_to_dict_rejects_what_is_no_config_value():
+    message_of(
+        lambda: to_dict(Holder(Holder({1}))),
+        "config.value.value is of type set",
+        "dataclasses, scalars, tuples, dicts, functions and None",
+    )

@@ -1,0 +1,208 @@
+"""convolution: values and both gradients equal those of XLA's own convolution."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from puredif_jax.convolution import LAYOUT, conv_general_dilated
+
+NONE, ONE, AFTER = (0, 0), (1, 1), (0, 1)
+
+
+def ours(x, kernel, stride, padding):
+    """As `flax.linen.Conv` calls it."""
+    return conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        lhs_dilation=(1, 1),
+        rhs_dilation=(1, 1),
+        dimension_numbers=lax.ConvDimensionNumbers(*((0, 3, 1, 2),) * 3),
+        feature_group_count=1,
+        precision=None,
+    )
+
+
+def xla(x, kernel, stride, padding):
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=LAYOUT
+    )
+
+
+def arrays(size=(8, 8), kernel=(3, 3), batch=2, channels=(3, 4)):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, *size, channels[0]), np.float32)
+    weights = rng.standard_normal((*kernel, *channels), np.float32)
+    return jnp.asarray(x), jnp.asarray(weights)
+
+
+def value_and_gradients(conv, stride, padding):
+    """(y, dx, dkernel) of <g, conv(x)> for a g that is not constant."""
+
+    def function(x, kernel):
+        y, pull = jax.vjp(lambda a, b: conv(a, b, stride, padding), x, kernel)
+        g = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        return y, *pull(g)
+
+    return function
+
+
+def assert_close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        scale = np.abs(b).max()
+        assert scale > 0.1
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * scale)
+
+
+CASES = [  # kernel, padding of rows and columns, image
+    ((3, 3), (ONE, ONE), (8, 8)),
+    ((3, 3), (ONE, ONE), (7, 5)),
+    ((3, 3), (AFTER, AFTER), (8, 8)),
+    ((3, 3), (AFTER, AFTER), (7, 5)),
+    ((3, 3), (NONE, NONE), (6, 7)),
+    ((1, 1), (NONE, NONE), (8, 7)),
+    ((1, 1), (AFTER, AFTER), (7, 5)),
+    ((1, 1), (ONE, ONE), (4, 5)),
+    ((3, 1), (ONE, AFTER), (5, 6)),
+]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel, padding, size", CASES)
+def test_equals_xla_under_jit(stride, kernel, padding, size):
+    found, expected = (
+        jax.jit(value_and_gradients(conv, stride, padding))(*arrays(size, kernel))
+        for conv in (ours, xla)
+    )
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kernel, padding, size", CASES[2:7:3])
+def test_equals_xla_outside_jit(kernel, padding, size):
+    found, expected = (
+        value_and_gradients(conv, 2, padding)(*arrays(size, kernel))
+        for conv in (ours, xla)
+    )
+    assert_close(found, expected)
+
+
+STRIDES = [(1, (ONE, ONE)), (2, (AFTER, AFTER))]
+over_strides = pytest.mark.parametrize("stride, padding", STRIDES)
+
+
+@over_strides
+def test_equals_a_naive_loop(stride, padding):
+    x, weights = arrays((5, 6))
+    padded = np.pad(np.asarray(x, np.float64), ((0, 0), *padding, (0, 0)))
+    found = ours(x, weights, stride, padding)
+    for row, column in np.ndindex(*found.shape[1:3]):
+        window = padded[:, row * stride :, column * stride :][:, :3, :3]
+        expected = np.einsum("bijc,ijcd->bd", window, np.asarray(weights, np.float64))
+        np.testing.assert_allclose(
+            found[:, row, column], expected, rtol=1e-4, atol=1e-5
+        )
+
+
+@over_strides
+def test_equals_xla_under_vmap_over_images(stride, padding):
+    x, weights = arrays((7, 6), batch=6)
+    x = x.reshape(3, 2, 7, 6, 3)
+    found, expected = (
+        jax.jit(jax.vmap(value_and_gradients(conv, stride, padding), (0, None)))(
+            x, weights
+        )
+        for conv in (ours, xla)
+    )
+    assert found[2].shape == (3, 3, 3, 3, 4)  # a kernel gradient for each
+    assert_close(found, expected)
+
+
+@over_strides
+def test_equals_xla_inside_a_scan(stride, padding):
+    """Gradients taken in the body, and through the whole scan."""
+    x, weights = arrays((6, 6), batch=1, channels=(3, 3))
+    xs = jnp.stack([x, 2 * x, -x])
+
+    def run(conv):
+        inside = value_and_gradients(conv, stride, padding)
+
+        def body(carry, x):
+            del x
+            y = conv(carry, weights, 1, (ONE, ONE))
+            return 0.1 * jnp.tanh(y), jnp.mean(conv(y, weights, stride, padding) ** 2)
+
+        def through(x, weights):
+            def step(carry, _):
+                y = jnp.tanh(conv(carry, weights, 1, (ONE, ONE)))
+                return y, jnp.sum(conv(y, weights, stride, padding) ** 2)
+
+            return jnp.sum(lax.scan(step, x, None, length=3)[1])
+
+        @jax.jit
+        def program(xs, weights):
+            _, each = lax.scan(lambda _, x: (None, inside(x, weights)), None, xs)
+            return *each, *jax.grad(through, argnums=(0, 1))(xs[0], weights)
+
+        return program(xs, weights)
+
+    assert_close(run(ours), run(xla))
+
+
+def test_gradient_can_be_differentiated_again():
+    x, weights = arrays((4, 4), channels=(2, 2))
+
+    def second(conv):
+        def energy(x, weights):
+            return jnp.sum(conv(x, weights, 1, (ONE, ONE)) ** 2)
+
+        def norm(x, weights):
+            return jnp.sum(jax.grad(energy)(x, weights) ** 2)
+
+        return jax.jit(jax.grad(norm, argnums=(0, 1)))(x, weights)
+
+    assert_close(second(ours), second(xla))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strides": (1, 2)},
+        {"feature_group_count": 3},
+        {"rhs_dilation": (2, 2)},
+        {"lhs_dilation": (2, 2)},
+    ],
+)
+def test_what_it_does_not_do_is_refused(changes):
+    arguments = {
+        "strides": (1, 1),
+        "padding": (ONE, ONE),
+        "lhs_dilation": (1, 1),
+        "rhs_dilation": (1, 1),
+        "dimension_numbers": lax.ConvDimensionNumbers(*((0, 3, 1, 2),) * 3),
+        "feature_group_count": 1,
+        "precision": None,
+    }
+    with pytest.raises(AssertionError):
+        conv_general_dilated(*arrays(), **{**arguments, **changes})
+
+
+def test_half_precision_keeps_its_dtype():
+    x, weights = (a.astype(jnp.bfloat16) for a in arrays())
+
+    def gradients(conv):
+        def loss(x, weights):
+            return jnp.sum(conv(x, weights, 2, (ONE, ONE)).astype(jnp.float32) ** 2)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, weights)
+
+    for a, b in zip(gradients(ours), gradients(xla), strict=True):
+        assert a.dtype == jnp.bfloat16
+        scale = float(jnp.abs(b).max())
+        a, b = (np.asarray(c, np.float32) for c in (a, b))
+        np.testing.assert_allclose(a, b, atol=0.03 * scale)
