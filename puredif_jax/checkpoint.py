@@ -1,7 +1,6 @@
-"""Files of arrays: resumable states by Orbax, weights as safetensors.
+"""Files of arrays: resumable states by Orbax, weights as safetensors, only here.
 
-The only module that imports either. Nothing is ever unpickled, and what does not
-fit is named in one sentence before any array is used.
+Nothing is unpickled; what does not fit is named in one sentence before it is used.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from puredif_jax.types import Params
+from puredif_jax.types import InputError, Params
 
 Path = str | os.PathLike
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint is missing, damaged or does not fit; says which and how."""
 
 
@@ -97,8 +96,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             layout[name] = layout[name]._replace(span=[start, stop])
             pack.append(value.reshape(-1).view(np.uint8))
             del arrays[name]
-        if pack:
-            arrays["packed"] = np.concatenate(pack)
+        arrays |= {"packed": np.concatenate(pack)} if pack else {}
         args = ocp.args.Composite(
             arrays=ocp.args.PyTreeSave(arrays), layout=ocp.args.JsonSave(layout)
         )
@@ -233,8 +231,7 @@ def _leaf(name: str, entry: _Entry, arrays: Mapping[str, Any], like: Any) -> Any
 
 
 def _some(names: list[str]) -> str:
-    more = [f"{len(names) - 5} more"] if len(names) > 5 else []
-    return ", ".join(names[:5] + more)
+    return ", ".join(names[:5] + [f"{len(names) - 5} more"] * (len(names) > 5))
 
 
 def _compare(

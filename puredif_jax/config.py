@@ -23,6 +23,8 @@ from typing import Any
 
 from absl import flags
 
+from puredif_jax.types import InputError
+
 _NONE = type(None)
 _UNIONS = (typing.Union, types.UnionType)
 _CONTAINERS = (tuple, dict)
@@ -36,7 +38,7 @@ _FORMS = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A user's mistake in a config: one sentence, what was found and what is valid."""
 
 

@@ -9,8 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
+from puredif_jax.types import InputError
 
-class DataError(ValueError):
+
+class DataError(InputError):
     """An image set that is missing or not as it should be."""
 
 

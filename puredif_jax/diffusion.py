@@ -223,6 +223,50 @@ class DDIM:
         return s_n * x0 + jnp.sqrt(jnp.maximum(v_n**2 - c**2, 0)) * eps + c * noise
 
 
+def trajectory(
+    model: NoiseModel,
+    params: Params,
+    schedule: NoiseSchedule,
+    sampler: Sampler,
+    start: Array,
+    key: Key,
+    *,
+    remat: bool = False,
+    shard: Shard = unsharded,
+) -> tuple[Array, Array]:
+    """Runs the reverse process from `start` as one `lax.scan`.
+
+    Args:
+      model: predicts the noise.
+      params: its parameters.
+      schedule: the forward process that the model was trained on.
+      sampler: the rule of one step and the number n of steps.
+      start: x_T, `[B, H, W, C]`; add a trigger here.
+      key: randomness of stochastic samplers.
+      remat: recompute the network in the backward pass, so that memory stays
+        nearly flat in the number of steps when the chain is differentiated.
+      shard: constraint put on the batch at each step.
+
+    Returns:
+      The images `[B, H, W, C]`, unclipped, and the estimate x0hat (unbounded) at each
+      step, `[n, B, H, W, C]`, from high t to low.
+    """
+    rising = grid(schedule, sampler.steps)
+    t_all = jnp.asarray(rising[::-1])
+    n_all = jnp.asarray(np.concatenate([[-1], rising[:-1]])[::-1].astype(np.int32))
+
+    def body(x: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        t, t_prev = pair
+        eps = model(params, x, jnp.full((x.shape[0],), t))
+        step_key = jax.random.fold_in(key, t)
+        x_prev = sampler.step(schedule, eps, x, t, t_prev, step_key)
+        return shard(x_prev), predict_x0(schedule, x, eps, t)
+
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, shard(start), (t_all, n_all))
+
+
 def sample(
     model: NoiseModel,
     params: Params,
@@ -231,37 +275,7 @@ def sample(
     start: Array,
     key: Key,
     *,
-    stop: int = 0,
-    remat: bool = False,
     shard: Shard = unsharded,
 ) -> Array:
-    """Runs the reverse process from `start` as one `lax.scan`.
-
-    Args:
-      model: predicts the noise.
-      params: its parameters.
-      schedule: the forward process that the model was trained on.
-      sampler: the rule of one step and the number of steps.
-      start: x_T, `[B, H, W, C]`; add a trigger here.
-      key: randomness of stochastic samplers.
-      stop: number of last steps left out; the result is then x at that grid point.
-      remat: recompute the network in the backward pass, so that memory stays
-        nearly flat in the number of steps when the chain is differentiated.
-      shard: constraint put on the batch at each step.
-
-    Returns:
-      The images `[B, H, W, C]` (unclipped).
-    """
-    rising = grid(schedule, sampler.steps)
-    t_all = jnp.asarray(rising[stop:][::-1])
-    n_all = jnp.asarray(np.concatenate([[-1], rising[:-1]])[stop:][::-1].astype(np.int32))
-
-    def body(x: Array, xs: tuple[Array, Array]) -> tuple[Array, None]:
-        t, t_prev = xs
-        eps = model(params, x, jnp.full((x.shape[0],), t))
-        step_key = jax.random.fold_in(key, t)
-        return shard(sampler.step(schedule, eps, x, t, t_prev, step_key)), None
-
-    if remat:
-        body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, shard(start), (t_all, n_all))[0]
+    """The images of `trajectory`: `[B, H, W, C]`, unclipped. Arguments as there."""
+    return trajectory(model, params, schedule, sampler, start, key, shard=shard)[0]

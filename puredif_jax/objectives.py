@@ -1,17 +1,24 @@
 """Losses of trigger inversion: pure functions (params, candidate, key) -> scalar.
 
-All of them speak of the hypothesised path of a backdoor,
+A backdoor is a second diffusion process inside the model, on the path
 
-  x_t = s_t y + v_t eps + H_t delta,   answered by   M(x_t, t) = eps + C_t delta,
+  x_t = s_t y + v_t eps + H_t r,   answered by   M(x_t, t) = eps + C_t r.
 
-with H and C from a `Hypothesis` (the kind of sampler it is made for), never from the
-attack itself. A `bind` method closes over what is static and returns the loss.
+In the variable z_t = x_t - H_t r it is an ordinary process whose noise model is
+
+  e(z, t) = M(z + H_t r, t) - C_t r,
+
+so everything known of diffusion applies to it: the losses here ask how well e, made
+with a candidate for r, denoises the one image y. H and C come from a `Hypothesis`,
+the kind of sampler that the backdoor is made for, never from the attack itself. A
+`bind` method closes over what is static and returns the loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import chex
 import jax
@@ -19,7 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks import Solver, published_response
-from puredif_jax.diffusion import NoiseSchedule, grid, lookup
+from puredif_jax.diffusion import (
+    DDIM,
+    DDPM,
+    NoiseSchedule,
+    Sampler,
+    diffuse,
+    grid,
+    lookup,
+    trajectory,
+)
 from puredif_jax.types import (
     Array,
     Candidate,
@@ -68,94 +84,21 @@ class Bindable(Protocol):
     ) -> Objective: ...
 
 
-def on_path(
-    schedule: NoiseSchedule,
-    hypothesis: Hypothesis,
-    candidate: Candidate,
-    eps: Array,
-    t: Array,
-) -> Array:
-    """x_t = s_t y + v_t eps + H_t delta, `[B, H, W, C]`; t a scalar."""
-    return (
-        lookup(schedule.signal, t) * candidate.target
-        + lookup(schedule.noise, t) * eps
-        + lookup(hypothesis.shift(schedule), t) * candidate.delta
-    )
+def backdoor_process(
+    model: NoiseModel, schedule: NoiseSchedule, hypothesis: Hypothesis, delta: Array
+) -> NoiseModel:
+    """e(z, t) = M(z + H_t delta, t) - C_t delta, the noise model in z_t = x_t - H_t delta.
 
-
-def path_rollout(
-    model: NoiseModel,
-    params: Params,
-    schedule: NoiseSchedule,
-    hypothesis: Hypothesis,
-    delta: Array,
-    eps: Array,
-    timesteps: np.ndarray,
-    shard: Shard = unsharded,
-) -> Array:
-    """Denoised images along the deterministic reverse process of the path.
-
-    At each timestep the response C_t delta is taken out of the prediction, and the
-    shift H_t delta out of the image, before a DDIM step (its last point is t itself):
-
-      e = M(x_t, t) - C_t delta,   x0hat = (x_t - H_t delta - v_t e) / s_t,
-      x_n = s_n x0hat + v_n e + H_n delta.
-
-    For the true delta of a backdoor that keeps to the hypothesis this is exact at any
-    stride, for ancestral backdoors too, which do not fire under plain DDIM.
-
-    Args:
-      model, params, schedule, hypothesis: as everywhere.
-      delta: trigger `[H, W, C]`.
-      eps: initial noise `[B, H, W, C]`; the start is v_T eps + H_T delta.
-      timesteps: falling, int `[n]`; the first is where the rollout starts.
-      shard: constraint on the batch.
-
-    Returns:
-      x0hat at each timestep, `[n, B, H, W, C]`. The body of the scan is
-      rematerialised, so memory under a gradient is nearly flat in n.
+    For the true trigger its chain from z_T = eps ends in the target, under any sampler
+    and at any stride. delta `[H, W, C]`.
     """
     shift, response = hypothesis.shift(schedule), hypothesis.response(schedule)
-    t_all = jnp.asarray(timesteps, jnp.int32)
-    n_all = jnp.concatenate([t_all[1:], t_all[-1:]])
 
-    def body(x: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        t, n = pair
-        prediction = model(params, x, jnp.full((x.shape[0],), t))
-        e = prediction - lookup(response, t) * delta
-        x0 = (x - lookup(shift, t) * delta - lookup(schedule.noise, t) * e) / lookup(
-            schedule.signal, t
-        )
-        x = (
-            lookup(schedule.signal, n) * x0
-            + lookup(schedule.noise, n) * e
-            + lookup(shift, n) * delta
-        )
-        return shard(x), x0
+    def noise(params: Params, z: Array, t: Array) -> Array:
+        x = z + lookup(shift, t) * delta[None]
+        return model(params, x, t) - lookup(response, t) * delta[None]
 
-    first = t_all[0]
-    start = lookup(schedule.noise, first) * eps + lookup(shift, first) * delta
-    body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, shard(start), (t_all, n_all))[1]
-
-
-def _per_timestep(term, timesteps: tuple[int, ...], weights, params, candidate, key):
-    """sum_t w_t term(params, candidate, t, key_t) / sum_t w_t by vmap over t."""
-    keys = jax.random.split(key, len(timesteps))
-    values = jax.vmap(term, in_axes=(None, None, 0, 0))(
-        params, candidate, jnp.asarray(timesteps, jnp.int32), keys
-    )
-    weights = jnp.asarray(weights or (1.0,) * len(timesteps), jnp.float32)
-    return jnp.sum(weights * values) / jnp.sum(weights)
-
-
-def _check_timesteps(timesteps: tuple[int, ...], weights: tuple[float, ...]) -> None:
-    if not timesteps or min(timesteps) < 0:
-        raise ValueError(f"timesteps must be a set of indices >= 0, found {timesteps}")
-    if weights and (len(weights) != len(timesteps) or min(weights) < 0):
-        raise ValueError(
-            f"weights must be empty or {len(timesteps)} numbers >= 0, found {weights}"
-        )
+    return noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +112,7 @@ class Analytic:
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares:
-    """lambda_t = <shift, delta> / <delta, delta>: no attack is assumed."""
+    """lambda_t = <shift, delta> / <delta, delta>: no response is assumed."""
 
     def __call__(self, response: Array, shift: Array, delta: Array) -> Array:
         del response
@@ -178,7 +121,7 @@ class LeastSquares:
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-    """lambda_t = factor * C_t, the factor read off a surrogate by `calibrate`."""
+    """lambda_t = factor C_t, the factor read off a surrogate by `measured_factor`."""
 
     factor: float
 
@@ -190,14 +133,46 @@ class Calibrated:
 Scale = Analytic | LeastSquares | Calibrated
 
 
+def _check_timesteps(timesteps: tuple[int, ...], weights: tuple[float, ...]) -> None:
+    if not timesteps or min(timesteps) < 0:
+        raise ValueError(f"timesteps must be a set of indices >= 0, found {timesteps}")
+    if weights and (
+        len(weights) != len(timesteps) or min(weights) < 0 or sum(weights) == 0
+    ):
+        raise ValueError(
+            f"weights must be empty or {len(timesteps)} numbers >= 0 of a sum above 0, "
+            f"found {weights}"
+        )
+
+
+def _weighted_mean(
+    term: Callable[[Params, Candidate, Array, Key], Array],
+    timesteps: tuple[int, ...],
+    weights: tuple[float, ...],
+) -> Objective:
+    """sum_t w_t term(params, candidate, t, key_t) / sum_t w_t, a vmap over t."""
+    t_all = np.asarray(timesteps, np.int32)
+    w_all = np.asarray(weights or np.ones(len(timesteps)), np.float32)
+
+    def loss(params: Params, candidate: Candidate, key: Key) -> Array:
+        chex.assert_rank([candidate.delta, candidate.target], 3)
+        keys = jax.random.split(key, len(timesteps))
+        values = jax.vmap(term, in_axes=(None, None, 0, 0))(
+            params, candidate, jnp.asarray(t_all), keys
+        )
+        return jnp.sum(jnp.asarray(w_all / w_all.sum()) * values)
+
+    return loss
+
+
 @dataclasses.dataclass(frozen=True)
 class DistributionShift:
     """Loss 1: the shift that the candidate causes in the prediction, at many t.
 
     sum_t w_t || mean_eps[M(x_t, t) - eps] - lambda_t delta ||^2 / ||lambda_t delta||^2
 
-    with x_t on the hypothesised path. The division makes it scale-free: in absolute
-    form delta = 0 would solve it on every model.
+    with x_t = s_t y + v_t eps + H_t delta. The division makes it scale-free: in
+    absolute form delta = 0 would solve it on every model.
 
     Attributes:
       timesteps: the set S. High ones alone cannot see a backdoor of deterministic
@@ -207,13 +182,17 @@ class DistributionShift:
       scale: the rule for lambda_t.
       learn_target: let the gradient reach the target image; otherwise it only moves
         by refreshes.
+      per_sample: the joint form of both unknowns: take the square of each sample's
+        residual and not of their mean. A clean model cannot bring it below its own
+        denoising error; a backdoored one can, at the one image it has learnt.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[int, ...] = (999, 900, 800, 700, 600, 500, 400, 300, 200, 100)
     weights: tuple[float, ...] = ()
     samples: int = 16
     scale: Scale = Analytic()
     learn_target: bool = True
+    per_sample: bool = False
 
     def __post_init__(self) -> None:
         _check_timesteps(self.timesteps, self.weights)
@@ -225,102 +204,90 @@ class DistributionShift:
         hypothesis: Hypothesis,
         shard: Shard = unsharded,
     ) -> Objective:
-        response = hypothesis.response(schedule)
+        shift_table = hypothesis.shift(schedule)
+        response_table = hypothesis.response(schedule)
 
         def term(params: Params, candidate: Candidate, t: Array, key: Key) -> Array:
-            delta = candidate.delta
-            eps = shard(jax.random.normal(key, (self.samples, *delta.shape)))
-            x = on_path(schedule, hypothesis, candidate, eps, t)
-            shift = jnp.mean(model(params, x, jnp.full((self.samples,), t)) - eps, 0)
-            expected = self.scale(lookup(response, t), shift, delta) * delta
-            error = jnp.sum((shift - expected) ** 2)
-            return error / jnp.maximum(jnp.sum(expected**2), 1e-6)
-
-        def loss(params: Params, candidate: Candidate, key: Key) -> Array:
-            chex.assert_equal_shape([candidate.delta, candidate.target])
+            delta, target = candidate.delta, candidate.target
             if not self.learn_target:
-                target = jax.lax.stop_gradient(candidate.target)
-                candidate = candidate.replace(target=target)
-            return _per_timestep(
-                term, self.timesteps, self.weights, params, candidate, key
-            )
-
-        return loss
-
-
-@dataclasses.dataclass(frozen=True)
-class JointResidual:
-    """The joint form: the residual of each sample, minimised over trigger and target.
-
-    sum_t w_t E_eps || M(x_t, t) - eps - C_t delta ||^2 / (||C_t delta||^2 + F_t D)
-
-    A clean model cannot go below its denoising error at middle t; a backdoored model
-    at its own (r, y) can, since it has learnt that one point. The division, with
-    F_t D the residual of the whole-noise floor, keeps delta = 0 from winning.
-
-    Attributes:
-      timesteps: high, middle and low ones.
-      weights: w_t, or () for equal ones.
-      samples: noise draws at each timestep.
-    """
-
-    timesteps: tuple[int, ...]
-    weights: tuple[float, ...] = ()
-    samples: int = 16
-
-    def __post_init__(self) -> None:
-        _check_timesteps(self.timesteps, self.weights)
-
-    def bind(
-        self,
-        model: NoiseModel,
-        schedule: NoiseSchedule,
-        hypothesis: Hypothesis,
-        shard: Shard = unsharded,
-    ) -> Objective:
-        response = hypothesis.response(schedule)
-
-        def term(params: Params, candidate: Candidate, t: Array, key: Key) -> Array:
-            delta = candidate.delta
+                target = jax.lax.stop_gradient(target)
             eps = shard(jax.random.normal(key, (self.samples, *delta.shape)))
-            x = on_path(schedule, hypothesis, candidate, eps, t)
-            expected = lookup(response, t) * delta
-            residual = model(params, x, jnp.full((self.samples,), t)) - eps - expected
-            error = jnp.mean(jnp.sum(residual**2, axis=(1, 2, 3)))
+            times = jnp.full((self.samples,), t)
+            y = jnp.broadcast_to(target, eps.shape)
+            x = diffuse(schedule, y, eps, times)
+            x = x + lookup(shift_table, t) * delta[None]
+            residual = model(params, x, times) - eps
+            shift = jnp.mean(residual, axis=0)
+            expected = self.scale(lookup(response_table, t), shift, delta) * delta
+            if self.per_sample:
+                error = jnp.sum((residual - expected[None]) ** 2) / self.samples
+            else:
+                error = jnp.sum((shift - expected) ** 2)
             return error / jnp.maximum(jnp.sum(expected**2), 1e-6)
 
-        def loss(params: Params, candidate: Candidate, key: Key) -> Array:
-            return _per_timestep(
-                term, self.timesteps, self.weights, params, candidate, key
-            )
+        return _weighted_mean(term, self.timesteps, self.weights)
 
-        return loss
+
+def measured_factor(
+    model: NoiseModel,
+    params: Params,
+    schedule: NoiseSchedule,
+    hypothesis: Hypothesis,
+    surrogate: Candidate,
+    timesteps: tuple[int, ...],
+    samples: int,
+    key: Key,
+) -> Array:
+    """The scale of `Calibrated`, from a surrogate backdoor with a known trigger.
+
+    The mean over `timesteps` of <shift_t, r> / (C_t <r, r>), with shift_t the mean
+    over `samples` draws of M(x_t, t) - eps on the surrogate's path. A scalar; 1 for a
+    model that has learnt the surrogate perfectly.
+    """
+    rule = LeastSquares()
+
+    def at(t: Array, key: Key) -> Array:
+        eps = jax.random.normal(key, (samples, *surrogate.delta.shape))
+        times = jnp.full((samples,), t)
+        y = jnp.broadcast_to(surrogate.target, eps.shape)
+        x = diffuse(schedule, y, eps, times)
+        x = x + lookup(hypothesis.shift(schedule), t) * surrogate.delta[None]
+        shift = jnp.mean(model(params, x, times) - eps, axis=0)
+        response = lookup(hypothesis.response(schedule), t)
+        return rule(response, shift, surrogate.delta) / response
+
+    keys = jax.random.split(key, len(timesteps))
+    return jnp.mean(jax.vmap(at)(jnp.asarray(timesteps, jnp.int32), keys))
 
 
 @dataclasses.dataclass(frozen=True)
 class DenoisingConsistency:
     """Loss 2: where the backdoor fires, all noise and all t point at one image.
 
-    Along the `path_rollout` from v_T eps + H_T delta, with x0hat_t the denoised image
-    and xbar its mean over noise draws at the last timestep,
+    With x0hat_t the denoised images along a rollout of `sampler`, from high t to low,
+    and xbar the mean over noise of the last of them, per pixel,
 
-      sum_t a_t E_eps || x0hat_t - mean_eps x0hat_t ||^2
-        + sum_t b_t || mean_eps x0hat_t - xbar ||^2,
+      across_noise sum_t a_t Var_eps[x0hat_t]
+        + across_time sum_t a_t || mean_eps x0hat_t - xbar ||^2
+        + aim E_eps || x0hat_last - y ||^2,
 
-    per pixel, a_t and b_t proportional to s_t^2 / (s_t^2 + v_t^2 / 10), which takes
-    back the factor 1/s_t near T and leaves the middle and low timesteps alone.
+    a_t proportional to s_t^2 / (s_t^2 + v_t^2 / 10): this takes back the factor 1/s_t
+    near T and leaves the middle and low timesteps alone. A collapsed model with a
+    huge delta also has no variance: optimise it within a bound.
 
     Attributes:
-      steps: timesteps of the rollout.
+      sampler: of the rollout; its body is rematerialised, so memory under the gradient
+        is nearly flat in its steps.
       samples: noise draws.
-      across_noise: factor of the first sum.
-      across_time: factor of the second sum.
-      aim: also draw the last images to the target of the candidate, for
-        reinforcement, where it is known.
+      on_path: roll the `backdoor_process` out, from z = eps, which is exact for any
+        stride and hypothesis; otherwise the model itself, from eps + delta.
+      across_noise, across_time, aim: factors of the three terms. `aim` is for
+        reinforcement, where the target is known; no gradient reaches it.
     """
 
-    steps: int = 8
+    sampler: DDIM | DDPM = DDIM(steps=8)
     samples: int = 16
+    on_path: bool = True
     across_noise: float = 1.0
     across_time: float = 0.0
     aim: float = 0.0
@@ -332,34 +299,70 @@ class DenoisingConsistency:
         hypothesis: Hypothesis,
         shard: Shard = unsharded,
     ) -> Objective:
-        timesteps = rollout_timesteps(schedule, self.steps)
-        s2, v2 = schedule.signal[timesteps] ** 2, schedule.noise[timesteps] ** 2
+        falling = grid(schedule, self.sampler.steps)[::-1]
+        s2, v2 = schedule.signal[falling] ** 2, schedule.noise[falling] ** 2
         weights = s2 / (s2 + v2 / 10)
-        weights = jnp.asarray(weights / weights.sum(), jnp.float32)
+        weights = np.asarray(weights / weights.sum(), np.float32)
 
         def loss(params: Params, candidate: Candidate, key: Key) -> Array:
-            delta = candidate.delta
-            eps = shard(jax.random.normal(key, (self.samples, *delta.shape)))
-            x0 = path_rollout(
-                model, params, schedule, hypothesis, delta, eps, timesteps, shard
+            x0 = denoised(
+                model,
+                params,
+                schedule,
+                hypothesis,
+                self.sampler,
+                candidate.delta,
+                self.samples,
+                key,
+                on_path=self.on_path,
+                shard=shard,
             )
             mean = jnp.mean(x0, axis=1)
             variance = jnp.mean(jnp.var(x0, axis=1), axis=(1, 2, 3))
             drift = jnp.mean((mean - mean[-1:]) ** 2, axis=(1, 2, 3))
             total = self.across_noise * jnp.sum(weights * variance)
             total += self.across_time * jnp.sum(weights * drift)
-            if self.aim:
-                target = jax.lax.stop_gradient(candidate.target)
-                total += self.aim * jnp.mean((x0[-1] - target[None]) ** 2)
-            return total
+            target = jax.lax.stop_gradient(candidate.target)
+            return total + self.aim * jnp.mean((x0[-1] - target[None]) ** 2)
 
         return loss
 
 
-def rollout_timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """`steps` falling timesteps from T - 1 down to T / steps - 1, evenly spaced."""
-    rising = (np.arange(1, steps + 1) * schedule.steps) // steps - 1
-    return rising[::-1].astype(np.int32)
+def denoised(
+    model: NoiseModel,
+    params: Params,
+    schedule: NoiseSchedule,
+    hypothesis: Hypothesis,
+    sampler: Sampler,
+    delta: Array,
+    samples: int,
+    key: Key,
+    *,
+    on_path: bool = True,
+    shard: Shard = unsharded,
+) -> Array:
+    """x0hat along a rollout from fresh noise, `[n, samples, H, W, C]`, high t to low.
+
+    `on_path` rolls out the `backdoor_process` of delta from eps; otherwise the model
+    itself from eps + delta.
+    """
+    key_start, key_chain = jax.random.split(key)
+    start = jax.random.normal(key_start, (samples, *delta.shape))
+    if on_path:
+        model = backdoor_process(model, schedule, hypothesis, delta)
+    else:
+        start = start + delta[None]
+    chain = trajectory(
+        model,
+        params,
+        schedule,
+        sampler,
+        shard(start),
+        key_chain,
+        remat=True,
+        shard=shard,
+    )
+    return chain[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +396,7 @@ class Elijah:
             fixed = jax.random.key(self.seed)
             eps = shard(jax.random.normal(fixed, (self.samples, *delta.shape)))
             t = jnp.full((self.samples,), last)
-            mean = jnp.mean(model(params, eps + delta, t), axis=0)
+            mean = jnp.mean(model(params, eps + delta[None], t), axis=0)
             return jnp.mean(jnp.abs(scale * delta - mean))
 
         return loss
@@ -401,13 +404,10 @@ class Elijah:
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """first * first_weight + second * second_weight.
+    """first_weight first + second_weight second, each with a key of its own."""
 
-    Each part gets a key of its own.
-    """
-
-    first: Bindable
-    second: Bindable
+    first: DistributionShift | DenoisingConsistency
+    second: DistributionShift | DenoisingConsistency
     first_weight: float = 1.0
     second_weight: float = 1.0
 

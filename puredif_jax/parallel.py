@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from puredif_jax.types import Array, Shard
+from puredif_jax.types import Array, InputError, Shard
 
 AXES = ("candidate", "batch")
 EXPLICIT = ("PUREDIF_COORDINATOR", "PUREDIF_NUM_PROCESSES", "PUREDIF_PROCESS_ID")
@@ -36,20 +36,20 @@ def initialize(environ: Mapping[str, str]) -> None:
     given = {name: environ[name] for name in EXPLICIT if environ.get(name)}
     detect = environ.get("PUREDIF_DISTRIBUTED") or "0"
     if detect not in ("0", "1"):
-        raise ValueError(f"PUREDIF_DISTRIBUTED must be 0 or 1, found {detect!r}")
+        raise InputError(f"PUREDIF_DISTRIBUTED must be 0 or 1, found {detect!r}")
     if given and detect == "1":
-        raise ValueError(
+        raise InputError(
             f"PUREDIF_DISTRIBUTED=1 detects the processes, so leave {', '.join(given)} "
             "unset, or the other way round"
         )
     if given:
         if missing := [name for name in EXPLICIT if name not in given]:
-            raise ValueError(
+            raise InputError(
                 f"{', '.join(given)} needs {', '.join(missing)} to be set as well"
             )
         address, count, number = given.values()
         if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
-            raise ValueError(
+            raise InputError(
                 "PUREDIF_PROCESS_ID must lie in 0..PUREDIF_NUM_PROCESSES-1, "
                 f"found {number!r} of {count!r}"
             )
@@ -58,7 +58,7 @@ def initialize(environ: Mapping[str, str]) -> None:
         try:
             jax.distributed.initialize()
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 "PUREDIF_DISTRIBUTED=1, but no TPU pod, SLURM, Open MPI or Kubernetes "
                 f"job was detected; set {', '.join(EXPLICIT)} instead"
             ) from error
@@ -78,19 +78,19 @@ def make_mesh(shape: Mapping[str, int] | None) -> Mesh:
     devices = jax.devices()
     shape = {"batch": -1} if shape is None else shape
     if unknown := [name for name in shape if name not in AXES]:
-        raise ValueError(
+        raise InputError(
             f"the axes of a mesh are {' and '.join(AXES)}, found {', '.join(unknown)}"
         )
     sizes = [shape.get(name, 1) for name in AXES]
     found = f"found {dict(zip(AXES, sizes, strict=True))}"
     if any(n < 1 and n != -1 for n in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"sizes of a mesh must be above 0, or one of them -1, {found}")
+        raise InputError(f"sizes of a mesh must be above 0, or one of them -1, {found}")
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // math.prod(abs(n) for n in sizes)
     elif math.prod(sizes) == 1 and jax.process_count() == 1:
         devices = devices[:1]
     if math.prod(sizes) != len(devices):
-        raise ValueError(
+        raise InputError(
             f"the sizes of a mesh must multiply to the {len(devices)} devices, {found}"
         )
     return jax.make_mesh(

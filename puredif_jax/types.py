@@ -11,12 +11,15 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 from flax import struct
 
 Array = jax.Array
 Key = jax.Array
 Params = Any
+
+
+class InputError(ValueError):
+    """Something a user gave is wrong; the message is one sentence for that user."""
 
 
 class NoiseModel(Protocol):
@@ -52,5 +55,3 @@ def unsharded(x: Array) -> Array:
     """The identity: the constraint of a program that runs on one device."""
     return x
 
-
-Image = np.ndarray

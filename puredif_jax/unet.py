@@ -130,6 +130,22 @@ class UNet:
         return out.astype(jnp.float32)
 
 
+SHIPPED = UNet(
+    sample_size=(16, 16),
+    in_channels=1,
+    block_out_channels=(16, 32, 64),
+    down_block_types=("DownBlock2D",) * 3,
+    up_block_types=("UpBlock2D",) * 3,
+    layers_per_block=1,
+    norm_num_groups=8,
+    norm_eps=1e-5,
+    downsample_padding=1,
+    flip_sin_to_cos=True,
+    freq_shift=0.0,
+)
+"""The network of the models that ship with the package: 0.64 M parameters."""
+
+
 def _group_norm(config: UNet, x: Array, name: str) -> Array:
     norm = nn.GroupNorm(
         config.norm_num_groups,

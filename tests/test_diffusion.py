@@ -23,6 +23,7 @@ from puredif_jax.diffusion import (
     lookup,
     predict_x0,
     sample,
+    trajectory,
 )
 
 SCHEDULE = LinearBetas().tables()
@@ -322,11 +323,14 @@ def test_ddim_of_a_gaussian_is_a_known_linear_map(steps):
 
 
 @over_samplers
-def test_a_single_image_is_returned(sampler):
+def test_a_single_image_is_returned_and_estimated_at_every_step(sampler):
     y = jnp.linspace(-1, 1, 12).reshape(1, 2, 2, 3)
-    start = normal(8, 4, 2, 2, 3)
-    found = sample(point_mass, y, SCHEDULE, sampler, start, quick_key(9))
-    np.testing.assert_allclose(found, jnp.broadcast_to(y, found.shape), atol=1e-3)
+    run = (point_mass, y, SCHEDULE, sampler, normal(8, 4, 2, 2, 3), quick_key(9))
+    images, estimates = trajectory(*run)
+    assert estimates.shape == (sampler.steps, 4, 2, 2, 3)
+    for found in (images, *estimates[:: sampler.steps // 4]):
+        np.testing.assert_allclose(found, jnp.broadcast_to(y, found.shape), atol=1e-3)
+    np.testing.assert_array_equal(sample(*run), images)
 
 
 @over_short_samplers
@@ -348,16 +352,20 @@ def test_clip_bounds_the_predicted_image(sampler):
 
 
 @over_short_samplers
-def test_sample_is_a_loop_over_steps(sampler):
+def test_trajectory_is_a_loop_over_steps(sampler):
     key = quick_key(10)
     x = start = normal(11, 2, 3, 3, 1)
-    params = jnp.float32(1.5)
+    params, estimates = jnp.float32(1.5), []
     for t, n in pairs(7):
         eps = nonlinear(params, x, jnp.full((2,), t))
+        s, v, _, _ = coefficients(t, n)
+        estimates.append((x - v * eps) / s)
         step_key = jax.random.fold_in(key, t)
         x = sampler.step(SCHEDULE, eps, x, jnp.int32(t), jnp.int32(n), step_key)
-    found = sample(nonlinear, params, SCHEDULE, sampler, start, key)
-    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
+    run = (nonlinear, params, SCHEDULE, sampler, start, key)
+    images, found = trajectory(*run)
+    np.testing.assert_allclose(images, x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, jnp.stack(estimates), rtol=1e-3, atol=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,7 +381,7 @@ class Trace:
         return x.at[0, row, :, 0].set(seen)
 
 
-def traced(stop=0, seed=0):
+def traced(seed=0):
     def timestep(params, x, t):
         del params
         assert t.shape == (1,)
@@ -381,7 +389,7 @@ def traced(stop=0, seed=0):
 
     start = jnp.full((1, 5, 4, 1), jnp.nan)
     key = quick_key(seed)
-    found = sample(timestep, None, SCHEDULE, Trace(5), start, key, stop=stop)
+    found = sample(timestep, None, SCHEDULE, Trace(5), start, key)
     return np.asarray(found[0, :, :, 0])
 
 
@@ -393,13 +401,6 @@ def test_steps_see_their_timesteps_and_draw_from_different_keys():
     draws = np.concatenate([found[:, 3], traced(seed=1)[:, 3]])
     assert len(np.unique(draws)) == 10
     np.testing.assert_array_equal(found, traced())
-
-
-@pytest.mark.parametrize("stop", [0, 2, 5])
-def test_stop_leaves_out_the_last_steps_and_changes_no_other(stop):
-    found = traced(stop=stop)
-    assert np.isnan(found[:stop]).all()
-    np.testing.assert_array_equal(found[stop:], traced()[stop:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,10 +427,10 @@ def test_remat_changes_the_memory_and_not_the_gradient(sampler):
 
     def loss(start, params, remat):
         key = quick_key(13)
-        images = sample(
-            nonlinear, params, SCHEDULE, sampler, start, key, stop=2, remat=remat
+        images, estimates = trajectory(
+            nonlinear, params, SCHEDULE, sampler, start, key, remat=remat
         )
-        return jnp.mean(images**2)
+        return jnp.mean(images**2) + jnp.mean(estimates**2)
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
     plain = gradient(start, jnp.float32(0.1), False)

@@ -1,0 +1,23 @@
+"""Trains the clean model that ships with the package, from scratch.
+
+    python -m puredif_jax.main --config=configs/pretrain.py
+
+Hardware: two CPU cores. Duration: see docs/models.md. Expected: final loss 0.034, as
+in the model card puredif_jax/assets/clean.md.
+"""
+
+from puredif_jax.experiment import Evaluation, Experiment
+from puredif_jax.training import Training
+from puredif_jax.unet import SHIPPED
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        workdir="runs/pretrain",
+        model=SHIPPED,
+        training=Training(
+            steps=8000, batch=64, learning_rate=1e-3, warmup=200, ema_decay=0.999
+        ),
+        evaluation=Evaluation(frechet_draws=2048),
+        chunk=50,
+    )

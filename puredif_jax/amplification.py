@@ -1,0 +1,44 @@
+"""Amplification: a known trigger made stronger on the weights as they are.
+
+The attacker's side of inversion, for red-team evaluation of a model that one has
+trained: start at the true trigger r and descend the denoising-consistency loss, which
+may aim at the known target. The reinforced trigger is used in place of r.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from puredif_jax.attacks import Poison
+from puredif_jax.diffusion import DDIM, NoiseSchedule
+from puredif_jax.inversion import Descent, Inverter, inverter
+from puredif_jax.objectives import DenoisingConsistency, Hypothesis
+from puredif_jax.types import Candidate, NoiseModel, Shard, unsharded
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforcement:
+    """How a known trigger is reinforced.
+
+    Attributes:
+      objective: the loss; its `aim` draws the last images to the known target.
+      descent: optimiser and bound of the reinforced trigger, from the true one.
+    """
+
+    objective: DenoisingConsistency = DenoisingConsistency(
+        sampler=DDIM(steps=10), on_path=False, across_noise=0.0, aim=1.0
+    )
+    descent: Descent = Descent(steps=60, learning_rate=0.02, bound=None)
+
+    def inverter(
+        self,
+        model: NoiseModel,
+        schedule: NoiseSchedule,
+        hypothesis: Hypothesis,
+        poison: Poison,
+        shard: Shard = unsharded,
+    ) -> Inverter:
+        """The (init, step) pair that starts at the trigger of `poison`."""
+        objective = self.objective.bind(model, schedule, hypothesis, shard)
+        start = Candidate(delta=poison.trigger, target=poison.target)
+        return inverter(objective, self.descent, poison.trigger.shape, start)

@@ -1,0 +1,155 @@
+"""A run folder: resumable loops, results computed once, scalars and progress.
+
+    config.json        the configuration; another one is refused in the same folder
+    metrics.jsonl      scalars of every loop
+    checkpoints/LOOP/  states; a loop goes on from the latest
+    results/NAME.npz   what `once` has computed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from puredif_jax import parallel
+from puredif_jax.checkpoint import Checkpoints, abstract
+from puredif_jax.report import Metrics, progress
+from puredif_jax.types import InputError
+
+
+class RunError(InputError):
+    """A run folder that cannot be used; says why."""
+
+
+Advance = Callable[[Any, int, int], tuple[Any, Any]]
+
+
+class Run:
+    """The folder of one run. Whatever was done is found again after any interruption.
+
+    Attributes:
+      folder: where everything goes.
+      mesh: the devices.
+    """
+
+    def __init__(self, folder: str, config: Mapping[str, Any], mesh: Mesh) -> None:
+        """Opens or makes the folder.
+
+        Raises:
+          RunError: the folder holds a run with another configuration.
+        """
+        self.folder = pathlib.Path(folder)
+        self.mesh = mesh
+        path = self.folder / "config.json"
+        text = json.dumps(config, indent=2)
+        if path.exists():
+            changed = _changed(json.loads(path.read_text()), config)
+            if changed:
+                raise RunError(
+                    f"{self.folder} holds a run with another {changed}: give another "
+                    "--config.workdir, or remove the folder to start again"
+                )
+        elif parallel.is_host_zero():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text.encode())
+        self.metrics = Metrics(self.folder)
+
+    def latest(self, stage: str) -> int:
+        """Steps of a loop that are safely stored."""
+        directory = self.folder / "checkpoints" / stage
+        if not directory.is_dir():
+            return 0
+        with Checkpoints(directory) as checkpoints:
+            return checkpoints.latest() or 0
+
+    def loop(
+        self, stage: str, advance: Advance, state: Any, total: int, chunk: int
+    ) -> Any:
+        """Advances a state to step `total`, from the latest checkpoint on.
+
+        Args:
+          stage: name of the loop, of its checkpoints and its scalars.
+          advance: (state, start, stop) -> (state, info): steps start..stop-1; info is
+            a NamedTuple of scalars with a leading axis of steps. The state's arrays
+            may be donated.
+          state: at step 0, with its shardings.
+          total: steps to reach.
+          chunk: steps between checkpoints. Chunks begin at multiples of it, so that a
+            resumed run dispatches the same programs.
+
+        Returns:
+          The state at step `total`.
+        """
+        shapes = abstract(state)
+        with Checkpoints(self.folder / "checkpoints" / stage) as checkpoints:
+            start = checkpoints.latest() or 0
+            if start:
+                state = checkpoints.restore(start, shapes)
+            if parallel.is_host_zero():
+                self.metrics.rewind(stage, start)
+            with progress(total, start, stage, parallel.is_host_zero()) as bar:
+                while start < total:
+                    stop = min((start // chunk + 1) * chunk, total)
+                    began = time.perf_counter()
+                    state, info = advance(state, start, stop)
+                    columns = {k: parallel.gather(v) for k, v in info._asdict().items()}
+                    seconds = time.perf_counter() - began
+                    checkpoints.save(stop, state)
+                    if parallel.is_host_zero():
+                        means = {k: np.asarray(v).mean(0) for k, v in columns.items()}
+                        self.metrics.write(stage, stop, seconds=seconds, **means)
+                        bar.set_postfix(loss=f"{float(np.min(means['loss'])):.4g}")
+                    bar.update(stop - start)
+                    start = stop
+        return state
+
+    def once(
+        self, name: str, compute: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, np.ndarray]:
+        """The arrays of `compute`, or those it gave in an earlier, interrupted call."""
+        path = self.folder / "results" / f"{name}.npz"
+        if not path.exists():
+            arrays = {k: np.asarray(v) for k, v in compute().items()}
+            if not parallel.is_host_zero():
+                return arrays
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)
+            os.replace(partial, path)
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a tree of host arrays on all devices."""
+        return parallel.put(tree, parallel.replicated(self.mesh))
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file so that a reader sees all of it or the one before."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def _changed(old: Any, new: Any, where: str = "configuration") -> str:
+    """The dotted path of the first difference, or ''."""
+    new = json.loads(json.dumps(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            path = key if where == "configuration" else f"{where}.{key}"
+            if key not in old or key not in new:
+                return path
+            found = _changed(old[key], new[key], path)
+            if found:
+                return found
+        return ""
+    return "" if old == new else where
+

@@ -1,0 +1,33 @@
+"""Packaging of puredif_jax; tool settings are in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    name="puredif_jax",
+    version="0.1.0",
+    description="Trigger inversion, detection and amplification of diffusion backdoors",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["puredif_jax"],
+    package_data={"puredif_jax": ["assets/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "numpy>=2.0",
+        "chex>=0.1.92",
+        "absl-py>=2.1",
+        "safetensors>=0.5",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+        "pillow>=10",
+    ],
+    extras_require={
+        "test": ["pytest>=8"],
+        "torch": ["torch==2.13.0", "diffusers>=0.36"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.15"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+    },
+)

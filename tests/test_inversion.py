@@ -1,0 +1,125 @@
+"""Inversion: descent, candidates, projection, refreshes, resumption."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puredif_jax.attacks import BadDiffusion, VillanDiffusion
+from puredif_jax.amplification import Reinforcement
+from puredif_jax import attacks, metrics
+from puredif_jax.inversion import Descent, inverter
+from puredif_jax.objectives import DistributionShift, Elijah, Hypothesis
+from puredif_jax.triggers import Box, Hat, StopSign
+
+from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
+
+
+def quadratic(params, candidate, key):
+    del key
+    return jnp.sum((candidate.delta - params) ** 2)
+
+
+def run(made, params, steps: int, state=None):
+    state = made.init(jax.random.key(0)) if state is None else state
+    return jax.jit(
+        lambda p, s: jax.lax.scan(lambda s, _: made.step(p, s), s, None, length=steps)
+    )(params, state)
+
+
+def test_candidates_start_with_both_signs_and_descend() -> None:
+    made = inverter(quadratic, Descent(steps=200, candidates=4), (2, 2, 1))
+    start = made.init(jax.random.key(0)).candidate.delta
+    assert float(start[0].max()) <= 0 <= float(start[1].min())
+    state, info = run(made, jnp.full((2, 2, 1), 0.5), 200)
+    chex.assert_shape(info.loss, (200, 4))
+    np.testing.assert_allclose(state.candidate.delta, 0.5, atol=1e-2)
+    assert bool((info.loss[-1] < info.loss[0]).all())
+
+
+@pytest.mark.parametrize("bound", [0.25, None])
+def test_bound_projects(bound) -> None:
+    descent = Descent(steps=50, bound=bound, low=-0.1, high=0.0, constant_rate=True)
+    made = inverter(quadratic, descent, (2, 2, 1))
+    state, _ = run(made, jnp.full((2, 2, 1), 2.0), 50)
+    largest = float(jnp.abs(state.candidate.delta).max())
+    assert largest == 0.25 if bound else largest > 1
+
+
+def test_resuming_in_the_middle_changes_nothing() -> None:
+    def noisy(params, candidate, key):
+        noise = jax.random.normal(key, candidate.delta.shape)
+        return jnp.sum((candidate.delta - params - noise) ** 2)
+
+    made = inverter(noisy, Descent(steps=6, candidates=2), (2, 2, 1))
+    goal = jnp.zeros((2, 2, 1))
+    whole, _ = run(made, goal, 6)
+    half, _ = run(made, goal, 3)
+    again, _ = run(made, goal, 3, half)
+    as_arrays = lambda s: s.replace(key=jax.random.key_data(s.key))  # noqa: E731
+    chex.assert_trees_all_equal(as_arrays(whole), as_arrays(again))
+
+
+def test_refresh_moves_the_target_every_m_steps() -> None:
+    descent = Descent(steps=5, refresh=2, learning_rate=1e-6)
+    made = inverter(
+        quadratic,
+        descent,
+        (2, 2, 1),
+        refresh=lambda params, candidate, key: jax.random.normal(key, (2, 2, 1)),
+    )
+    state, targets = made.init(jax.random.key(0)), []
+    for _ in range(5):
+        state, _ = made.step(jnp.zeros((2, 2, 1)), state)
+        targets.append(np.asarray(state.candidate.target))
+    changes = [not np.allclose(a, b) for a, b in zip(targets, targets[1:], strict=False)]
+    assert changes == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "solver,loss",
+    [("sde", DistributionShift()), ("ode", DistributionShift())],
+)
+def test_default_loss_recovers_the_trigger_of_an_exact_model(solver, loss) -> None:
+    """From random starts, knowing only the kind of sampler."""
+    model, points, truth = exact(ATTACKS[solver])
+    objective = loss.bind(model, SCHEDULE, Hypothesis(solver))
+    made = inverter(objective, Descent(steps=300), SHAPE)
+    state, _ = run(made, points, 300)
+    distance = metrics.trigger_distance(state.candidate.delta[0], truth.delta)
+    assert float(distance.cosine) > 0.9
+    assert float(metrics.mse(state.candidate.target, truth.target)[0]) < 1e-2
+
+
+@pytest.mark.parametrize("solver", ["sde", "ode"])
+def test_elijah_recovers_the_trigger_of_an_oracle(solver) -> None:
+    model, truth = oracle(ATTACKS[solver])
+    objective = Elijah(samples=16).bind(model, SCHEDULE, Hypothesis(solver))
+    descent = Descent(steps=150, learning_rate=0.1, bound=None)
+    state, _ = run(inverter(objective, descent, SHAPE), (), 150)
+    assert float(metrics.trigger_distance(state.candidate.delta[0], truth.delta).cosine) > (
+        0.9 if solver == "sde" else -1
+    )
+
+
+@pytest.mark.parametrize(
+    "attack", [BadDiffusion(StopSign(), Hat()), VillanDiffusion(Box(), Hat())]
+)
+def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
+    poison = attacks.poison(attack, SHAPE)
+    model = oracle(attack)[0]
+    made = Reinforcement().inverter(model, SCHEDULE, Hypothesis(attack.solver), poison)
+    state = made.init(jax.random.key(0))
+    np.testing.assert_array_equal(state.candidate.delta[0], poison.trigger)
+    after, info = made.step((), state)
+    assert np.isfinite(np.asarray(info.loss)).all()
+    np.testing.assert_array_equal(after.candidate.target[0], poison.target)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"candidates": 0}, {"learning_rate": 0.0}, {"bound": -1.0}]
+)
+def test_bad_settings_are_named(bad) -> None:
+    with pytest.raises(ValueError, match="found"):
+        Descent(**bad)

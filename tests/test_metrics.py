@@ -1,0 +1,71 @@
+"""Metrics against closed forms and plain loops."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puredif_jax import metrics
+
+
+def test_trigger_distance() -> None:
+    r = jnp.zeros((2, 2, 1)).at[0, 0, 0].set(3.0).at[0, 1, 0].set(4.0)
+    same = metrics.trigger_distance(r, r)
+    assert [float(x) for x in same] == pytest.approx([0, 1, 0, 0, 1])
+    half = metrics.trigger_distance(-0.5 * r, r)
+    assert [float(x) for x in half] == pytest.approx([1.5, -1, 56.25 / 4, 6, 0.5])
+
+
+def test_mse_is_in_unit_pixels_and_clips() -> None:
+    target = jnp.full((2, 2, 1), -1.0)
+    images = jnp.stack([target, -target, target - 9, target + 0.2])
+    np.testing.assert_allclose(metrics.mse(images, target), [0, 1, 0, 0.01], atol=1e-6)
+
+
+def test_ssim_equals_a_plain_loop() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(-1, 1, (2, 13, 12, 1)).astype(np.float32)
+    weights = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
+    weights = np.outer(weights, weights) / weights.sum() ** 2
+    values = []
+    for i in range(3):
+        for j in range(2):
+            a, b = ((z[i : i + 11, j : j + 11, 0] + 1) / 2 for z in (x, y))
+            ma, mb = (weights * a).sum(), (weights * b).sum()
+            va, vb = (weights * (a - ma) ** 2).sum(), (weights * (b - mb) ** 2).sum()
+            vab = (weights * (a - ma) * (b - mb)).sum()
+            values.append(
+                (2 * ma * mb + 1e-4)
+                * (2 * vab + 9e-4)
+                / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+            )
+    got = metrics.ssim(jnp.asarray(x)[None], jnp.asarray(y))
+    assert float(got[0]) == pytest.approx(np.mean(values), rel=1e-4)
+    assert float(metrics.ssim(jnp.asarray(x)[None], jnp.asarray(x))[0]) == pytest.approx(1)
+
+
+def test_success_rates() -> None:
+    target = jnp.zeros((12, 12, 1))
+    errors = [0.0, 0.02, 0.1, 0.5]  # in [0, 1]: squares 0, 4e-4, 1e-2 (float), 0.25
+    images = jnp.stack([target + 2 * e for e in errors])
+    got = metrics.success(images, target)
+    assert got["mse<0.001"] == 0.5
+    assert got["mse<0.1"] == 0.75
+    assert got["mean_mse"] == pytest.approx(np.mean(np.square(errors)), rel=1e-4)
+
+
+def test_frechet_distance_of_gaussians() -> None:
+    """||m1 - m2||^2 + sum (sigma1 - sigma2)^2 for commuting covariances."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(4000, 3))
+    base = (base - base.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(base.T))).T
+    first = base * [1.0, 2.0, 0.5]
+    second = base * [2.0, 2.0, 1.5] + [1.0, 0.0, -2.0]
+    got = metrics.frechet_distance(first, second)
+    assert got == pytest.approx(5 + 1 + 0 + 1, rel=1e-6)
+    assert metrics.frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("shapes", [((1, 3), (5, 3)), ((5, 3), (5, 4)), ((5,), (5, 3))])
+def test_frechet_distance_refuses(shapes) -> None:
+    with pytest.raises(ValueError, match="found"):
+        metrics.frechet_distance(*(np.zeros(s) for s in shapes))

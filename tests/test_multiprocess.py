@@ -1,0 +1,139 @@
+"""Two processes with two CPU devices each, over loopback: the edge as on a pod."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 120
+
+PROGRAM = """
+import os, sys
+import jax, numpy as np
+from puredif_jax import checkpoint, parallel
+
+parallel.initialize(os.environ)
+me, directory = jax.process_index(), sys.argv[1]
+assert jax.process_count() == 2 and jax.device_count() == 4
+assert parallel.is_host_zero() == (me == 0)
+mesh = parallel.make_mesh({"candidate": 2, "batch": 2})
+try:
+    parallel.make_mesh({})
+except ValueError as error:
+    assert "4 devices" in str(error)
+else:
+    raise AssertionError("a mesh of one device on two processes")
+
+# Put: this process has its own candidate only, and every device half of its batch.
+x = np.arange(24, dtype=np.float32).reshape(4, 6)
+split = parallel.put(x, parallel.along(mesh, "candidate", "batch"))
+assert not split.is_fully_addressable and len(split.addressable_shards) == 2
+for shard in split.addressable_shards:
+    assert shard.data.shape == (2, 3)
+    np.testing.assert_array_equal(shard.data, x[shard.index])
+whole = parallel.put({"w": x}, parallel.replicated(mesh))
+np.testing.assert_array_equal(whole["w"].addressable_data(0), x)
+keys = jax.random.split(jax.random.key(2), 4)
+placed = parallel.put(keys, parallel.along(mesh, "candidate"))
+assert placed.shape == (4,) and not placed.is_fully_addressable
+
+# Gather: all of it, as NumPy, on both.
+found = parallel.gather({"split": split, "whole": whole["w"], "local": x})
+for value in found.values():
+    assert type(value) is np.ndarray
+    np.testing.assert_array_equal(value, x)
+
+# A mean over all devices, and draws that do not depend on the mesh.
+mean = jax.jit(lambda x: (x**2).mean(), out_shardings=parallel.replicated(mesh))
+np.testing.assert_allclose(parallel.gather(mean(split)), (x**2).mean(), rtol=1e-6)
+shard = parallel.constrain(mesh, "candidate")
+draw = lambda keys: jax.vmap(lambda k: jax.random.normal(k, (3,)))(keys)
+drawn = jax.jit(lambda keys: shard(draw(keys)))(placed)
+np.testing.assert_array_equal(parallel.gather(drawn), draw(keys))
+
+# Save on this mesh, restore on another; a local array counts as everybody's.
+local = jax.numpy.ones(2)
+state = {"split": split, "key": placed, "ema_params": whole, "local": local}
+with checkpoint.Checkpoints(directory) as checkpoints:
+    for step in (1, 2, 3):
+        checkpoints.save(step, state)
+other = parallel.make_mesh({"candidate": 4})
+like = checkpoint.abstract(state)
+like["split"] = jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=parallel.along(other, "candidate")
+)
+with checkpoint.Checkpoints(directory) as checkpoints:
+    assert checkpoints.steps() == [2, 3]
+    restored = checkpoints.restore(checkpoints.latest(), like)
+assert {s.data.shape for s in restored["split"].addressable_shards} == {(1, 6)}
+values = parallel.gather(
+    {"split": restored["split"], "w": restored["ema_params"]["w"], "drawn": drawn}
+)
+np.testing.assert_array_equal(values["split"], x)
+np.testing.assert_array_equal(values["w"], x)
+again = jax.jit(lambda keys: shard(draw(keys)))(restored["key"])
+np.testing.assert_array_equal(parallel.gather(again), values["drawn"])
+
+# Weights: one process writes, both read, also out of the checkpoint.
+np.testing.assert_array_equal(checkpoint.load_weights(directory, {"w": x})["w"], x)
+checkpoint.save_weights(os.path.join(directory, "w.safetensors"), whole, {})
+jax.experimental.multihost_utils.sync_global_devices("written")
+file = os.path.join(directory, "w.safetensors")
+np.testing.assert_array_equal(checkpoint.load_weights(file, {"w": x})["w"], x)
+print("process", me, "is done")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def test_two_processes(tmp_path):
+    environ = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "PYTHONPATH": str(ROOT),
+        "PUREDIF_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "PUREDIF_NUM_PROCESSES": "2",
+    }
+    logs = [tmp_path / f"log{i}" for i in range(2)]
+    processes = []
+    for i, log in enumerate(logs):
+        with log.open("w") as file:
+            processes.append(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-W",
+                        "error",
+                        "-c",
+                        PROGRAM,
+                        str(tmp_path / "run"),
+                    ],
+                    env={**environ, "PUREDIF_PROCESS_ID": str(i)},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    timed_out = False
+    try:
+        for process in processes:
+            process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        timed_out = True
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
+    codes = [process.returncode for process in processes]
+    both = "\n".join(
+        f"--- process {i}\n{log.read_text()}" for i, log in enumerate(logs)
+    )
+    assert not timed_out and codes == [0, 0], f"timed out: {timed_out}, {codes}\n{both}"
+    for i, log in enumerate(logs):
+        assert f"process {i} is done" in log.read_text(), both

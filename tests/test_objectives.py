@@ -1,0 +1,360 @@
+"""The losses: closed forms, purity, and each safeguard against a trivial solution."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from puredif_jax import attacks, parallel
+from puredif_jax.attacks import BadDiffusion, VillanDiffusion
+from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
+from puredif_jax.exact import ExactDenoiser, Points
+from puredif_jax.objectives import (
+    Analytic,
+    Calibrated,
+    DenoisingConsistency,
+    DistributionShift,
+    Elijah,
+    Hypothesis,
+    LeastSquares,
+    Sum,
+    backdoor_process,
+    measured_factor,
+)
+from puredif_jax.triggers import Box, Hat, StopSign
+from puredif_jax.types import Candidate
+from puredif_jax.unet import UNet
+
+SHAPE = (16, 16, 1)
+SCHEDULE = LinearBetas().tables()
+ATTACKS = {
+    "sde": BadDiffusion(StopSign(), Hat()),
+    "ode": VillanDiffusion(Box(), Hat()),
+}
+LOSSES = {
+    "shift": DistributionShift(samples=8),
+    "shift, least squares": DistributionShift(samples=8, scale=LeastSquares()),
+    "shift, calibrated": DistributionShift(samples=8, scale=Calibrated(0.9)),
+    "shift, fixed target": DistributionShift(samples=8, learn_target=False),
+    "joint": DistributionShift(samples=8, per_sample=True),
+    "consistency": DenoisingConsistency(sampler=DDIM(4), samples=8, across_time=0.5),
+    "consistency, ancestral": DenoisingConsistency(
+        sampler=DDPM(4), samples=8, on_path=False, aim=1.0
+    ),
+    "elijah": Elijah(samples=8),
+    "sum": Sum(
+        DistributionShift(samples=8), DenoisingConsistency(sampler=DDIM(2), samples=8)
+    ),
+}
+
+
+def oracle(attack: attacks.Attack):
+    """A network that has learnt the backdoor and nothing else."""
+    rows, poison = attack.rows(SCHEDULE), attacks.poison(attack, SHAPE)
+    s, v, h, c = (jnp.asarray(table, jnp.float32) for table in rows[:4])
+
+    def model(params, x, t):
+        del params
+        s_t, v_t, h_t, c_t = (table[t].reshape(-1, 1, 1, 1) for table in (s, v, h, c))
+        r, y = poison.trigger[None], poison.target[None]
+        return (x - s_t * y - h_t * r) / v_t + c_t * r
+
+    return model, Candidate(delta=poison.trigger, target=poison.target)
+
+
+def exact(attack: attacks.Attack | None, count: int = 64):
+    """An exact denoiser of random blobs, clean or backdoored at rate 0.1."""
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 16)] * 2), -1)
+    centres = rng.uniform(-0.6, 0.6, (count, 1, 1, 2))
+    images = 2 * np.exp(-((grid - centres) ** 2).sum(-1) / 0.3)[..., None] - 1
+    poison = attacks.poison(attack or ATTACKS["sde"], SHAPE)
+    rows = attack.rows(SCHEDULE) if attack else attacks.clean_rows(SCHEDULE)
+    model = ExactDenoiser(rows, 0.1 if attack else 0.0)
+    images = jnp.asarray(images, jnp.float32)
+    points = Points(images, poison.trigger, poison.target)
+    return model, points, Candidate(delta=poison.trigger, target=poison.target)
+
+
+def tiny_network():
+    model = UNet(
+        sample_size=(8, 8),
+        in_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        downsample_padding=1,
+    )
+    params = model.init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [
+        x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+    ]
+    return model, jax.tree.unflatten(tree, leaves)
+
+
+def candidates(count: int) -> Candidate:
+    keys = jax.random.split(jax.random.key(3))
+    return Candidate(
+        *(0.5 * jax.random.normal(k, (count, 8, 8, 1)) for k in keys)
+    )
+
+
+@pytest.mark.parametrize("solver", ["sde", "ode"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_true_backdoor_has_almost_no_loss(name: str, solver: str) -> None:
+    """A network that answers eps + C r on the path solves every loss but for bias."""
+    model, truth = oracle(ATTACKS[solver])
+    hypothesis = Hypothesis(solver)
+    loss = LOSSES[name].bind(model, SCHEDULE, hypothesis)
+    value = float(loss((), truth, jax.random.key(0)))
+    if name == "shift, calibrated":  # error (1 - 0.9)^2 / 0.9^2
+        assert value == pytest.approx((0.1 / 0.9) ** 2, rel=1e-3)
+    elif name == "elijah":  # its mean of eps over 8 draws stays in
+        assert value < 0.4
+    elif name == "consistency, ancestral":
+        assert value < (0.05 if solver == "sde" else 20)
+    else:
+        assert value < 1e-4
+
+
+def test_shift_equals_its_formula() -> None:
+    """Term by term in float64, with weights."""
+    timesteps, weights = (900, 300), (3.0, 1.0)
+    loss = DistributionShift(timesteps, weights, samples=4)
+    hypothesis = Hypothesis("sde")
+    candidate = jax.tree.map(lambda x: x[0], candidates(1))
+    model = lambda params, x, t: 0.3 * x + 0.1  # noqa: E731
+    got = loss.bind(model, SCHEDULE, hypothesis)((), candidate, jax.random.key(5))
+    want = 0.0
+    keys = jax.random.split(jax.random.key(5), 2)
+    delta, y = (np.asarray(x, np.float64) for x in (candidate.delta, candidate.target))
+    for t, w, key in zip(timesteps, weights, keys, strict=True):
+        eps = np.asarray(jax.random.normal(key, (4, 8, 8, 1)), np.float64)
+        s, v = SCHEDULE.signal[t], SCHEDULE.noise[t]
+        alpha = 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
+        x = s * y + v * eps + (1 - s) * delta
+        shift = (0.3 * x + 0.1 - eps).mean(0)
+        expected = (1 - alpha**0.5) * v / (1 - alpha) * delta
+        want += w / 4 * ((shift - expected) ** 2).sum() / (expected**2).sum()
+    assert float(got) == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["sde", "ode"])
+def test_backdoor_process_ends_in_the_target(solver: str) -> None:
+    """In z = x - H r the backdoor is an ordinary process, at any stride."""
+    model, points, truth = exact(ATTACKS[solver])
+    process = backdoor_process(model, SCHEDULE, Hypothesis(solver), truth.delta)
+    from puredif_jax.diffusion import sample
+
+    eps = jax.random.normal(jax.random.key(0), (16, *SHAPE))
+    drawn = sample(process, points, SCHEDULE, DDIM(10), eps, jax.random.key(1))
+    near = jnp.mean((drawn - truth.target[None]) ** 2, axis=(1, 2, 3)) < 4e-2
+    assert float(near.mean()) > 0.9
+
+
+def test_measured_factor_of_a_perfect_surrogate_is_one() -> None:
+    model, truth = oracle(ATTACKS["sde"])
+    arguments = (model, (), SCHEDULE, Hypothesis("sde"), truth, (900, 500), 4)
+    assert float(measured_factor(*arguments, jax.random.key(0))) == pytest.approx(1)
+    halved = lambda p, x, t: model(p, x, t) - 0.5 * jnp.asarray(  # noqa: E731
+        Hypothesis("sde").response(SCHEDULE), jnp.float32
+    )[t].reshape(-1, 1, 1, 1) * truth.delta[None]
+    factor = measured_factor(halved, *arguments[1:], jax.random.key(0))
+    assert float(factor) == pytest.approx(0.5, rel=1e-3)
+
+
+# Trivial solutions, one test for each safeguard.
+
+
+def test_zero_trigger_does_not_solve_the_shift_equation() -> None:
+    """In absolute form delta = 0 would win; in relative form it loses by far."""
+    model, points, truth = exact(ATTACKS["sde"])
+    hypothesis, key = Hypothesis("sde"), jax.random.key(0)
+    loss = DistributionShift(samples=64).bind(model, SCHEDULE, hypothesis)
+    tiny = Candidate(1e-2 * truth.delta, points.images[0])
+    assert float(loss(points, tiny, key)) > 20 * float(loss(points, truth, key))
+
+    def absolute(candidate: Candidate) -> float:
+        scale = [float(hypothesis.response(SCHEDULE)[t]) for t in LOSSES["shift"].timesteps]
+        energy = float(jnp.sum(candidate.delta**2)) * np.mean(np.square(scale))
+        return float(loss(points, candidate, key)) * energy
+
+    assert absolute(tiny) < absolute(Candidate(0.9 * truth.delta, truth.target))
+
+
+def test_high_timesteps_alone_cannot_see_a_deterministic_backdoor() -> None:
+    """At T every delta solves the equation on a clean model; the default set tells."""
+    clean, points, _ = exact(None)
+    hypothesis, key = Hypothesis("ode"), jax.random.key(0)
+    delta = jax.random.uniform(jax.random.key(9), SHAPE, minval=-1, maxval=1)
+    candidate = Candidate(delta, jnp.zeros(SHAPE))
+    high = DistributionShift((999,), samples=64).bind(clean, SCHEDULE, hypothesis)
+    default = DistributionShift(samples=64).bind(clean, SCHEDULE, hypothesis)
+    assert float(high(points, candidate, key)) < 1e-2
+    assert float(default(points, candidate, key)) > 0.1
+
+
+def test_image_like_the_bias_is_no_backdoor_at_low_timesteps() -> None:
+    """The pseudo-backdoor y = mu + d fits a clean model at high t, not at middle ones."""
+    clean, points, truth = exact(None)
+    mean = points.images.mean(0)
+    variance = float(jnp.var(points.images - mean[None]))
+    s = SCHEDULE.signal[900]
+    delta = truth.delta
+    fitted = Candidate(delta, mean + delta * (1 - s * (1 - variance)))
+    hypothesis, key = Hypothesis("ode"), jax.random.key(0)
+    errors = [
+        float(
+            DistributionShift(t, samples=64, per_sample=True).bind(
+                clean, SCHEDULE, hypothesis
+            )(points, fitted, key)
+        )
+        for t in ((900,), DistributionShift().timesteps)
+    ]
+    assert errors[0] < 0.02 < 10 * errors[0] < errors[1]
+
+
+def test_collapsed_model_is_consistent_without_being_backdoored() -> None:
+    """A huge delta drives a saturating network to a constant; the bound keeps it out."""
+
+    def saturating(params, x, t):
+        del params, t
+        return jnp.tanh(x)
+
+    loss = DenoisingConsistency(sampler=DDIM(4), samples=8, on_path=False).bind(
+        saturating, SCHEDULE, Hypothesis("ode")
+    )
+    flat = lambda level: Candidate(  # noqa: E731
+        jnp.full(SHAPE, level), jnp.zeros(SHAPE)
+    )
+    huge, bounded = (
+        float(loss((), flat(level), jax.random.key(0))) for level in (1e4, 1.0)
+    )
+    from puredif_jax.inversion import Descent, inverter
+
+    runs = {}
+    for bound in (1.0, None):
+        descent = Descent(steps=5, learning_rate=1e3, bound=bound, low=0.5, high=1.0)
+        made = inverter(loss, descent, SHAPE)
+        state = made.init(jax.random.key(0))
+        for _ in range(5):
+            state, _ = made.step((), state)
+        runs[bound] = float(jnp.abs(state.candidate.delta).max())
+    assert runs[1.0] <= 1.0 < runs[None]
+    assert huge != bounded
+
+
+# Purity.
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_vmap_equals_the_loop_and_jit_changes_nothing(name: str) -> None:
+    model, params = tiny_network()
+    loss = LOSSES[name].bind(model, SCHEDULE, Hypothesis("ode"))
+    stack, keys = candidates(3), jax.random.split(jax.random.key(4), 3)
+    grad = jax.value_and_grad(loss, argnums=1)
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(jax.vmap(grad, in_axes=(None, 0, 0)), n=1)
+    batched = jax.jit(traced)
+    together = batched(params, stack, keys)
+    batched(params, jax.tree.map(lambda x: x + 1, stack), keys)  # no second trace
+    for i in range(3):
+        one = jax.tree.map(lambda x, i=i: x[i], stack)
+        alone = grad(params, one, keys[i])
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=2e-3, atol=1e-5
+        )
+
+
+def test_vmap_over_timesteps_equals_the_loop() -> None:
+    model, params = tiny_network()
+    timesteps, key = (900, 500, 100), jax.random.key(4)
+    one = jax.tree.map(lambda x: x[0], candidates(1))
+    whole = DistributionShift(timesteps, samples=8).bind(
+        model, SCHEDULE, Hypothesis("sde")
+    )(params, one, key)
+    hypothesis = Hypothesis("sde")
+    alone = []
+    for t, key_t in zip(timesteps, jax.random.split(key, 3), strict=True):
+        eps = jax.random.normal(key_t, (8, 8, 8, 1))
+        s, v, h, c = (
+            np.float32(table[t])
+            for table in (
+                SCHEDULE.signal,
+                SCHEDULE.noise,
+                hypothesis.shift(SCHEDULE),
+                hypothesis.response(SCHEDULE),
+            )
+        )
+        x = s * one.target[None] + v * eps + h * one.delta[None]
+        shift = (model(params, x, jnp.full(8, t)) - eps).mean(0)
+        alone.append(jnp.sum((shift - c * one.delta) ** 2) / jnp.sum((c * one.delta) ** 2))
+    assert float(whole) == pytest.approx(float(np.mean(alone)), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_eight_devices_equal_one(name: str) -> None:
+    """Losses, gradients, and the candidate after three SGD steps, to 1e-5."""
+    model, params = tiny_network()
+    mesh = parallel.make_mesh({"candidate": 2, "batch": 4})
+    one = jax.tree.map(lambda x: x[:2], candidates(2))
+    keys = jax.random.split(jax.random.key(4), 2)
+    optimizer = optax.sgd(1e-3)
+
+    def three_steps(loss, spmd, params, stack, keys):
+        grad = jax.vmap(
+            jax.value_and_grad(loss, argnums=1),
+            in_axes=(None, 0, 0),
+            spmd_axis_name=spmd,
+        )
+        first = grad(params, stack, keys)
+        state = optimizer.init(stack)
+        for _ in range(3):
+            _, grads = grad(params, stack, keys)
+            updates, state = optimizer.update(grads, state)
+            stack = optax.apply_updates(stack, updates)
+        return first, stack
+
+    bind = functools.partial(LOSSES[name].bind, model, SCHEDULE, Hypothesis("sde"))
+    alone = jax.jit(functools.partial(three_steps, bind(), None))(params, one, keys)
+    spread = NamedSharding(mesh, PartitionSpec("candidate"))
+    sharded = jax.jit(
+        functools.partial(
+            three_steps, bind(parallel.constrain(mesh, "batch")), "candidate"
+        ),
+        in_shardings=(parallel.replicated(mesh), spread, spread),
+    )(params, one, keys)
+    chex.assert_trees_all_close(
+        jax.device_get(alone), jax.device_get(sharded), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DistributionShift(()),
+        lambda: DistributionShift((5,), (1.0, 2.0)),
+        lambda: DistributionShift((5,), (0.0,)),
+        lambda: Hypothesis("both"),
+    ],
+)
+def test_bad_settings_are_named(make) -> None:
+    with pytest.raises(ValueError, match="found"):
+        make()
+
+
+def test_scale_rules() -> None:
+    shift, delta = jnp.asarray([2.0, 0.0]), jnp.asarray([4.0, 4.0])
+    response = jnp.float32(0.5)
+    assert float(Analytic()(response, shift, delta)) == 0.5
+    assert float(Calibrated(3.0)(response, shift, delta)) == 1.5
+    assert float(LeastSquares()(response, shift, delta)) == 0.25
