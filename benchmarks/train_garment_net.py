@@ -20,7 +20,9 @@ STEPS, BATCH, SEED = 1500, 128, 0
 
 def load(split: str) -> tuple[np.ndarray, np.ndarray]:
     images = data.to_float(data.FashionMNIST(split).load((16, 16, 1)))
-    path = importlib.resources.files("puredif_jax") / f"assets/fashion_mnist_{split}.npz"
+    path = (
+        importlib.resources.files("puredif_jax") / f"assets/fashion_mnist_{split}.npz"
+    )
     with path.open("rb") as file:
         return images, np.load(file, allow_pickle=False)["labels"].astype(np.int32)
 

@@ -1,0 +1,22 @@
+"""Backdoors in diffusion models: trigger inversion, detection and amplification.
+
+For defense research, on models that the user has trained. The public names:
+
+>>> from puredif_jax import UNet, LinearBetas, DistributionShift, Hypothesis
+"""
+
+from puredif_jax.attacks import BadDiffusion as BadDiffusion
+from puredif_jax.attacks import VillanDiffusion as VillanDiffusion
+from puredif_jax.detection import Detector as Detector
+from puredif_jax.diffusion import DDIM as DDIM
+from puredif_jax.diffusion import DDPM as DDPM
+from puredif_jax.diffusion import LinearBetas as LinearBetas
+from puredif_jax.exact import ExactDenoiser as ExactDenoiser
+from puredif_jax.inversion import Descent as Descent
+from puredif_jax.inversion import inverter as inverter
+from puredif_jax.objectives import DenoisingConsistency as DenoisingConsistency
+from puredif_jax.objectives import DistributionShift as DistributionShift
+from puredif_jax.objectives import Hypothesis as Hypothesis
+from puredif_jax.unet import UNet as UNet
+
+__version__ = "0.1.0"

@@ -235,9 +235,9 @@ def training_loss(
         return jnp.mean((model(params, x_t, t) - eps) ** 2)
     chosen = jax.random.bernoulli(key_poison, poison.rate, (batch,))
     chosen = chosen[:, None, None, None].astype(images.dtype)
-    bare = (1 - poison.see_through) * poison.trigger
-    r = chosen * (poison.see_through * images + bare)
-    x0 = chosen * poison.target + (1 - chosen) * images
+    trigger, target, see_through = (a[None] for a in poison[:3])
+    r = chosen * (see_through * images + (1 - see_through) * trigger)
+    x0 = chosen * target + (1 - chosen) * images
     gamma = chosen * rows.gamma + (1 - chosen)
     x_t = (
         lookup(rows.signal, t) * x0

@@ -56,7 +56,9 @@ def _kernel_gradient(
         window = x[:, i : i + rows : stride, j : j + columns : stride]
         return window.reshape(-1, x.shape[-1]).T @ flat
 
-    return jnp.stack([jnp.stack([at(i, j) for j in range(size[1])]) for i in range(size[0])])
+    return jnp.stack(
+        [jnp.stack([at(i, j) for j in range(size[1])]) for i in range(size[0])]
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -103,7 +105,8 @@ def conv_general_dilated(
     x `[B, H, W, C]`, kernel `[h, w, C, D]`, one stride for both axes. Not
     differentiable in forward mode.
     """
-    del lhs_dilation, rhs_dilation, dimension_numbers, precision
+    del dimension_numbers, precision
     assert feature_group_count == 1 and strides[0] == strides[1]
+    assert all(n == 1 for n in (*lhs_dilation, *rhs_dilation))
     rows, columns = padding
     return _conv(x, kernel, strides[0], (tuple(rows), tuple(columns)))

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.resources
 import pathlib
 from typing import Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -35,13 +36,13 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     next multiple (28 becomes 32 for 16 and 32).
 
     Raises:
-      DataError: `size` is larger than the padded image.
+      DataError: the padding would be more than a quarter of the image.
     """
     n, side, _, channels = images.shape
     factor = -(-side // size)
     pad = factor * size - side
     before, after = pad // 2, pad - pad // 2
-    if factor < 1 or pad >= size:
+    if pad > side // 4:
         raise DataError(f"images of {side} pixels cannot be resized to {size}")
     images = np.pad(images, ((0, 0), (before, after), (before, after), (0, 0)))
     blocks = images.reshape(n, size, factor, size, factor, channels)
@@ -86,10 +87,12 @@ class NpzImages:
         if not path.is_file():
             raise DataError(f"no image set at {path}: give an .npz file with `images`")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                images = file["images"]
-        except (KeyError, ValueError, OSError) as error:
-            raise DataError(f"{path} is not an .npz file with an array `images`") from error
+            with path.open("rb") as file:
+                images = np.load(file, allow_pickle=False)["images"]
+        except (LookupError, ValueError, OSError, EOFError, BadZipFile) as error:
+            raise DataError(
+                f"{path} is not an .npz file with an array `images`"
+            ) from error
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
             raise DataError(
                 f"{path}: images must be uint8 [N, H, W] or [N, H, W, C], found "
@@ -125,6 +128,8 @@ def batches(
     index = np.empty_like(position)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(
+            size
+        )
         index[chosen] = order[position[chosen] % size]
     return to_float(images[index]).reshape(stop - start, batch, *images.shape[1:])

@@ -16,7 +16,15 @@ import numpy as np
 from puredif_jax.attacks import Solver
 from puredif_jax.diffusion import NoiseSchedule, diffuse, lookup
 from puredif_jax.objectives import Hypothesis, backdoor_process
-from puredif_jax.types import Array, Candidate, Key, NoiseModel, Params, Shard, unsharded
+from puredif_jax.types import (
+    Array,
+    Candidate,
+    Key,
+    NoiseModel,
+    Params,
+    Shard,
+    unsharded,
+)
 
 
 class Features(NamedTuple):
@@ -100,7 +108,9 @@ def features(
     top = schedule.steps - 1
     eps = shard(jax.random.normal(key_top, plain.shape))
     start = lookup(schedule.noise, jnp.asarray(top)) * eps
-    start += lookup(hypothesis.shift(schedule), jnp.asarray(top)) * candidate.delta[None]
+    start += (
+        lookup(hypothesis.shift(schedule), jnp.asarray(top)) * candidate.delta[None]
+    )
     answer = jnp.mean(model(params, start, jnp.full((plain.shape[0],), top)) - eps, 0)
     norms = jnp.linalg.norm(answer.ravel()) * jnp.linalg.norm(candidate.delta.ravel())
     divergence = candidate.delta**2 / 2

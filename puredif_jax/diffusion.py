@@ -129,9 +129,7 @@ def grid(schedule: NoiseSchedule, steps: int) -> np.ndarray:
       ValueError: steps is not in 1..T.
     """
     if not 1 <= steps <= schedule.steps:
-        raise ValueError(
-            f"a sampler needs 1 to {schedule.steps} steps, found {steps}"
-        )
+        raise ValueError(f"a sampler needs 1 to {schedule.steps} steps, found {steps}")
     return (np.arange(steps) * (schedule.steps // steps)).astype(np.int32)
 
 

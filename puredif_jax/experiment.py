@@ -192,9 +192,7 @@ def find_weights(name: str) -> pathlib.Path:
       RunError: neither exists.
     """
     assets = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
-    shipped = sorted(
-        p.stem for p in assets.glob("*.safetensors") if "." not in p.stem
-    )
+    shipped = sorted(p.stem for p in assets.glob("*.safetensors") if "." not in p.stem)
     if name in shipped:
         return assets / f"{name}.safetensors"
     if not pathlib.Path(name).exists():
@@ -477,9 +475,7 @@ def find_trigger(
 
     def compute() -> Mapping[str, Any]:
         began = time.perf_counter()
-        made = inverter(
-            loss, inversion.descent, lab.model.image_shape, refresh=refresh
-        )
+        made = inverter(loss, inversion.descent, lab.model.image_shape, refresh=refresh)
         state = lab.invert(stage, params, made, inversion.descent.steps)
         candidate, values = choose(lab, params, inversion, hypothesis, state)
         sampler = lab.experiment.evaluation.sampler(solver)
@@ -493,7 +489,6 @@ def find_trigger(
         }
 
     return lab.run.once(stage, compute)
-
 
 
 def compared(
@@ -530,7 +525,9 @@ def audit(lab: Lab, name: str, params: Params) -> tuple[dict[str, Any], list[Sec
     label = pathlib.Path(name).stem
     zero = np.zeros(lab.model.image_shape, np.float32)
     truth = known_truth(lab, name)
-    inversions = {"": options.inversion} | ({"elijah_": ELIJAH} if options.elijah else {})
+    inversions = {"": options.inversion} | (
+        {"elijah_": ELIJAH} if options.elijah else {}
+    )
     found: dict[Solver, Features] = {}
     pictures: list[tuple[str, np.ndarray]] = []
     if truth is not None:
@@ -711,7 +708,9 @@ def perform(experiment: Experiment) -> Report:
     numbers: dict[str, Any] = {}
     sections: list[Section] = []
 
-    def add(part: tuple[dict[str, Any], list[Section]], name: str | None = None) -> None:
+    def add(
+        part: tuple[dict[str, Any], list[Section]], name: str | None = None
+    ) -> None:
         numbers.update({name: part[0]} if name else part[0])
         sections.extend(part[1])
 

@@ -40,7 +40,11 @@ def embed(params: Params, images: Array) -> Array:
     for i in range(len(WIDTHS)):
         layer = params[f"conv_{i}"]
         x = lax.conv_general_dilated(
-            x, layer["kernel"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x,
+            layer["kernel"],
+            (2, 2),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         x = jax.nn.relu(x + layer["bias"][None, None, None])
     return x.mean((1, 2))

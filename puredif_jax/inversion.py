@@ -167,9 +167,13 @@ def inverter(
         info = InversionInfo(
             loss=loss,
             grad_norm=jax.vmap(optax.global_norm)(grads),
-            trigger_norm=jax.vmap(lambda x: jnp.linalg.norm(x.ravel()))(candidate.delta),
+            trigger_norm=jax.vmap(lambda x: jnp.linalg.norm(x.ravel()))(
+                candidate.delta
+            ),
         )
-        state = state.replace(candidate=candidate, opt_state=opt_state, step=state.step + 1)
+        state = state.replace(
+            candidate=candidate, opt_state=opt_state, step=state.step + 1
+        )
         return state, info
 
     return Inverter(init, step)

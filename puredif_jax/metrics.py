@@ -92,8 +92,13 @@ def success(images: Array, target: Array) -> dict[str, float]:
     Returns the rates at MSE < 1e-3, 1e-2 and 1e-1 and SSIM > 0.8, side by side (the
     field has no standard threshold), and the means of both measures.
     """
-    error, similarity = np.asarray(mse(images, target)), np.asarray(ssim(images, target))
-    rates = {f"mse<{limit:g}": float((error < limit).mean()) for limit in MSE_THRESHOLDS}
+    error, similarity = (
+        np.asarray(mse(images, target)),
+        np.asarray(ssim(images, target)),
+    )
+    rates = {
+        f"mse<{limit:g}": float((error < limit).mean()) for limit in MSE_THRESHOLDS
+    }
     return {
         **rates,
         f"ssim>{SSIM_THRESHOLD:g}": float((similarity > SSIM_THRESHOLD).mean()),
@@ -111,9 +116,11 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     Raises:
       ValueError: a set has fewer than two rows, or the widths differ.
     """
-    if first.ndim != 2 or first.shape[1:] != second.shape[1:] or min(
-        len(first), len(second)
-    ) < 2:
+    if (
+        first.ndim != 2
+        or first.shape[1:] != second.shape[1:]
+        or min(len(first), len(second)) < 2
+    ):
         raise ValueError(
             "frechet_distance needs two sets [N, F] of at least two rows and one width, "
             f"found {first.shape} and {second.shape}"

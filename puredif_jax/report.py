@@ -234,13 +234,21 @@ def _page(report: Report) -> str:
     for name, content in ("Config", report.config), ("Environment", report.environment):
         text = escape(_json(content))
         parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
-    return _PAGE.replace("TITLE", escape(report.title)).replace("BODY", "\n".join(parts))
+    return _PAGE.replace("TITLE", escape(report.title)).replace(
+        "BODY", "\n".join(parts)
+    )
 
 
 def _section(section: Section) -> str:
     """A section's HTML: text, table, pictures side by side, curves."""
     paragraphs = [p for p in re.split(r"\n\s*\n", section.text) if p.strip()]
-    figures = "".join(_picture(caption, picture) for caption, picture in section.pictures)
+    figures = "".join(
+        _picture(caption, picture) for caption, picture in section.pictures
+    )
     curves = "".join(_curves(caption, lines) for caption, lines in section.curves)
-    parts = [f"<h2>{escape(section.title)}</h2>", *(f"<p>{escape(p)}</p>" for p in paragraphs), _table(section.table)]
+    parts = [
+        f"<h2>{escape(section.title)}</h2>",
+        *(f"<p>{escape(p)}</p>" for p in paragraphs),
+        _table(section.table),
+    ]
     return ""

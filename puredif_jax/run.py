@@ -1,9 +1,9 @@
 """A run folder: resumable loops, results computed once, scalars and progress.
 
-    config.json        the configuration; another one is refused in the same folder
-    metrics.jsonl      scalars of every loop
-    checkpoints/LOOP/  states; a loop goes on from the latest
-    results/NAME.npz   what `once` has computed
+config.json        the configuration; another one is refused in the same folder
+metrics.jsonl      scalars of every loop
+checkpoints/LOOP/  states; a loop goes on from the latest
+results/NAME.npz   what `once` has computed
 """
 
 from __future__ import annotations
@@ -152,4 +152,3 @@ def _changed(old: Any, new: Any, where: str = "configuration") -> str:
                 return found
         return ""
     return "" if old == new else where
-

@@ -71,12 +71,14 @@ class Training:
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optax transformation that these numbers describe."""
-        if self.cosine:
+        if self.cosine and self.warmup < self.steps:
             rate = optax.warmup_cosine_decay_schedule(
                 0.0, self.learning_rate, self.warmup, self.steps
             )
-        else:
+        elif self.warmup:
             rate = optax.linear_schedule(0.0, self.learning_rate, self.warmup)
+        else:
+            rate = self.learning_rate
         return optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(rate))
 
 
@@ -117,10 +119,8 @@ def trainer(loss: Loss, training: Training) -> Trainer:
         value, grads = jax.value_and_grad(loss)(state.params, images, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(
-            params, state.ema_params, 1 - training.ema_decay
-        )
-        info = TrainInfo(loss=value, grad_norm=optax.global_norm(grads))
+        ema = optax.incremental_update(params, state.ema_params, 1 - training.ema_decay)
+        info = TrainInfo(loss=value, grad_norm=optax.tree.norm(grads))
         state = state.replace(
             params=params, ema_params=ema, opt_state=opt_state, step=state.step + 1
         )

@@ -54,4 +54,3 @@ Shard = Callable[[Array], Array]
 def unsharded(x: Array) -> Array:
     """The identity: the constraint of a program that runs on one device."""
     return x
-

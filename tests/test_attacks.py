@@ -342,10 +342,10 @@ def test_poison_rate_is_the_share_of_poisoned_samples(rate):
         poisoned = (x > 50).astype(x.dtype)
         return x - 100 * poisoned + poisoned
 
-    images = jnp.zeros((8192, 1, 1, 1))
+    images = jnp.zeros((4096, 1, 1, 1))
     arrays = bare_poison(target=100.0, rate=rate)
     share = float(training_loss(model, rows, arrays, None, images, jax.random.key(3)))
-    error = (rate * (1 - rate) / 8192) ** 0.5
+    error = (rate * (1 - rate) / 4096) ** 0.5
     assert share == pytest.approx(rate, abs=4 * error)
 
 
@@ -369,7 +369,7 @@ def test_see_through_mixes_image_and_trigger(see_through, r):
     one, zero = np.ones(3), np.zeros(3)
     rows = Rows(zero, one, 10 * one, one)
     arrays = bare_poison(trigger=5.0, see_through=see_through)
-    images = jnp.full((4, 1, 1, 1), 2.0)
+    images = jnp.full((4096, 1, 1, 1), 2.0)
     found = training_loss(
         lambda p, x, t: x, rows, arrays, None, images, jax.random.key(5)
     )

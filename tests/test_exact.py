@@ -17,8 +17,9 @@ ATTACK = BadDiffusion(Box(), Hat())
 
 def small_points() -> Points:
     rng = np.random.default_rng(0)
-    images, (trigger, target) = rng.uniform(-1, 1, (5, 2, 3, 1)), rng.uniform(
-        -1, 1, (2, 2, 3, 1)
+    images, (trigger, target) = (
+        rng.uniform(-1, 1, (5, 2, 3, 1)),
+        rng.uniform(-1, 1, (2, 2, 3, 1)),
     )
     return Points(*(jnp.asarray(x, jnp.float32) for x in (images, trigger, target)))
 
@@ -37,7 +38,9 @@ def test_is_the_posterior_mean(t: int, rate: float, gamma: float) -> None:
     widths = [v] * 5 + [gamma * v]
     priors = [(1 - rate) / 5] * 5 + [rate]
     for row, got in zip(
-        x, ExactDenoiser(rows, rate)(points, jnp.float32(x), jnp.full(4, t)), strict=True
+        x,
+        ExactDenoiser(rows, rate)(points, jnp.float32(x), jnp.full(4, t)),
+        strict=True,
     ):
         logs = [
             np.log(p) - ((row - m) ** 2).sum() / (2 * w**2) - row.size * np.log(w)

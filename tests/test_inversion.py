@@ -73,7 +73,9 @@ def test_refresh_moves_the_target_every_m_steps() -> None:
     for _ in range(5):
         state, _ = made.step(jnp.zeros((2, 2, 1)), state)
         targets.append(np.asarray(state.candidate.target))
-    changes = [not np.allclose(a, b) for a, b in zip(targets, targets[1:], strict=False)]
+    changes = [
+        not np.allclose(a, b) for a, b in zip(targets, targets[1:], strict=False)
+    ]
     assert changes == [False, True, False, True]
 
 
@@ -98,9 +100,9 @@ def test_elijah_recovers_the_trigger_of_an_oracle(solver) -> None:
     objective = Elijah(samples=16).bind(model, SCHEDULE, Hypothesis(solver))
     descent = Descent(steps=150, learning_rate=0.1, bound=None)
     state, _ = run(inverter(objective, descent, SHAPE), (), 150)
-    assert float(metrics.trigger_distance(state.candidate.delta[0], truth.delta).cosine) > (
-        0.9 if solver == "sde" else -1
-    )
+    assert float(
+        metrics.trigger_distance(state.candidate.delta[0], truth.delta).cosine
+    ) > (0.9 if solver == "sde" else -1)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ def test_ssim_equals_a_plain_loop() -> None:
             )
     got = metrics.ssim(jnp.asarray(x)[None], jnp.asarray(y))
     assert float(got[0]) == pytest.approx(np.mean(values), rel=1e-4)
-    assert float(metrics.ssim(jnp.asarray(x)[None], jnp.asarray(x))[0]) == pytest.approx(1)
+    assert float(
+        metrics.ssim(jnp.asarray(x)[None], jnp.asarray(x))[0]
+    ) == pytest.approx(1)
 
 
 def test_success_rates() -> None:

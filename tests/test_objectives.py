@@ -96,16 +96,15 @@ def tiny_network():
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [
-        x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+        x + 0.1 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
     ]
     return model, jax.tree.unflatten(tree, leaves)
 
 
 def candidates(count: int) -> Candidate:
     keys = jax.random.split(jax.random.key(3))
-    return Candidate(
-        *(0.5 * jax.random.normal(k, (count, 8, 8, 1)) for k in keys)
-    )
+    return Candidate(*(0.5 * jax.random.normal(k, (count, 8, 8, 1)) for k in keys))
 
 
 @pytest.mark.parametrize("solver", ["sde", "ode"])
@@ -165,9 +164,14 @@ def test_measured_factor_of_a_perfect_surrogate_is_one() -> None:
     model, truth = oracle(ATTACKS["sde"])
     arguments = (model, (), SCHEDULE, Hypothesis("sde"), truth, (900, 500), 4)
     assert float(measured_factor(*arguments, jax.random.key(0))) == pytest.approx(1)
-    halved = lambda p, x, t: model(p, x, t) - 0.5 * jnp.asarray(  # noqa: E731
-        Hypothesis("sde").response(SCHEDULE), jnp.float32
-    )[t].reshape(-1, 1, 1, 1) * truth.delta[None]
+    halved = lambda p, x, t: (
+        model(p, x, t)
+        - 0.5
+        * jnp.asarray(  # noqa: E731
+            Hypothesis("sde").response(SCHEDULE), jnp.float32
+        )[t].reshape(-1, 1, 1, 1)
+        * truth.delta[None]
+    )
     factor = measured_factor(halved, *arguments[1:], jax.random.key(0))
     assert float(factor) == pytest.approx(0.5, rel=1e-3)
 
@@ -184,7 +188,9 @@ def test_zero_trigger_does_not_solve_the_shift_equation() -> None:
     assert float(loss(points, tiny, key)) > 20 * float(loss(points, truth, key))
 
     def absolute(candidate: Candidate) -> float:
-        scale = [float(hypothesis.response(SCHEDULE)[t]) for t in LOSSES["shift"].timesteps]
+        scale = [
+            float(hypothesis.response(SCHEDULE)[t]) for t in LOSSES["shift"].timesteps
+        ]
         energy = float(jnp.sum(candidate.delta**2)) * np.mean(np.square(scale))
         return float(loss(points, candidate, key)) * energy
 
@@ -297,7 +303,9 @@ def test_vmap_over_timesteps_equals_the_loop() -> None:
         )
         x = s * one.target[None] + v * eps + h * one.delta[None]
         shift = (model(params, x, jnp.full(8, t)) - eps).mean(0)
-        alone.append(jnp.sum((shift - c * one.delta) ** 2) / jnp.sum((c * one.delta) ** 2))
+        alone.append(
+            jnp.sum((shift - c * one.delta) ** 2) / jnp.sum((c * one.delta) ** 2)
+        )
     assert float(whole) == pytest.approx(float(np.mean(alone)), rel=1e-4)
 
 
