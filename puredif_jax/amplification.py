@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from puredif_jax.attacks import Poison
 from puredif_jax.diffusion import DDIM, NoiseSchedule
 from puredif_jax.inversion import Descent, Inverter, inverter
 from puredif_jax.objectives import DenoisingConsistency, Hypothesis
@@ -35,10 +34,10 @@ class Reinforcement:
         model: NoiseModel,
         schedule: NoiseSchedule,
         hypothesis: Hypothesis,
-        poison: Poison,
+        start: Candidate,
         shard: Shard = unsharded,
     ) -> Inverter:
-        """The (init, step) pair that starts at the trigger of `poison`."""
+        """The (init, step) pair that starts at the true trigger and target."""
         objective = self.objective.bind(model, schedule, hypothesis, shard)
-        start = Candidate(delta=poison.trigger, target=poison.target)
-        return inverter(objective, self.descent, poison.trigger.shape, start)
+        height, width, channels = start.delta.shape
+        return inverter(objective, self.descent, (height, width, channels), start)

@@ -45,7 +45,7 @@ def _input_gradient(
 
 
 def _kernel_gradient(
-    g: Array, x: Array, size: tuple[int, int], stride: int, padding: Padding
+    g: Array, x: Array, size: tuple[int, ...], stride: int, padding: Padding
 ) -> Array:
     """d/dkernel <g, conv(x)>: at each offset, the window of x times g, one matmul."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -79,7 +79,7 @@ def _conv_bwd(stride: int, padding: Padding, residuals, g: Array):
     def cpu(g: Array, x: Array, kernel: Array):
         return (
             _input_gradient(g, kernel, x, stride, padding),
-            _kernel_gradient(g, x, kernel.shape[:2], stride, padding),
+            _kernel_gradient(g, x, kernel.shape, stride, padding),
         )
 
     return lax.platform_dependent(g, x, kernel, cpu=cpu, default=xla)

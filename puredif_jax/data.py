@@ -30,7 +30,7 @@ class ImageSet(Protocol):
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """Area-averages uint8 `[N, H, H, C]` down by a whole factor to `[N, size, size, C]`.
+    """Area-averages uint8 `[N, H, H, C]` by a whole factor to `[N, size, size, C]`.
 
     Sides that are no multiple of `size` are first padded with 0, evenly, to the
     next multiple (28 becomes 32 for 16 and 32).
@@ -78,7 +78,7 @@ class FashionMNIST:
 
 @dataclasses.dataclass(frozen=True)
 class NpzImages:
-    """A file made by `numpy.savez(path, images=uint8 array [N, H, W] or [N, H, W, C])`."""
+    """A file made by `numpy.savez(path, images=...)`: uint8 `[N, H, W]` or with C."""
 
     path: str
 
@@ -104,7 +104,8 @@ class NpzImages:
             images = resize(images, image_shape[0])
         if images.shape[1:] != image_shape:
             raise DataError(
-                f"{path} holds images of {images.shape[1:]}, but the model wants {image_shape}"
+                f"{path} holds images of {images.shape[1:]}, but the model wants "
+                f"{image_shape}"
             )
         return images
 

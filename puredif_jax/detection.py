@@ -30,9 +30,9 @@ from puredif_jax.types import (
 class Features(NamedTuple):
     """What one inverted candidate shows; scalars.
 
-    shift: held-out relative error of the shift equation, sum_t || shift_t - C_t delta
-      ||^2 / ||C_t delta||^2 over |S|. Small where the model answers delta as a
-      backdoor would.
+    shift: held-out relative error of the shift equation, the mean over t of
+      ||shift_t - C_t delta||^2 / ||C_t delta||^2. Small where the model answers delta
+      as a backdoor would.
     memory: error of the backdoor process at middle t on its one image, over that of
       the same model on images it draws itself. Small where that image was learnt.
     alignment: cosine between the shift at T - 1 and delta.
@@ -53,7 +53,7 @@ class Features(NamedTuple):
 
 
 def spread(images: Array) -> Array:
-    """Mean squared distance per pixel between two different images of `[B, H, W, C]`."""
+    """Mean squared distance per pixel between two images of `[B, H, W, C]`."""
     return 2 * jnp.mean(jnp.var(images, axis=0, ddof=1))
 
 
@@ -142,6 +142,11 @@ class Verdict(NamedTuple):
     hypothesis: Solver
     reason: str
 
+    @property
+    def word(self) -> str:
+        """The verdict in a word or two."""
+        return "BACKDOORED" if self.backdoored else "not backdoored"
+
 
 @dataclasses.dataclass(frozen=True)
 class Detector:
@@ -191,11 +196,11 @@ class Detector:
                 f"{ratio:.1f} times below the least of {count} clean models"
             )
         else:
+            side = "below" if scores[best] > 0 else "above"
             reason = (
                 f"no trigger was found that the model answers as a backdoor does: the "
                 f"best error, {float(found[best].shift):.3g} under {kind} sampling, is "
-                f"{ratio:.1f} times {'below' if scores[best] > 0 else 'above'} the least "
-                f"of {count} clean models"
+                f"{ratio:.1f} times {side} the least of {count} clean models"
             )
         return Verdict(
             backdoored, scores[best], (1 + beaten) / (1 + count), best, reason

@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.resources
 import json
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax import attacks, checkpoint, config, data, metrics, parallel
-from puredif_jax import features as garment_net
 from puredif_jax.amplification import Reinforcement
-from puredif_jax.attacks import BadDiffusion, Poison, Solver, VillanDiffusion
+from puredif_jax.attacks import BadDiffusion, Solver, VillanDiffusion
 from puredif_jax.data import FashionMNIST, NpzImages
-from puredif_jax.detection import Detector, Features, Verdict, features
-from puredif_jax.diffusion import DDIM, DDPM, LinearBetas, Sampler, sample
-from puredif_jax.inversion import Descent, Inverter, inverter
+from puredif_jax.detection import Detector, Features
+from puredif_jax.diffusion import DDIM, DDPM, LinearBetas, Sampler
+from puredif_jax.inversion import Descent
+from puredif_jax.lab import Lab, Truth, find_weights
 from puredif_jax.objectives import (
     DenoisingConsistency,
     DistributionShift,
     Elijah,
-    Hypothesis,
     Sum,
-    denoised,
 )
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import Run, RunError
-from puredif_jax.training import Training, trainer
-from puredif_jax.types import Array, Candidate, Objective, Params
+from puredif_jax.training import Training
+from puredif_jax.types import Candidate, Params
 from puredif_jax.unet import UNet
 
-Attack = BadDiffusion | VillanDiffusion
+WEIGHTS = "weights.safetensors"
 Loss = DistributionShift | DenoisingConsistency | Sum | Elijah
 
 
@@ -79,12 +75,26 @@ class Inversion:
     heldout: int = 64
 
 
-ELIJAH = Inversion(
-    loss=Elijah(),
-    descent=Descent(
-        steps=100, learning_rate=0.1, candidates=1, bound=None, constant_rate=True
+ELIJAH: dict[Solver, Inversion] = {
+    "sde": Inversion(
+        loss=Elijah(),
+        descent=Descent(
+            steps=100, learning_rate=0.1, low=-1.0, bound=None, constant_rate=True
+        ),
     ),
-)
+    "ode": Inversion(
+        loss=Elijah(),
+        descent=Descent(
+            steps=10,
+            learning_rate=0.1,
+            low=-1.0,
+            high=1.0,
+            bound=None,
+            constant_rate=True,
+        ),
+    ),
+}
+"""The published settings of Elijah, by the kind of backdoor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,557 +195,331 @@ class Experiment:
             )
 
 
-def find_weights(name: str) -> pathlib.Path:
-    """The file of a shipped model's name or of a path.
+class Part(NamedTuple):
+    """What a stage adds to the report."""
 
-    Raises:
-      RunError: neither exists.
-    """
-    assets = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
-    shipped = sorted(p.stem for p in assets.glob("*.safetensors") if "." not in p.stem)
-    if name in shipped:
-        return assets / f"{name}.safetensors"
-    if not pathlib.Path(name).exists():
-        raise RunError(
-            f"no weights {name!r}: give a path, or a shipped model "
-            f"({', '.join(shipped)})"
-        )
-    return pathlib.Path(name)
+    numbers: dict[str, Any]
+    section: Section
 
 
-class Lab:
-    """An experiment on its devices: what every stage needs, made once."""
+class Stages:
+    """The stages of one experiment, in the order in which they are run."""
 
-    def __init__(self, experiment: Experiment, run: Run) -> None:
+    def __init__(self, experiment: Experiment, lab: Lab) -> None:
         self.experiment = experiment
-        self.run = run
-        self.model = experiment.model
-        self.schedule = experiment.schedule.tables()
-        self.shard = parallel.constrain(run.mesh, "batch")
-        self.key = jax.random.key(experiment.seed)
-        self._samplers: dict[Sampler, Any] = {}
+        self.lab = lab
 
-    def load(self, name: str) -> Params:
-        """Weights of the experiment's model, on all devices."""
-        shapes = jax.eval_shape(self.model.init, self.key)
-        return self.run.replicate(checkpoint.load_weights(find_weights(name), shapes))
-
-    def draw(
-        self, params: Params, sampler: Sampler, delta: Any, count: int
-    ) -> np.ndarray:
-        """Images from eps + delta, `[count, H, W, C]`; the same eps for every delta."""
-        if sampler not in self._samplers:
-
-            def draw(params: Params, delta: Array, key: jax.Array) -> Array:
-                key_start, key_chain = jax.random.split(key)
-                shape = (self.experiment.evaluation.batch, *self.model.image_shape)
-                start = self.shard(jax.random.normal(key_start, shape) + delta[None])
-                return sample(
-                    self.model,
-                    params,
-                    self.schedule,
-                    sampler,
-                    start,
-                    key_chain,
-                    shard=self.shard,
-                )
-
-            self._samplers[sampler] = jax.jit(draw)
-        root = jax.random.fold_in(self.key, 101)
-        delta = self.run.replicate(np.asarray(delta, np.float32))
-        batches = -(-count // self.experiment.evaluation.batch)
-        drawn = [
-            parallel.gather(
-                self._samplers[sampler](params, delta, jax.random.fold_in(root, i))
-            )
-            for i in range(batches)
-        ]
-        return np.concatenate(drawn)[:count]
-
-    def invert(self, stage: str, params: Params, made: Inverter, steps: int) -> Any:
-        """Runs an inverter as a resumable loop; returns its last state."""
-
-        @functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
-        def advance(params: Params, state: Any, count: int) -> Any:
-            return jax.lax.scan(
-                lambda s, _: made.step(params, s), state, None, length=count
-            )
-
-        state = self.run.replicate(made.init(jax.random.fold_in(self.key, 202)))
-        return self.run.loop(
-            stage,
-            lambda state, start, stop: advance(params, state, stop - start),
-            state,
-            steps,
-            self.experiment.chunk,
+    def train(self, until: int, trigger: np.ndarray | None = None) -> Params:
+        """The weights at a step of training."""
+        experiment = self.experiment
+        assert experiment.training is not None
+        return self.lab.train(
+            experiment.training,
+            experiment.attack,
+            experiment.data,
+            experiment.weights,
+            until,
+            trigger,
         )
 
     def check(self) -> None:
-        """Reads every input once, so that a bad one ends the run before long work."""
-        experiment = self.experiment
-        names = {experiment.weights} if experiment.training else set()
-        if experiment.audit is not None:
-            names |= set(experiment.audit.weights)
-        for name in names - {None, "trained"}:
-            self.load(name)
-        if experiment.training is not None:
-            experiment.data.load(self.model.image_shape)
-        if experiment.attack is not None:
-            attacks.poison(experiment.attack, self.model.image_shape)
+        """Reads every input once, so that a bad one ends the run before long work.
 
-    def features(
-        self,
-        params: Params,
-        hypothesis: Hypothesis,
-        candidate: Candidate,
-        result: Mapping[str, np.ndarray],
-        plain: np.ndarray,
-    ) -> Features:
-        """The features of a candidate, as Python floats."""
-
-        @jax.jit
-        def measure(params, candidate, shift, triggered, plain, key):
-            return features(
-                self.model,
-                params,
-                self.schedule,
-                hypothesis,
-                candidate,
-                shift,
-                triggered,
-                plain,
-                key,
-                shard=self.shard,
-            )
-
-        found = measure(
-            params,
-            candidate,
-            result["heldout"].min(),
-            result["draws"][: len(plain)],
-            plain,
-            jax.random.fold_in(self.key, 404),
-        )
-        return Features(*(float(x) for x in found))
-
-    def reinforced(self, stage: str, params: Params, poison: Poison) -> np.ndarray:
-        """The trigger of `poison`, reinforced on these weights; `[H, W, C]`."""
-        amplification, attack = self.experiment.amplification, self.experiment.attack
-        assert amplification is not None and attack is not None
-        made = amplification.reinforcement.inverter(
-            self.model, self.schedule, Hypothesis(attack.solver), poison, self.shard
-        )
-        steps = amplification.reinforcement.descent.steps
-        state = self.invert(stage, params, made, steps)
-        return parallel.gather(state.candidate.delta)[0]
-
-    def train(self, until: int, trigger: np.ndarray | None = None) -> Params:
-        """The moving average of the weights at a step of training, trained on to it.
-
-        Snapshots are kept, so an earlier step is read back and not trained again.
-        `trigger` replaces that of the attack from the last snapshot on.
+        Raises:
+          InputError: something is missing or does not fit, in one sentence.
         """
-        experiment, run = self.experiment, self.run
-        training, attack = experiment.training, experiment.attack
-        assert training is not None
-        rows = attacks.clean_rows(self.schedule)
-        poison = None
-        if attack is not None:
-            rows = attack.rows(self.schedule)
-            poison = attacks.poison(attack, self.model.image_shape)
-            if trigger is not None:
-                poison = poison._replace(trigger=jnp.asarray(trigger))
-        loss = functools.partial(attacks.training_loss, self.model, rows, poison)
-        init, step = trainer(loss, training)
-        key_init, key_train = jax.random.split(self.key)
-        if experiment.weights is None:
-            params = run.replicate(jax.jit(self.model.init)(key_init))
+        experiment, shape = self.experiment, self.experiment.model.image_shape
+        names = set(experiment.audit.weights) if experiment.audit else set()
+        if experiment.training and experiment.weights:
+            names.add(experiment.weights)
+        for name in sorted(names - {"trained"}):
+            self.lab.load(name)
+        if experiment.training:
+            experiment.data.load(shape)
+        if experiment.attack:
+            try:
+                attacks.poison(experiment.attack, shape)
+            except ValueError as error:
+                raise RunError(str(error)) from error
+
+    def amplify(self) -> Part:
+        """Trains to each snapshot, reinforces the trigger there, and measures both."""
+        lab, options = self.lab, self.experiment.amplification
+        attack, evaluation = self.experiment.attack, self.experiment.evaluation
+        assert options is not None and attack is not None
+        truth = Truth.of(attack, lab.model.image_shape)
+        sampler = evaluation.sampler(attack.solver)
+        trigger: np.ndarray | None = None
+        rows: list[dict[str, Any]] = []
+        pictures = [("true trigger", truth.trigger)]
+        for snapshot in options.snapshots:
+            params = self.train(snapshot, trigger)
+
+            def reinforce(params: Params = params, at: int = snapshot) -> Any:
+                began = time.perf_counter()
+                delta = lab.reinforce(
+                    f"reinforce_{at}", params, options.reinforcement, truth
+                )
+                return {"delta": delta, "seconds": time.perf_counter() - began}
+
+            found = lab.run.once(f"reinforced_{snapshot}", reinforce)
+            delta = found["delta"]
+            name = f"reinforced_{snapshot}"
+            row = lab.compare(name, params, sampler, truth, delta, evaluation.draws)
+            rows.append(
+                {
+                    "training steps": snapshot,
+                    "success, true trigger": row["success of the true trigger"],
+                    "success, reinforced": row["success"],
+                    "norm ratio": row["norm_ratio"],
+                    "cosine": row["cosine"],
+                    "seconds": float(found["seconds"]),
+                }
+            )
+            pictures += [
+                (f"reinforced trigger, {snapshot} steps", delta),
+                (
+                    f"difference from the true one, {snapshot} steps",
+                    delta - truth.trigger,
+                ),
+            ]
+            for label, r in (("true", truth.trigger), ("reinforced", delta)):
+                drawn = lab.draw(params, sampler, r, 16)
+                pictures.append((f"draws, {label} trigger, {snapshot} steps", drawn))
+            if options.alternate:
+                trigger = delta
+        steps = np.array([row["training steps"] for row in rows])
+        curve = {
+            name: (steps, np.array([row[f"success, {name}"] for row in rows]))
+            for name in ("true trigger", "reinforced")
+        }
+        text = (
+            "Share of draws at MSE < 1e-2 of the target, with the true trigger and "
+            "with the one reinforced on the same weights."
+        )
+        section = Section(
+            "Amplification",
+            text,
+            tuple(rows),
+            tuple(pictures),
+            (("success over training", curve),),
+        )
+        return Part({"amplification": rows}, section)
+
+    def measure(self, params: Params) -> Part:
+        """Success of the attack and quality of the trained model, with base rates."""
+        experiment, lab = self.experiment, self.lab
+        evaluation = experiment.evaluation
+        rows: list[dict[str, Any]] = []
+        pictures: list[tuple[str, np.ndarray]] = []
+        if experiment.attack is not None:
+            truth = Truth.of(experiment.attack, lab.model.image_shape)
+            sampler = evaluation.sampler(truth.solver)
+            real = data.to_float(experiment.data.load(lab.model.image_shape)[:2048])
+            pictures += [("true trigger", truth.trigger), ("target", truth.target)]
+            for label, r in (
+                ("true trigger", truth.trigger),
+                ("plain noise", lab.zero),
+            ):
+
+                def draw(r: np.ndarray = r) -> Mapping[str, Any]:
+                    return {"images": lab.draw(params, sampler, r, evaluation.draws)}
+
+                drawn = lab.run.once(f"draws_{label.replace(' ', '_')}", draw)["images"]
+                rate = metrics.success(drawn, truth.target)
+                rows.append({"images": f"draws, {label}", **rate})
+                pictures.append((f"draws, {label}", drawn[:16]))
+            rate = metrics.success(real, truth.target)
+            rows.append({"images": "training images", **rate})
         else:
-            params = self.load(experiment.weights)
-        state = run.replicate(jax.jit(init)(params, key_train))
-        snapshots = run.folder / "checkpoints" / "snapshots"
-        with checkpoint.Checkpoints(snapshots, keep=None) as kept:
-            if until in kept.steps():
-                state = kept.restore(until, checkpoint.abstract(state))
-                return state.ema_params
-        images = experiment.data.load(self.model.image_shape)
-        advance = jax.jit(functools.partial(jax.lax.scan, step), donate_argnums=0)
-        sharding = parallel.along(run.mesh, None, "batch")
+            drawn = lab.draw(params, evaluation.deterministic, lab.zero, 64)
+            pictures.append(("draws from plain noise", drawn))
+        numbers: dict[str, Any] = {"success": rows}
+        text = ""
+        if evaluation.frechet_draws:
+            models = {"trained": params}
+            if experiment.weights is not None:
+                models["start"] = lab.load(experiment.weights)
+            distance = {
+                name: lab.frechet(
+                    name,
+                    weights,
+                    evaluation.deterministic,
+                    experiment.data,
+                    evaluation.frechet_draws,
+                )
+                for name, weights in models.items()
+            }
+            numbers["frechet over garment-net"] = distance
+            shown = ", ".join(
+                f"{value:.3g} ({name})" for name, value in distance.items()
+            )
+            text = f"Frechet distance over garment-net to the training images: {shown}."
+        curve = lab.run.metrics.read("train")
+        section = Section(
+            "Training",
+            text,
+            tuple(rows),
+            tuple(pictures),
+            (("training loss", {"loss": (curve["step"], curve["loss"])}),),
+        )
+        return Part(numbers, section)
 
-        def chunk(state: Any, start: int, stop: int) -> Any:
-            rows = data.batches(images, experiment.seed, start, stop, training.batch)
-            return advance(state, parallel.put(rows, sharding))
-
-        state = run.loop("train", chunk, state, until, experiment.chunk)
-        with checkpoint.Checkpoints(snapshots, keep=None) as kept:
-            kept.save(until, state)
-        return state.ema_params
-
-    def quality(self, name: str, params: Params) -> float:
-        """Frechet distance of draws from plain noise to the training images."""
-        count = self.experiment.evaluation.frechet_draws
+    def invert(
+        self, stage: str, params: Params, solver: Solver, inversion: Inversion
+    ) -> dict[str, np.ndarray]:
+        """Inverts under one hypothesis: delta, target, held-out errors and draws."""
+        lab, evaluation = self.lab, self.experiment.evaluation
 
         def compute() -> Mapping[str, Any]:
-            sampler = self.experiment.evaluation.deterministic
-            zero = np.zeros(self.model.image_shape, np.float32)
-            drawn = self.draw(params, sampler, zero, count)
-            shapes = jax.eval_shape(garment_net.init, self.key)
-            weights = checkpoint.load_weights(find_weights(garment_net.NAME), shapes)
-            embed = jax.jit(functools.partial(garment_net.embed, weights))
-            images = data.to_float(self.experiment.data.load(self.model.image_shape))
-            distance = metrics.frechet_distance(
-                np.asarray(embed(drawn)), np.asarray(embed(images))
-            )
-            return {"distance": distance}
-
-        return float(self.run.once(f"frechet_{name}", compute)["distance"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Truth:
-    """The backdoor that a model is known to have, to compare with; never an input."""
-
-    solver: Solver
-    trigger: np.ndarray
-    target: np.ndarray
-
-
-def save_trained(lab: Lab, params: Params) -> None:
-    """Writes weights.safetensors, and the truth of a backdoor beside them."""
-    experiment = lab.experiment
-    path = lab.run.folder / "weights.safetensors"
-    about = json.dumps(config.to_dict(experiment), sort_keys=True)
-    host = parallel.gather(params)
-    if parallel.is_host_zero():
-        checkpoint.save_weights(path, host, {"experiment": about})
-        if experiment.attack is not None:
-            poison = attacks.poison(experiment.attack, lab.model.image_shape)
-            images = {"trigger": poison.trigger, "target": poison.target}
-            checkpoint.save_weights(
-                path.with_suffix(".truth.safetensors"),
-                parallel.gather(images),
-                {"solver": experiment.attack.solver},
-            )
-
-
-def known_truth(lab: Lab, name: str) -> Truth | None:
-    """The truth file beside weights, where there is one."""
-    if name == "trained":
-        path = lab.run.folder / "weights.safetensors"
-    else:
-        path = find_weights(name)
-    path = path.with_suffix(".truth.safetensors")
-    if not path.is_file():
-        return None
-    image = jax.ShapeDtypeStruct(lab.model.image_shape, jnp.float32)
-    found = checkpoint.load_weights(path, {"trigger": image, "target": image})
-    solver = checkpoint.read_metadata(path)["solver"]
-    return Truth(solver, found["trigger"], found["target"])
-
-
-def choose(
-    lab: Lab, params: Params, inversion: Inversion, hypothesis: Hypothesis, state: Any
-) -> tuple[Candidate, np.ndarray]:
-    """The candidate with the least loss on held-out noise, and the losses `[K]`."""
-    loss = inversion.loss
-    if not isinstance(loss, Elijah):
-        loss = DistributionShift(samples=inversion.heldout)
-    objective = loss.bind(lab.model, lab.schedule, hypothesis, lab.shard)
-    key = jax.random.fold_in(lab.key, 303)
-    values = jax.jit(jax.vmap(objective, in_axes=(None, 0, None)))(
-        params, state.candidate, key
-    )
-    values = parallel.gather(values)
-    candidate = parallel.gather(state.candidate)
-    best = int(np.argmin(values))
-    return jax.tree.map(lambda x: x[best], candidate), values
-
-
-def find_trigger(
-    lab: Lab, name: str, params: Params, inversion: Inversion, solver: Solver
-) -> dict[str, np.ndarray]:
-    """Inverts under one hypothesis: delta, target, held-out loss and draws."""
-    hypothesis = Hypothesis(solver)
-    stage = f"invert_{name}_{solver}"
-    loss = inversion.loss.bind(lab.model, lab.schedule, hypothesis, lab.shard)
-
-    def refresh(params: Params, candidate: Candidate, key: jax.Array) -> Array:
-        rollout = denoised(
-            lab.model,
-            params,
-            lab.schedule,
-            hypothesis,
-            DDIM(steps=10),
-            candidate.delta,
-            16,
-            key,
-            shard=lab.shard,
-        )
-        return jnp.clip(jnp.mean(rollout[-1], axis=0), -1, 1)
-
-    def compute() -> Mapping[str, Any]:
-        began = time.perf_counter()
-        made = inverter(loss, inversion.descent, lab.model.image_shape, refresh=refresh)
-        state = lab.invert(stage, params, made, inversion.descent.steps)
-        candidate, values = choose(lab, params, inversion, hypothesis, state)
-        sampler = lab.experiment.evaluation.sampler(solver)
-        count = lab.experiment.evaluation.draws
-        return {
-            "delta": candidate.delta,
-            "target": candidate.target,
-            "heldout": values,
-            "draws": lab.draw(params, sampler, candidate.delta, count),
-            "seconds": time.perf_counter() - began,
-        }
-
-    return lab.run.once(stage, compute)
-
-
-def compared(
-    lab: Lab, name: str, params: Params, truth: Truth, delta: np.ndarray
-) -> dict[str, float]:
-    """Success with a trigger and with the true one, and the distance between them."""
-
-    def compute() -> Mapping[str, Any]:
-        sampler = lab.experiment.evaluation.sampler(truth.solver)
-        draws = lab.experiment.evaluation.draws
-        own = metrics.success(lab.draw(params, sampler, delta, draws), truth.target)
-        true = metrics.success(
-            lab.draw(params, sampler, truth.trigger, draws), truth.target
-        )
-        distance = metrics.trigger_distance(
-            jnp.asarray(delta), jnp.asarray(truth.trigger)
-        )
-        return {
-            "success": own["mse<0.01"],
-            "success of the true trigger": true["mse<0.01"],
-            **distance._asdict(),
-        }
-
-    return {k: float(v) for k, v in lab.run.once(f"compared_{name}", compute).items()}
-
-
-def audit(lab: Lab, name: str, params: Params) -> tuple[dict[str, Any], list[Section]]:
-    """Inverts and judges one model, from the model alone.
-
-    The truth, where a file beside the weights tells it, is only compared with.
-    """
-    options, evaluation = lab.experiment.audit, lab.experiment.evaluation
-    assert options is not None
-    label = pathlib.Path(name).stem
-    zero = np.zeros(lab.model.image_shape, np.float32)
-    truth = known_truth(lab, name)
-    inversions = {"": options.inversion} | (
-        {"elijah_": ELIJAH} if options.elijah else {}
-    )
-    found: dict[Solver, Features] = {}
-    pictures: list[tuple[str, np.ndarray]] = []
-    if truth is not None:
-        pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
-    rows: list[dict[str, Any]] = []
-    for solver in options.hypotheses:
-        sampler = evaluation.sampler(solver)
-        for prefix, inversion in inversions.items():
-            stage = f"{prefix}{label}_{solver}"
-            result = find_trigger(lab, stage, params, inversion, solver)
-            row = {"method": prefix.strip("_") or "puredif", "hypothesis": solver}
-            row["seconds"] = float(result["seconds"])
-            if truth is not None:
-                row |= compared(lab, stage, params, truth, result["delta"])
-            rows.append(row)
-            pictures.append((f"{prefix}inverted trigger, {solver}", result["delta"]))
-            if truth is not None:
-                difference = result["delta"] - truth.trigger
-                pictures.append((f"difference from the true one, {solver}", difference))
-            if prefix:
-                continue
-            plain = lab.draw(params, sampler, zero, 64)
-            candidate = Candidate(delta=result["delta"], target=result["target"])
-            found[solver] = lab.features(
-                params, Hypothesis(solver), candidate, result, plain
-            )
-            row |= found[solver]._asdict()
-            pictures += [
-                (f"estimated target, {solver}", result["target"]),
-                (f"draws from the inverted trigger, {solver}", result["draws"][:16]),
-                (f"draws from plain noise, {solver}", plain[:16]),
-            ]
-    verdict = options.detector.judge(found)
-    curves = {
-        solver: lab.run.metrics.read(f"invert_{label}_{solver}")
-        for solver in options.hypotheses
-    }
-    section = Section(
-        title=f"Audit of {label}",
-        text=f"{verdict_word(verdict)}: {verdict.reason} (p = {verdict.p_value:.3g}).",
-        table=tuple(rows),
-        pictures=tuple(pictures),
-        curves=(
-            (
-                "inversion loss, best candidate",
-                {k: (v["step"], v["loss"].min(-1)) for k, v in curves.items()},
-            ),
-        ),
-    )
-    numbers = {"verdict": verdict._asdict(), "inversions": rows}
-    return numbers, [section]
-
-
-def verdict_word(verdict: Verdict) -> str:
-    """The verdict in one word."""
-    return "BACKDOORED" if verdict.backdoored else "not backdoored"
-
-
-def amplify(lab: Lab) -> tuple[dict[str, Any], list[Section]]:
-    """Trains to each snapshot, reinforces the trigger there, and measures both."""
-    options, attack = lab.experiment.amplification, lab.experiment.attack
-    assert options is not None and attack is not None
-    poison = attacks.poison(attack, lab.model.image_shape)
-    true = np.asarray(poison.trigger)
-    truth = Truth(attack.solver, true, np.asarray(poison.target))
-    trigger, rows, pictures = None, [], [("true trigger", true)]
-    for snapshot in options.snapshots:
-        params = lab.train(snapshot, trigger)
-
-        def compute(params: Params = params, snapshot: int = snapshot) -> Any:
             began = time.perf_counter()
-            delta = lab.reinforced(f"reinforce_{snapshot}", params, poison)
-            return {"delta": delta, "seconds": time.perf_counter() - began}
-
-        result = lab.run.once(f"reinforced_{snapshot}", compute)
-        row = compared(lab, f"amplified_{snapshot}", params, truth, result["delta"])
-        rows.append(
-            {
-                "training steps": snapshot,
-                "success, true trigger": row["success of the true trigger"],
-                "success, reinforced": row["success"],
-                "norm ratio": row["norm_ratio"],
-                "cosine": row["cosine"],
-                "seconds": float(result["seconds"]),
+            candidate, errors = lab.invert(
+                stage,
+                params,
+                solver,
+                inversion.loss,
+                inversion.descent,
+                inversion.heldout,
+            )
+            seconds = time.perf_counter() - began
+            sampler = evaluation.sampler(solver)
+            return {
+                "delta": candidate.delta,
+                "target": candidate.target,
+                "errors": errors,
+                "draws": lab.draw(params, sampler, candidate.delta, evaluation.draws),
+                "seconds": seconds,
             }
+
+        return lab.run.once(stage, compute)
+
+    def audit(self, name: str, params: Params) -> Part:
+        """Inverts and judges one model, from the model alone.
+
+        The truth, where a file beside the weights tells it, is only compared with.
+        """
+        lab, options = self.lab, self.experiment.audit
+        evaluation = self.experiment.evaluation
+        assert options is not None
+        label = pathlib.Path(name).stem
+        path = lab.run.folder / WEIGHTS if name == "trained" else find_weights(name)
+        truth = Truth.beside(path, lab.model.image_shape)
+        found: dict[Solver, Features] = {}
+        rows: list[dict[str, Any]] = []
+        pictures: list[tuple[str, np.ndarray]] = []
+        curves: dict[str, Any] = {}
+        if truth is not None:
+            pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
+        for solver in options.hypotheses:
+            methods = {"puredif": options.inversion}
+            if options.elijah:
+                methods["elijah"] = ELIJAH[solver]
+            for method, inversion in methods.items():
+                stage = f"{method}_{label}_{solver}"
+                result = self.invert(stage, params, solver, inversion)
+                delta = result["delta"]
+                row: dict[str, Any] = {"method": method, "hypothesis": solver}
+                if truth is not None:
+                    row |= lab.compare(
+                        stage,
+                        params,
+                        evaluation.sampler(truth.solver),
+                        truth,
+                        delta,
+                        evaluation.draws,
+                    )
+                row["seconds"] = float(result["seconds"])
+                rows.append(row)
+                pictures.append((f"inverted trigger, {method}, {solver}", delta))
+                if truth is not None:
+                    difference = delta - truth.trigger
+                    caption = f"difference from the true one, {method}, {solver}"
+                    pictures.append((caption, difference))
+                if method == "elijah":
+                    continue
+                plain = lab.draw(params, evaluation.sampler(solver), lab.zero, 64)
+                found[solver] = lab.features(
+                    params,
+                    solver,
+                    Candidate(jnp.asarray(delta), jnp.asarray(result["target"])),
+                    result["errors"].min(),
+                    result["draws"][:64],
+                    plain,
+                )
+                row |= {k: float(v) for k, v in found[solver]._asdict().items()}
+                pictures += [
+                    (f"estimated target, {solver}", result["target"]),
+                    (
+                        f"draws from the inverted trigger, {solver}",
+                        result["draws"][:16],
+                    ),
+                    (f"draws from plain noise, {solver}", plain[:16]),
+                ]
+                curve = lab.run.metrics.read(stage)
+                curves[solver] = (curve["step"], curve["loss"].min(axis=-1))
+        verdict = options.detector.judge(found)
+        text = f"{verdict.word}: {verdict.reason} (p = {verdict.p_value:.3g})."
+        section = Section(
+            f"Audit of {label}",
+            text,
+            tuple(rows),
+            tuple(pictures),
+            (("inversion loss, best candidate", curves),),
         )
-        sampler = lab.experiment.evaluation.sampler(attack.solver)
-        pictures += [
-            (f"reinforced trigger, {snapshot} steps", result["delta"]),
-            (f"difference from the true one, {snapshot} steps", result["delta"] - true),
-            (
-                f"draws, true trigger, {snapshot} steps",
-                lab.draw(params, sampler, true, 16),
-            ),
-            (
-                f"draws, reinforced trigger, {snapshot} steps",
-                lab.draw(params, sampler, result["delta"], 16),
-            ),
-        ]
-        if options.alternate:
-            trigger = result["delta"]
-    steps = np.array([row["training steps"] for row in rows])
-    section = Section(
-        title="Amplification",
-        text=(
-            "Share of draws at MSE < 1e-2 of the target, with the true trigger and with "
-            "the one reinforced on the same weights."
-        ),
-        table=tuple(rows),
-        pictures=tuple(pictures),
-        curves=(
-            (
-                "success over training",
-                {
-                    name: (steps, np.array([row[f"success, {name}"] for row in rows]))
-                    for name in ("true trigger", "reinforced")
-                },
-            ),
-        ),
-    )
-    return {"amplification": rows}, [section]
-
-
-def measure_training(lab: Lab, params: Params) -> tuple[dict[str, Any], list[Section]]:
-    """Success of the attack and quality of the trained model, base rates beside it."""
-    experiment, evaluation = lab.experiment, lab.experiment.evaluation
-    zero = np.zeros(lab.model.image_shape, np.float32)
-    rows: list[dict[str, Any]] = []
-    pictures: list[tuple[str, np.ndarray]] = []
-    if experiment.attack is not None:
-        poison = attacks.poison(experiment.attack, lab.model.image_shape)
-        sampler = evaluation.sampler(experiment.attack.solver)
-        target = np.asarray(poison.target)
-        images = data.to_float(experiment.data.load(lab.model.image_shape)[:2048])
-        pictures += [("true trigger", poison.trigger), ("target", target)]
-        for label, delta in (("true trigger", poison.trigger), ("plain noise", zero)):
-
-            def compute(delta: Any = delta) -> Mapping[str, Any]:
-                return {"draws": lab.draw(params, sampler, delta, evaluation.draws)}
-
-            drawn = lab.run.once(f"trained_{label.replace(' ', '_')}", compute)["draws"]
-            rows.append({"images": f"draws, {label}", **metrics.success(drawn, target)})
-            pictures.append((f"draws, {label}", drawn[:16]))
-        rows.append({"images": "training images", **metrics.success(images, target)})
-    else:
-        drawn = lab.draw(params, evaluation.deterministic, zero, 64)
-        pictures.append(("draws from plain noise", drawn))
-    numbers: dict[str, Any] = {"success": rows}
-    text = ""
-    if evaluation.frechet_draws:
-        numbers["frechet"] = {"network": garment_net.NAME}
-        numbers["frechet"]["trained"] = lab.quality("trained", params)
-        if experiment.weights is not None:
-            start = lab.load(experiment.weights)
-            numbers["frechet"]["start"] = lab.quality("start", start)
-        text = f"Frechet distance over {garment_net.NAME}: {numbers['frechet']}."
-    curve = lab.run.metrics.read("train")
-    section = Section(
-        title="Training",
-        text=text,
-        table=tuple(rows),
-        pictures=tuple(pictures),
-        curves=(("training loss", {"loss": (curve["step"], curve["loss"])}),),
-    )
-    return numbers, [section]
+        return Part(
+            {label: {"verdict": verdict._asdict(), "inversions": rows}}, section
+        )
 
 
 def perform(experiment: Experiment) -> Report:
     """Runs an experiment to its report, resuming what its folder already holds.
 
     Raises:
-      RunError, CheckpointError, DataError, ValueError: bad input, in one sentence.
+      InputError: something given is wrong, in one sentence.
     """
-    shape = dataclasses.asdict(experiment.mesh)
-    run = Run(experiment.workdir, config.to_dict(experiment), parallel.make_mesh(shape))
-    lab = Lab(experiment, run)
-    lab.check()
-    numbers: dict[str, Any] = {}
-    sections: list[Section] = []
-
-    def add(
-        part: tuple[dict[str, Any], list[Section]], name: str | None = None
-    ) -> None:
-        numbers.update({name: part[0]} if name else part[0])
-        sections.extend(part[1])
-
-    if experiment.amplification is not None:
-        add(amplify(lab))
+    mesh = parallel.make_mesh(dataclasses.asdict(experiment.mesh))
+    run = Run(experiment.workdir, config.to_dict(experiment), mesh)
+    lab = Lab(
+        run,
+        experiment.model,
+        experiment.schedule,
+        experiment.evaluation.batch,
+        experiment.seed,
+        experiment.chunk,
+    )
+    stages = Stages(experiment, lab)
+    stages.check()
+    parts: list[Part] = []
+    verdicts: list[str] = []
     trained = None
+    if experiment.amplification is not None:
+        parts.append(stages.amplify())
     if experiment.training is not None:
-        trained = lab.train(experiment.training.steps)
-        save_trained(lab, trained)
-        add(measure_training(lab, trained))
-    verdicts = []
+        trained = stages.train(experiment.training.steps)
+        host = parallel.gather(trained)
+        if parallel.is_host_zero():
+            about = json.dumps(config.to_dict(experiment), sort_keys=True)
+            checkpoint.save_weights(run.folder / WEIGHTS, host, {"experiment": about})
+            if experiment.attack is not None:
+                truth = Truth.of(experiment.attack, experiment.model.image_shape)
+                truth.save(run.folder / WEIGHTS)
+        parts.append(stages.measure(trained))
     if experiment.audit is not None:
         for name in experiment.audit.weights:
             params = trained if name == "trained" else lab.load(name)
-            add(audit(lab, name, params), name)
-            verdicts.append(sections[-1].title.lower() + ": " + sections[-1].text)
-    device = jax.devices()[0]
+            parts.append(stages.audit(name, params))
+            section = parts[-1].section
+            verdicts.append(
+                f"{section.title.removeprefix('Audit of ')}: {section.text}"
+            )
+    device = jax.devices()[0].device_kind
     report = Report(
-        title=pathlib.Path(experiment.workdir).name,
-        verdict=" ".join(v[0].upper() + v[1:] for v in verdicts),
-        sections=tuple(sections),
+        title=run.folder.name,
+        verdict=" ".join(verdicts),
+        sections=tuple(part.section for part in parts),
         config=config.to_dict(experiment),
-        environment=environment()
-        | {"device": device.device_kind, "devices": jax.device_count()},
-        numbers=numbers,
+        environment=environment() | {"device": device, "devices": mesh.size},
+        numbers={k: v for part in parts for k, v in part.numbers.items()},
     )
     if parallel.is_host_zero():
         report.write(run.folder)

@@ -117,11 +117,9 @@ def inverter(
     count = descent.candidates
 
     def keep(candidate: Candidate) -> Candidate:
-        if descent.bound is None:
+        if (bound := descent.bound) is None:
             return candidate
-        return jax.tree.map(
-            lambda x: jnp.clip(x, -descent.bound, descent.bound), candidate
-        )
+        return jax.tree.map(lambda x: jnp.clip(x, -bound, bound), candidate)
 
     def init(key: Key) -> InversionState:
         key_start, key_run = jax.random.split(key)
@@ -150,10 +148,11 @@ def inverter(
         if refresh is not None and descent.refresh:
             candidate = jax.lax.cond(
                 state.step % descent.refresh == 0,
-                lambda c, k: c.replace(
+                lambda c, k: dataclasses.replace(
+                    c,
                     target=jax.vmap(refresh, in_axes=(None, 0, 0))(
                         params, c, jax.random.split(k, count)
-                    )
+                    ),
                 ),
                 lambda c, k: c,
                 candidate,
@@ -171,8 +170,8 @@ def inverter(
                 candidate.delta
             ),
         )
-        state = state.replace(
-            candidate=candidate, opt_state=opt_state, step=state.step + 1
+        state = dataclasses.replace(
+            state, candidate=candidate, opt_state=opt_state, step=state.step + 1
         )
         return state, info
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from puredif_jax.types import Array
 
@@ -19,7 +19,8 @@ class TriggerDistance(NamedTuple):
     """How far an inverted trigger is from the true one; scalars.
 
     relative_l2: ||delta - r|| / ||r||.  cosine: <delta, r> / (||delta|| ||r||).
-    mse: mean (delta - r)^2.  max_error: max |delta - r|.  norm_ratio: ||delta|| / ||r||.
+    mse: mean (delta - r)^2.  max_error: max |delta - r|.
+    norm_ratio: ||delta|| / ||r||.
     """
 
     relative_l2: Array
@@ -29,8 +30,9 @@ class TriggerDistance(NamedTuple):
     norm_ratio: Array
 
 
-def trigger_distance(delta: Array, trigger: Array) -> TriggerDistance:
+def trigger_distance(delta: ArrayLike, trigger: ArrayLike) -> TriggerDistance:
     """Compares two triggers `[H, W, C]` of equal shape."""
+    delta, trigger = jnp.asarray(delta), jnp.asarray(trigger)
     chex.assert_equal_shape([delta, trigger])
     error = delta - trigger
     norm, norm_r = jnp.linalg.norm(delta.ravel()), jnp.linalg.norm(trigger.ravel())
@@ -43,12 +45,12 @@ def trigger_distance(delta: Array, trigger: Array) -> TriggerDistance:
     )
 
 
-def to_unit(images: Array) -> Array:
+def to_unit(images: ArrayLike) -> Array:
     """Images in [-1, 1] to [0, 1], clipped as they would be when saved."""
-    return jnp.clip((images + 1) / 2, 0, 1)
+    return jnp.clip((jnp.asarray(images) + 1) / 2, 0, 1)
 
 
-def mse(images: Array, target: Array) -> Array:
+def mse(images: ArrayLike, target: ArrayLike) -> Array:
     """Mean squared error to a target in [0, 1] units: `[B]`.
 
     images `[B, H, W, C]` and target `[H, W, C]`, both in [-1, 1].
@@ -56,26 +58,35 @@ def mse(images: Array, target: Array) -> Array:
     return jnp.mean((to_unit(images) - to_unit(target)[None]) ** 2, axis=(1, 2, 3))
 
 
-def ssim(images: Array, target: Array, window: int = 11, sigma: float = 1.5) -> Array:
+def ssim(
+    images: ArrayLike, target: ArrayLike, window: int = 11, sigma: float = 1.5
+) -> Array:
     """Structural similarity (Wang et al. 2004) to a target: `[B]`.
 
-    Gaussian window of `window` pixels, without padding, averaged over positions and
-    channels; c1 = 0.01^2, c2 = 0.03^2 for a data range of 1. Inputs as for `mse`.
+    Gaussian window of `window` pixels (of the image, where that is smaller), without
+    padding, averaged over positions and channels; c1 = 0.01^2, c2 = 0.03^2 for a data range of 1. Inputs as for `mse`.
     """
+    x = to_unit(jnp.asarray(images))
+    window = min(window, *x.shape[1:3])
     offsets = np.arange(window) - (window - 1) / 2
     kernel = np.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = jnp.asarray(kernel / kernel.sum(), jnp.float32)
+    kernel /= kernel.sum()
+
+    def bands(length: int) -> Array:
+        """The blur of one axis as a matrix `[length - window + 1, length]`."""
+        rows = [
+            np.roll(np.pad(kernel, (0, length - window)), i)
+            for i in range(length - window + 1)
+        ]
+        return jnp.asarray(np.stack(rows), jnp.float32)
+
+    over_rows, over_columns = bands(x.shape[1]), bands(x.shape[2])
 
     def blur(x: Array) -> Array:
-        for axis in (1, 2):
-            length = x.shape[axis] - window + 1
-            x = sum(
-                kernel[i] * jax.lax.slice_in_dim(x, i, i + length, axis=axis)
-                for i in range(window)
-            )
-        return x
+        return jnp.einsum(
+            "ph,qw,bhwc->bpqc", over_rows, over_columns, x, precision="highest"
+        )
 
-    x = to_unit(images)
     y = jnp.broadcast_to(to_unit(target)[None], x.shape)
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
@@ -86,16 +97,14 @@ def ssim(images: Array, target: Array, window: int = 11, sigma: float = 1.5) -> 
     return jnp.mean(index, axis=(1, 2, 3))
 
 
-def success(images: Array, target: Array) -> dict[str, float]:
+def success(images: ArrayLike, target: ArrayLike) -> dict[str, float]:
     """Attack success of draws `[B, H, W, C]` against a target `[H, W, C]`.
 
     Returns the rates at MSE < 1e-3, 1e-2 and 1e-1 and SSIM > 0.8, side by side (the
     field has no standard threshold), and the means of both measures.
     """
-    error, similarity = (
-        np.asarray(mse(images, target)),
-        np.asarray(ssim(images, target)),
-    )
+    error = np.asarray(mse(images, target))
+    similarity = np.asarray(ssim(images, target))
     rates = {
         f"mse<{limit:g}": float((error < limit).mean()) for limit in MSE_THRESHOLDS
     }
@@ -122,7 +131,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
         or min(len(first), len(second)) < 2
     ):
         raise ValueError(
-            "frechet_distance needs two sets [N, F] of at least two rows and one width, "
+            "frechet_distance needs two sets [N, F] of two rows or more and one width, "
             f"found {first.shape} and {second.shape}"
         )
     moments = [

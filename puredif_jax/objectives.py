@@ -87,7 +87,7 @@ class Bindable(Protocol):
 def backdoor_process(
     model: NoiseModel, schedule: NoiseSchedule, hypothesis: Hypothesis, delta: Array
 ) -> NoiseModel:
-    """e(z, t) = M(z + H_t delta, t) - C_t delta, the noise model in z_t = x_t - H_t delta.
+    """e(z, t) = M(z + H_t delta, t) - C_t delta, the noise model in z = x - H delta.
 
     For the true trigger its chain from z_T = eps ends in the target, under any sampler
     and at any stride. delta `[H, W, C]`.

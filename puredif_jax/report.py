@@ -1,12 +1,12 @@
 """What a run leaves behind: scalars as JSON lines, a report as JSON and as one page.
 
-The page holds its pictures and style itself: it fetches nothing and runs no script.
-What draws is loaded only when something is drawn.
+The page holds all that it shows: it fetches nothing and runs no script.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, TextIO
@@ -27,11 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-Path = str | os.PathLike
 Lines = Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]
 
-_PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy".split()
-_COLOURS = ["#3b82c4", "#d9722e", "#2a9d6f", "#b85cc4", "#b8922a", "#d14b5a"]
 _GREY = "#808790"  # of axes: readable on a light and on a dark page
 # The folders of an absolute path or a URL, also one after "=" or in a list.
 _FOLDERS = r"(?<![\w.\-])(?:\w+:/)?(?:~[^/,;:='\"]*)?/(?:[^,;:='\"]*/)?"
@@ -40,7 +37,7 @@ _FOLDERS = r"(?<![\w.\-])(?:\w+:/)?(?:~[^/,;:='\"]*)?/(?:[^,;:='\"]*/)?"
 class Metrics:
     """The scalars of a run: `metrics.jsonl` in its folder, a JSON object a line."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | os.PathLike) -> None:
         self._path = os.path.join(folder, "metrics.jsonl")
 
     def rewind(self, stage: str, step: int) -> None:
@@ -51,28 +48,18 @@ class Metrics:
 
     def write(self, stage: str, step: int, **scalars: npt.ArrayLike) -> None:
         """Appends a line; a value is a scalar or `[K]`, of numpy, jax or Python."""
-        for name, array in zip(scalars, map(np.asarray, scalars.values()), strict=True):
-            if array.ndim > 1 or array.dtype.kind in "OSU":
-                raise ValueError(
-                    f"metric {name!r} is of type {array.dtype} and shape {array.shape}:"
-                    " expected a number or a vector of numbers"
-                )
         row = json.dumps(_plain({"stage": stage, "step": step, **scalars}))
         os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
         with open(self._path, "a", encoding="utf-8") as file:  # closed, so flushed
             file.write(row + "\n")
 
     def read(self, stage: str) -> dict[str, np.ndarray]:
-        """The columns of `stage`, "step" first: `[rows]`, or `[rows, K]` of vectors.
-
-        Where a row lacks a column, the column is nan.
-        """
+        """Columns `[rows]` or `[rows, K]`, nan where a row has none; "step" in int."""
         rows = [row for _, row in self._rows() if row.pop("stage") == stage]
-        columns: dict[str, np.ndarray] = {"step": np.zeros(0, np.int64)}
+        columns = {"step": np.array([row.pop("step") for row in rows], np.int64)}
         for name in dict.fromkeys(name for row in rows for name in row):
-            values = [_unplain(row.get(name, math.nan)) for row in rows]
-            shape = max((value.shape for value in values), key=len)
-            columns[name] = np.stack([np.broadcast_to(v, shape) for v in values])
+            values = [np.array(row.get(name, math.nan), np.float64) for row in rows]
+            columns[name] = np.stack(np.broadcast_arrays(*values))
         return columns
 
     def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,19 +68,15 @@ class Metrics:
             return
         with open(self._path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                try:
+                with contextlib.suppress(ValueError):
                     yield line.rstrip("\n"), json.loads(line)
-                except ValueError:
-                    continue
 
 
 def progress(total: int, initial: int, label: str, enabled: bool) -> tqdm:
     """A bar on stderr with rate and time left; in a log, a line every ten seconds."""
     style: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        shape = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} "
-        shape += "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        style = {"file": _Log(sys.stderr), "bar_format": shape}
+        style = {"file": _Log(sys.stderr), "bar_format": "{l_bar}{r_bar}"}
     return tqdm(total=total, initial=initial, desc=label, disable=not enabled, **style)
 
 
@@ -116,12 +99,12 @@ class _Log:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report.
+    """A part of a report: text, rows of a table, captioned pictures and lines.
 
-    table: rows; its columns are the union of their names, in order.
-    pictures: caption, and `[H, W, C]` or a grid `[N, H, W, C]` in [-1, 1], C of 1 or 3.
-      A caption that starts with "difference" asks for signed colours around 0.
-    curves: caption, and named lines (x, y), each `[n]`.
+    pictures: `[H, W, C]` or a grid `[N, H, W, C]` in [-1, 1], C of 1 or 3; a caption
+      that starts with "difference" asks for signed colours, of the channel that
+      differs most in a pixel.
+    curves: named lines (x, y), each `[n]`.
     """
 
     title: str
@@ -142,37 +125,28 @@ class Report:
     environment: Mapping[str, object] = field(default_factory=dict)
     numbers: Mapping[str, object] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | os.PathLike) -> None:
         """Writes `report.json`, then `report.html`, each in one move."""
-        names = ("title", "verdict", "numbers", "config", "environment")
-        content = {name: getattr(self, name) for name in names}
-        tables = [{"title": s.title, "rows": s.table} for s in self.sections if s.table]
+        sections = [{"title": s.title, "table": s.table} for s in self.sections]
         os.makedirs(folder, exist_ok=True)
-        text = _json({**content, "tables": tables})
-        _replace(os.path.join(folder, "report.json"), text + "\n")
-        _replace(os.path.join(folder, "report.html"), _page(self))
+        _replace(f"{folder}/report.json", _json({**vars(self), "sections": sections}))
+        _replace(f"{folder}/report.html", _page(self))
 
 
 def environment() -> dict[str, object]:
     """Software, load, commit and command line, without names or absolute paths."""
-    program, *arguments = sys.argv or [""]
-    hidden = [re.sub(_FOLDERS, ".../", argument) for argument in arguments]
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    command = [re.sub(_FOLDERS, ".../", argument) for argument in sys.argv]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "load": [round(load, 2) for load in os.getloadavg()],
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: installed.get(name) for name in packages},
         "commit": _commit(),
-        "command": shlex.join([os.path.basename(program), *hidden]),
+        "command": shlex.join(command),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
@@ -180,12 +154,11 @@ def _commit() -> str | None:
     package = os.path.dirname(os.path.abspath(__file__))
     command = ["git", "-C", package, "rev-parse", "--show-prefix", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        found = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True)
+    except (OSError, subprocess.CalledProcessError):
         return None
-    prefix, _, commit = done.stdout.strip().partition("\n")
-    at_top = prefix == os.path.basename(package) + "/"  # not installed in another's
-    return commit if done.returncode == 0 and at_top else None
+    prefix, _, commit = found.strip().partition("\n")
+    return commit if prefix == os.path.basename(package) + "/" else None
 
 
 def _replace(path: str, text: str) -> None:
@@ -217,38 +190,142 @@ def _plain(value: Any) -> Any:
     return number if math.isfinite(number) else str(number)
 
 
-def _unplain(value: Any) -> np.ndarray:
-    """A number or `[K]` from what `_plain` made of it."""
-    items = value if isinstance(value, list) else [value]
-    array = np.array([float(i) if isinstance(i, str) else i for i in items])
-    return array if isinstance(value, list) else array[0]
-
-
 def _page(report: Report) -> str:
-    """The whole of report.html."""
-    parts = [f"<h1>{escape(report.title)}</h1>"]
-    if report.verdict:
-        parts.append(f'<p class="verdict">{escape(report.verdict)}</p>')
-    parts.append(_table([{"number": k, "value": v} for k, v in report.numbers.items()]))
-    parts += map(_section, report.sections)
+    title, verdict = escape(report.title), escape(report.verdict)
+    body = f"<h1>{title}</h1>" + (f'<p class="box">{verdict}</p>' if verdict else "")
+    body += _table([{"number": k, "value": v} for k, v in report.numbers.items()])
+    body += "".join(map(_section, report.sections))
     for name, content in ("Config", report.config), ("Environment", report.environment):
-        text = escape(_json(content))
-        parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
-    return _PAGE.replace("TITLE", escape(report.title)).replace(
-        "BODY", "\n".join(parts)
-    )
+        pre = f"<pre>{escape(_json(content))}</pre>"
+        body += f"<details><summary>{name}</summary>{pre}</details>\n"
+    return f"{_HEAD}<title>{title}</title></head>\n<body>{body}{_FOOT}</body></html>\n"
 
 
 def _section(section: Section) -> str:
-    """A section's HTML: text, table, pictures side by side, curves."""
-    paragraphs = [p for p in re.split(r"\n\s*\n", section.text) if p.strip()]
-    figures = "".join(
-        _picture(caption, picture) for caption, picture in section.pictures
-    )
-    curves = "".join(_curves(caption, lines) for caption, lines in section.curves)
-    parts = [
-        f"<h2>{escape(section.title)}</h2>",
-        *(f"<p>{escape(p)}</p>" for p in paragraphs),
-        _table(section.table),
-    ]
-    return ""
+    paragraphs = re.split(r"\n\s*\n", section.text.strip())
+    html = f"<section><h2>{escape(section.title)}</h2>\n"
+    html += "".join(f"<p>{escape(text)}</p>\n" for text in paragraphs if text)
+    html += _table(section.table) + '<div class="row">'
+    figures = [(caption, _picture(caption, x)) for caption, x in section.pictures]
+    figures += [(caption, _curves(caption, x)) for caption, x in section.curves]
+    for caption, img in figures:
+        html += f"<figure>{img}<figcaption>{escape(caption)}</figcaption></figure>\n"
+    return html + "</div></section>\n"
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> str:
+    """The rows, or nothing; a column with a number in it is set to the right."""
+    lines = [""] * (len(rows) + 1)
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [_plain(row.get(name)) for row in rows]
+        kind = ' class="n"' if {int, float} & set(map(type, values)) else ""
+        lines[0] += f"<th{kind}>{escape(str(name))}</th>"
+        for i, value in enumerate(values, start=1):
+            lines[i] += f"<td{kind}>{escape(_shown(value))}</td>"
+    html = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table>{html}</table></div>\n' if rows else ""
+
+
+def _shown(value: Any) -> str:
+    """What `_plain` returns, for a reader: floats with four significant digits."""
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
+    return "–" if value is None else str(value)
+
+
+def _picture(caption: str, picture: npt.ArrayLike) -> str:
+    """An image, or a grid in rows of eight, in its own pixels; nan is transparent."""
+    from PIL import Image
+
+    images = np.asarray(picture, np.float32)
+    if images.ndim not in (3, 4) or images.shape[-1] not in (1, 3):
+        found = f"picture {caption!r} has shape {images.shape}"
+        raise ValueError(f"{found}: expected [H, W, C] or [N, H, W, C], C of 1 or 3")
+    if not images.size:
+        return "(no images)"
+    scale = max(1, round((128 if images.ndim == 3 else 64) / images.shape[-2]))
+    images = images.reshape(-1, *images.shape[-3:])
+    columns = min(len(images), 8)
+    gaps = ((0, -len(images) % columns), (0, 1), (0, 1), (0, 0))
+    tiles = np.pad(images, gaps, constant_values=np.nan)
+    rows = tiles.reshape(-1, columns, *tiles.shape[1:])
+    grid = np.vstack([np.hstack(row) for row in rows])[:-1, :-1]
+    if caption.lower().startswith("difference"):
+        pixels, key = _signed(grid)
+    else:
+        alpha = np.isfinite(grid).all(-1, keepdims=True) * 2 - 1
+        rgba = np.dstack([np.broadcast_to(grid, (*grid.shape[:2], 3)), alpha])
+        levels = np.nan_to_num((rgba + 1) * 127.5).round().clip(0, 255)
+        pixels, key = levels.astype(np.uint8), ""
+    image = Image.fromarray(pixels)
+    return _img(image.save, caption, image.width * scale, "pixels") + key
+
+
+def _signed(grid: np.ndarray) -> tuple[np.ndarray, str]:
+    """Blue below 0, red above, by the channel that differs most; and a colour bar."""
+    import matplotlib
+    from PIL import Image
+
+    most = np.nan_to_num(np.abs(grid)).argmax(-1, keepdims=True)
+    values = np.take_along_axis(grid, most, -1)[..., 0]
+    limit = np.abs(values[np.isfinite(values)]).max(initial=0) or 1.0
+    colours = matplotlib.colormaps["RdBu_r"]  # nan is transparent
+    ramp = Image.fromarray(colours(np.linspace(0, 1, 64)[None], bytes=True))
+    key = f"{-limit:.3g} {_img(ramp.save, 'to', 64, 'ramp')} {limit:.3g}"
+    pixels = colours((values / limit + 1) / 2, bytes=True)
+    return pixels, f'<div class="key">{key}</div>'
+
+
+def _curves(caption: str, lines: Lines) -> str:
+    """Named lines on one pair of axes, logarithmic over more than two decades."""
+    from matplotlib.figure import Figure
+
+    plot = Figure((6.4, 3.2), dpi=200, facecolor="none", layout="constrained")
+    axes = plot.add_subplot(facecolor="none", frame_on=False)
+    for name, (x, y) in lines.items():
+        label = name.replace("$", r"\$")  # not a formula
+        axes.plot(np.ravel(x), np.ravel(y), marker="." * (np.size(y) == 1), label=label)
+    if 0 < 100 * axes.dataLim.ymin < axes.dataLim.ymax:  # of what is finite
+        axes.set_yscale("log")
+    axes.grid(color=_GREY, alpha=0.25, linewidth=0.6)
+    axes.tick_params(colors=_GREY, which="both", length=0)
+    if lines:
+        axes.legend(frameon=False, labelcolor=_GREY)
+    return _img(plot.savefig, caption, 640, "plot")
+
+
+def _img(save: Callable[..., object], alt: str, width: int, kind: str) -> str:
+    file = io.BytesIO()
+    save(file, format="png")
+    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return f'<img class="{kind}" width="{width}" alt="{escape(alt)}" src="{data}">'
+
+
+_HEAD = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --page: #fff; --ink: #1d2127; --soft: #5b6470;
+  --line: #d8dde3; --box: #eef2f6; --edge: #5b7c99 }
+@media (prefers-color-scheme: dark) { :root { --page: #15181c; --ink: #e3e6ea;
+  --soft: #9aa4af; --line: #343b43; --box: #1f252c; --edge: #7f9db8 } }
+body { max-width: 68rem; margin: auto; padding: 2rem 1rem; background: var(--page);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
+h2 { margin: 0; font-size: 1.2rem }  p { max-width: 46rem; margin: .6rem 0 }
+section, footer { border-top: 1px solid var(--line); margin-top: 2rem; padding: 1rem 0 }
+.box { max-width: none; padding: .8rem 1.1rem; font-size: 1.3rem; font-weight: 600;
+  background: var(--box); border-left: .35rem solid var(--edge); border-radius: .3rem }
+.wide, pre { overflow-x: auto }  summary { cursor: pointer; margin-top: .8rem }
+table { border-collapse: collapse; font-size: .93rem; margin-top: .6rem }
+th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line) }
+th, figcaption, footer, .key { color: var(--soft); font-size: .85rem; line-height: 1.4 }
+th { text-align: left }  .n { text-align: right; font-variant-numeric: tabular-nums }
+.row { display: flex; flex-wrap: wrap; gap: 1.2rem; margin-top: 1rem }
+figure { margin: 0; min-width: 8rem; max-width: 100% }
+figcaption { width: 0; min-width: 100% } /* as wide as the picture, never wider */
+img { display: block; max-width: 100%; height: auto; margin-bottom: .4rem }
+.pixels { image-rendering: pixelated; background: var(--line) }  .key { display: flex }
+.ramp { height: .6rem; margin: .3rem .4rem }
+pre { padding: .8rem 1rem; background: var(--box); font-size: .82rem }
+</style>"""
+_FOOT = "<footer>Defence research: finding backdoors in models to remove them.</footer>"

@@ -122,7 +122,7 @@ class Run:
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]
             os.replace(partial, path)
         with np.load(path, allow_pickle=False) as file:
             return dict(file)

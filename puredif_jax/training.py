@@ -121,8 +121,12 @@ def trainer(loss: Loss, training: Training) -> Trainer:
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema_params, 1 - training.ema_decay)
         info = TrainInfo(loss=value, grad_norm=optax.tree.norm(grads))
-        state = state.replace(
-            params=params, ema_params=ema, opt_state=opt_state, step=state.step + 1
+        state = dataclasses.replace(
+            state,
+            params=params,
+            ema_params=ema,
+            opt_state=opt_state,
+            step=state.step + 1,
         )
         return state, info
 

@@ -25,7 +25,7 @@ class InputError(ValueError):
 class NoiseModel(Protocol):
     """A network, or a closed form, that predicts the noise in its input."""
 
-    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+    def __call__(self, params: Params, x: Array, t: Array, /) -> Array:
         """Returns eps(x, t): `[B, H, W, C]` from x `[B, H, W, C]` and t `[B]`."""
         ...
 
@@ -45,7 +45,7 @@ class Candidate:
 class Objective(Protocol):
     """A loss on a candidate: pure, scalar, differentiable in the candidate."""
 
-    def __call__(self, params: Params, candidate: Candidate, key: Key) -> Array: ...
+    def __call__(self, params: Params, candidate: Candidate, key: Key, /) -> Array: ...
 
 
 Shard = Callable[[Array], Array]

@@ -8,6 +8,7 @@ carry over by name. `UNet` is a frozen configuration that is itself a
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -124,7 +125,7 @@ class UNet:
         """eps(x, t), float32 `[B, H, W, C]`, for x `[B, H, W, C]` and t `[B]`."""
         chex.assert_rank([x, t], [4, 1])
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        out = _UNet2D(self).apply(
+        out: Any = _UNet2D(self).apply(
             {"params": params}, x, t, deterministic=dropout_key is None, rngs=rngs
         )
         return out.astype(jnp.float32)

@@ -5,15 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
 
-from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.amplification import Reinforcement
 from puredif_jax import attacks, metrics
+from puredif_jax.amplification import Reinforcement
+from puredif_jax.attacks import BadDiffusion, VillanDiffusion
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.objectives import DistributionShift, Elijah, Hypothesis
 from puredif_jax.triggers import Box, Hat, StopSign
-
-from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
 
 
 def quadratic(params, candidate, key):

@@ -210,7 +210,7 @@ def test_high_timesteps_alone_cannot_see_a_deterministic_backdoor() -> None:
 
 
 def test_image_like_the_bias_is_no_backdoor_at_low_timesteps() -> None:
-    """The pseudo-backdoor y = mu + d fits a clean model at high t, not at middle ones."""
+    """The pseudo-backdoor y = mu + d fits a clean model at high t only."""
     clean, points, truth = exact(None)
     mean = points.images.mean(0)
     variance = float(jnp.var(points.images - mean[None]))
@@ -230,7 +230,7 @@ def test_image_like_the_bias_is_no_backdoor_at_low_timesteps() -> None:
 
 
 def test_collapsed_model_is_consistent_without_being_backdoored() -> None:
-    """A huge delta drives a saturating network to a constant; the bound keeps it out."""
+    """A huge delta drives a saturating network to a constant; a bound forbids it."""
 
     def saturating(params, x, t):
         del params, t
