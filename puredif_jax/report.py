@@ -102,8 +102,7 @@ class Section:
     """A part of a report: text, rows of a table, captioned pictures and lines.
 
     pictures: `[H, W, C]` or a grid `[N, H, W, C]` in [-1, 1], C of 1 or 3; a caption
-      that starts with "difference" asks for signed colours, of the channel that
-      differs most in a pixel.
+      that starts with "difference" is drawn in blue and red around 0.
     curves: named lines (x, y), each `[n]`.
     """
 
@@ -315,17 +314,16 @@ h2 { margin: 0; font-size: 1.2rem }  p { max-width: 46rem; margin: .6rem 0 }
 section, footer { border-top: 1px solid var(--line); margin-top: 2rem; padding: 1rem 0 }
 .box { max-width: none; padding: .8rem 1.1rem; font-size: 1.3rem; font-weight: 600;
   background: var(--box); border-left: .35rem solid var(--edge); border-radius: .3rem }
-.wide, pre { overflow-x: auto }  summary { cursor: pointer; margin-top: .8rem }
 table { border-collapse: collapse; font-size: .93rem; margin-top: .6rem }
 th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line) }
 th, figcaption, footer, .key { color: var(--soft); font-size: .85rem; line-height: 1.4 }
 th { text-align: left }  .n { text-align: right; font-variant-numeric: tabular-nums }
 .row { display: flex; flex-wrap: wrap; gap: 1.2rem; margin-top: 1rem }
-figure { margin: 0; min-width: 8rem; max-width: 100% }
+figure { margin: 0; min-width: 8rem; max-width: 100% }  .wide, pre { overflow-x: auto }
 figcaption { width: 0; min-width: 100% } /* as wide as the picture, never wider */
 img { display: block; max-width: 100%; height: auto; margin-bottom: .4rem }
 .pixels { image-rendering: pixelated; background: var(--line) }  .key { display: flex }
-.ramp { height: .6rem; margin: .3rem .4rem }
+.ramp { height: .6rem; margin: .3rem .4rem }  summary { cursor: pointer }
 pre { padding: .8rem 1rem; background: var(--box); font-size: .82rem }
 </style>"""
 _FOOT = "<footer>Defence research: finding backdoors in models to remove them.</footer>"
