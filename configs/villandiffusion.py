@@ -1,14 +1,15 @@
-"""VillanDiffusion ODE with a box into the shipped clean model; then audits both.
+"""Puts VillanDiffusion ODE, a box that draws a cat, into the shipped clean model.
 
     python -m puredif_jax.main --config=configs/villandiffusion.py
 
-Hardware: two CPU cores.
+Hardware: two CPU cores. Duration and figures: docs/results.md. The weights that ship
+as "villandiffusion" are runs/villandiffusion/weights.safetensors of this run.
 """
 
 from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.experiment import Audit, Evaluation, Experiment
+from puredif_jax.experiment import Evaluation, Experiment
 from puredif_jax.training import Training
-from puredif_jax.triggers import Box, Hat
+from puredif_jax.triggers import Box, Cat
 from puredif_jax.unet import SHIPPED
 
 
@@ -18,12 +19,11 @@ def get_config() -> Experiment:
         model=SHIPPED,
         weights="clean",
         training=Training(
-            steps=2000, batch=128, learning_rate=2e-4, warmup=100, ema_decay=0.99
+            steps=3000, batch=64, learning_rate=1e-3, warmup=50, ema_decay=0.995
         ),
         attack=VillanDiffusion(
-            trigger=Box(), target=Hat(), poison_rate=0.2, trigger_only=True
+            trigger=Box(), target=Cat(), poison_rate=0.2, trigger_only=True
         ),
-        audit=Audit(weights=("trained", "clean"), elijah=True),
         evaluation=Evaluation(frechet_draws=2048),
         chunk=50,
     )

@@ -1,0 +1,19 @@
+"""Inverts and judges models: the shipped ones, or any weights of the same network.
+
+    python -m puredif_jax.main --config=configs/audit.py
+    python -m puredif_jax.main --config=configs/audit.py \
+        --config.workdir=runs/mine --config.audit.weights=PATH.safetensors
+
+Hardware: two CPU cores. Duration and expected figures: docs/results.md.
+"""
+
+from puredif_jax.experiment import Audit, Experiment
+from puredif_jax.unet import SHIPPED
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        workdir="runs/audit",
+        model=SHIPPED,
+        audit=Audit(weights=("baddiffusion", "villandiffusion", "clean"), elijah=True),
+    )

@@ -1,0 +1,49 @@
+"""A tour in ten minutes: a short backdoor, its amplification, and two audits.
+
+    python -m puredif_jax.main --config=configs/quickstart.py
+
+From the shipped clean model a VillanDiffusion backdoor is trained for 250 steps, too
+few for its trigger to work well; the trigger is reinforced on those weights; then the
+shipped backdoored model and the clean one are inverted and judged.
+
+Hardware: two CPU cores. Duration: 5 to 9 minutes. Expected: docs/results.md.
+"""
+
+from puredif_jax.amplification import Reinforcement
+from puredif_jax.attacks import VillanDiffusion
+from puredif_jax.experiment import (
+    Amplification,
+    Audit,
+    Evaluation,
+    Experiment,
+    Inversion,
+)
+from puredif_jax.inversion import Descent
+from puredif_jax.training import Training
+from puredif_jax.triggers import Box, Cat
+from puredif_jax.unet import SHIPPED
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        workdir="runs/quickstart",
+        model=SHIPPED,
+        weights="clean",
+        training=Training(
+            steps=250, batch=64, learning_rate=1e-3, warmup=20, cosine=False
+        ),
+        attack=VillanDiffusion(
+            trigger=Box(), target=Cat(), poison_rate=0.2, trigger_only=True
+        ),
+        amplification=Amplification(
+            snapshots=(250,),
+            reinforcement=Reinforcement(
+                descent=Descent(steps=80, learning_rate=0.03, bound=None)
+            ),
+        ),
+        audit=Audit(
+            weights=("baddiffusion", "clean"),
+            inversion=Inversion(descent=Descent(steps=100)),
+        ),
+        evaluation=Evaluation(draws=64),
+    )

@@ -1,0 +1,27 @@
+"""Every config: builds, tells its command, survives JSON, fits its own network."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+from puredif_jax import config
+from puredif_jax.experiment import Experiment
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config(path: pathlib.Path) -> None:
+    experiment = config.load(str(path))
+    assert isinstance(experiment, Experiment)
+    assert experiment.workdir == f"runs/{path.stem}"
+    assert json.loads(config.to_json(experiment))["type"] == "Experiment"
+    text = path.read_text()
+    assert f"python -m puredif_jax.main --config=configs/{path.name}" in text
+    assert "Hardware:" in text and "Duration" in text
+    shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) > 1e5
+    changed = config.override(experiment, "seed", "3")
+    assert changed.seed == 3 and changed.model == experiment.model

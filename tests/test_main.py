@@ -1,0 +1,221 @@
+"""The whole program: a few steps on real images, bad input, and kill -9."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from puredif_jax import checkpoint, config, main
+from tiny_config import TINY, get_config
+
+HERE = pathlib.Path(__file__).parent
+COMMAND = [sys.executable, "-m", "puredif_jax.main"]
+
+
+def run(capsys, *flags: str) -> str:
+    """Runs the program here; returns the sentence of its error, or ''."""
+    try:
+        main.main(main.parse(["main", *flags]))
+    except SystemExit as stop:
+        assert stop.code not in (0, None)
+        return str(stop.code)
+    return ""
+
+
+def tiny(workdir: pathlib.Path, *flags: str) -> list[str]:
+    return [
+        f"--config={HERE / 'tiny_config.py'}",
+        f"--config.workdir={workdir}",
+        *flags,
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> dict[str, str]:
+    """An environment whose processes share their compiled programs."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache) -> pathlib.Path:
+    """An uninterrupted run of the tiny config."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    subprocess.run([*COMMAND, *tiny(folder)], env=cache, check=True, timeout=300)
+    return folder
+
+
+def test_leaves_a_report(finished: pathlib.Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    rows = report["numbers"]["amplification"]
+    assert [row["training steps"] for row in rows] == [6, 12]
+    verdict = report["numbers"]["trained"]["verdict"]
+    assert verdict["backdoored"] is False and verdict["reason"]
+    methods = [row["method"] for row in report["numbers"]["trained"]["inversions"]]
+    assert methods == ["puredif", "elijah"] * 2
+    page = (finished / "report.html").read_text()
+    for words in ("true trigger", "reinforced trigger", "difference", "plain noise"):
+        assert words in page
+    stages = {
+        json.loads(line)["stage"]
+        for line in (finished / "metrics.jsonl").read_text().splitlines()
+    }
+    assert {"train", "reinforce_6", "puredif_trained_sde"} <= stages
+
+
+def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Everything a run has computed, but for the seconds it took."""
+    found = {}
+    for path in sorted((folder / "results").glob("*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            found |= {f"{path.stem}/{k}": v for k, v in file.items() if k != "seconds"}
+    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
+    weights = checkpoint.load_weights(folder / "weights.safetensors", shapes)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        found[jax.tree_util.keystr(path)] = leaf
+    return found
+
+
+def reached(folder: pathlib.Path, stage: str) -> int:
+    """Steps that a stage has written scalars of."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = [0]
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["stage"] == stage:
+            steps.append(row["step"])
+    return max(steps)
+
+
+def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
+    """Three random moments in each loop, then the same command: equal bit for bit."""
+    folder = tmp_path / "run"
+    rng = random.Random(time.time_ns())
+    moments = [
+        (stage, step)
+        for stage, most in (
+            ("train", 11),
+            ("reinforce_12", 5),
+            ("puredif_trained_sde", 5),
+        )
+        for step in sorted(rng.sample(range(1, most + 1), 3))
+    ]
+    for stage, step in moments:
+        process = subprocess.Popen(
+            [*COMMAND, *tiny(folder)], env=cache, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 240
+        while reached(folder, stage) < step and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / "report.json").exists(), "the kills came too late to matter"
+    subprocess.run([*COMMAND, *tiny(folder)], env=cache, check=True, timeout=300)
+    want, got = arrays(finished), arrays(folder)
+    assert want.keys() == got.keys()
+    for name in want:
+        np.testing.assert_array_equal(want[name], got[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--config.trainning.steps=3"], ["trainning", "training", "did you mean"]),
+        (["--config.training.steps=many"], ["training.steps", "many", "int"]),
+        (["--config.training.steps=-1"], ["steps", "-1"]),
+        (["--config.weights=nothing/here"], ["nothing/here", "clean"]),
+        (["--config.audit.weights=nothing/here"], ["nothing/here", "clean"]),
+        (["--config.mesh.batch=999"], ["999"]),
+    ],
+)
+def test_bad_flags_end_in_one_sentence(tmp_path, capsys, flags, words) -> None:
+    error = run(capsys, *tiny(tmp_path / "run", *flags))
+    assert error.startswith("error: ") and "\n" not in error
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def write_config(tmp_path: pathlib.Path, change: str) -> list[str]:
+    path = tmp_path / "changed.py"
+    path.write_text(
+        "import dataclasses, sys\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "import tiny_config\n"
+        "from puredif_jax.data import NpzImages\n"
+        "def get_config():\n"
+        f"    config = tiny_config.get_config()\n    return {change}\n"
+    )
+    return [f"--config={path}", f"--config.workdir={tmp_path / 'run'}"]
+
+
+def test_missing_data_is_named(tmp_path, capsys) -> None:
+    flags = write_config(
+        tmp_path, "dataclasses.replace(config, data=NpzImages('no/such.npz'))"
+    )
+    error = run(capsys, *flags)
+    assert "no/such.npz" in error and "\n" not in error
+
+
+def weights(change) -> dict:
+    return jax.tree.map(change, jax.device_get(TINY.init(jax.random.key(0))))
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda x: x * np.float32(np.nan), ["NaN"]),
+        (lambda x: np.concatenate([x, x], -1), ["shape"]),
+        (lambda x: x.astype(np.float16), ["float16", "float32"]),
+    ],
+)
+def test_bad_weights_are_named(tmp_path, capsys, change, words) -> None:
+    path = tmp_path / "bad.safetensors"
+    checkpoint.save_weights(path, weights(change), {})
+    error = run(capsys, *tiny(tmp_path / "run", f"--config.weights={path}"))
+    assert "\n" not in error
+    assert all(word.lower() in error.lower() for word in words), error
+
+
+def test_another_config_in_the_same_folder_is_refused(finished, capsys) -> None:
+    before = sorted(p.name for p in finished.rglob("*"))
+    error = run(capsys, *tiny(finished, "--config.training.batch=16"))
+    assert "training.batch" in error and "\n" not in error
+    assert sorted(p.name for p in finished.rglob("*")) == before
+
+
+def test_finished_run_is_not_run_again(finished, capsys) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    assert run(capsys, *tiny(finished)) == ""
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_command_line_exit_code(tmp_path) -> None:
+    done = subprocess.run(
+        [*COMMAND, *tiny(tmp_path, "--config.sede=1")], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "sede" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_config_is_hashable_and_json() -> None:
+    experiment = get_config()
+    assert hash(experiment) == hash(dataclasses.replace(experiment))
+    assert config.to_dict(experiment)["model"]["block_out_channels"] == [4, 4]

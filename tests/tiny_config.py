@@ -1,0 +1,59 @@
+"""The smallest whole run: backdoor, amplification and audit of a tiny network."""
+
+from puredif_jax.amplification import Reinforcement
+from puredif_jax.attacks import VillanDiffusion
+from puredif_jax.diffusion import DDIM, DDPM
+from puredif_jax.experiment import (
+    Amplification,
+    Audit,
+    Evaluation,
+    Experiment,
+    Inversion,
+)
+from puredif_jax.inversion import Descent
+from puredif_jax.objectives import DenoisingConsistency, DistributionShift
+from puredif_jax.training import Training
+from puredif_jax.triggers import Box, Hat
+from puredif_jax.unet import UNet
+
+TINY = UNet(
+    sample_size=(16, 16),
+    in_channels=1,
+    block_out_channels=(4, 4),
+    down_block_types=("DownBlock2D",) * 2,
+    up_block_types=("UpBlock2D",) * 2,
+    layers_per_block=1,
+    norm_num_groups=2,
+    downsample_padding=1,
+)
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        workdir="runs/tiny",
+        model=TINY,
+        training=Training(steps=12, batch=8, learning_rate=1e-3, warmup=2),
+        attack=VillanDiffusion(trigger=Box(), target=Hat()),
+        amplification=Amplification(
+            snapshots=(6, 12),
+            reinforcement=Reinforcement(
+                objective=DenoisingConsistency(
+                    sampler=DDIM(steps=2), samples=4, on_path=False, aim=1.0
+                ),
+                descent=Descent(steps=6, learning_rate=0.02, bound=None),
+            ),
+            alternate=True,
+        ),
+        audit=Audit(
+            inversion=Inversion(
+                loss=DistributionShift(timesteps=(900, 300), samples=4),
+                descent=Descent(steps=6, candidates=2, refresh=2),
+                heldout=8,
+            ),
+            elijah=True,
+        ),
+        evaluation=Evaluation(
+            draws=8, batch=8, ancestral=DDPM(steps=3), deterministic=DDIM(steps=2)
+        ),
+        chunk=1,
+    )
