@@ -65,7 +65,7 @@ class ExactDenoiser:
             lookup(table, t).reshape(-1, 1) for table in self.rows[:4]
         )
         gamma = self.rows.gamma
-        centre = params.images.reshape(count, size).mean(0)
+        centre = params.images.reshape(count, size).mean(0, keepdims=True)
         points = params.images.reshape(count, size) - centre
         trigger = params.trigger.reshape(1, size)
         poisoned = s * (params.target.reshape(1, size) - centre) + shift * trigger
