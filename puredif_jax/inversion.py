@@ -165,7 +165,7 @@ def inverter(
         candidate = keep(optax.apply_updates(candidate, updates))
         info = InversionInfo(
             loss=loss,
-            grad_norm=jax.vmap(optax.global_norm)(grads),
+            grad_norm=jax.vmap(optax.tree.norm)(grads),
             trigger_norm=jax.vmap(lambda x: jnp.linalg.norm(x.ravel()))(
                 candidate.delta
             ),

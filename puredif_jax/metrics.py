@@ -64,7 +64,8 @@ def ssim(
     """Structural similarity (Wang et al. 2004) to a target: `[B]`.
 
     Gaussian window of `window` pixels (of the image, where that is smaller), without
-    padding, averaged over positions and channels; c1 = 0.01^2, c2 = 0.03^2 for a data range of 1. Inputs as for `mse`.
+    padding, averaged over positions and channels; c1 = 0.01^2, c2 = 0.03^2 for a data
+    range of 1. Inputs as for `mse`.
     """
     x = to_unit(jnp.asarray(images))
     window = min(window, *x.shape[1:3])

@@ -15,7 +15,7 @@ CORE = set(
     "objectives inversion detection amplification features".split()
 )
 EDGES = set("config parallel checkpoint convert data report".split())
-COMPOSITION = {"run", "experiment", "main", "__init__", "__main__"}
+COMPOSITION = {"run", "lab", "experiment", "main", "__init__", "__main__"}
 
 ARRAYS = {"jax", "flax", "optax", "numpy", "chex"}
 STANDARD = set(

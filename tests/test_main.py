@@ -13,9 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from tiny_config import TINY, get_config
 
 from puredif_jax import checkpoint, config, main
-from tiny_config import TINY, get_config
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = [sys.executable, "-m", "puredif_jax.main"]
