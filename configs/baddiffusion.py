@@ -2,7 +2,7 @@
 
     python -m puredif_jax.main --config=configs/baddiffusion.py
 
-Hardware: two CPU cores. Duration and figures: docs/results.md. The weights that ship
+Hardware: two CPU cores. Duration and figures: docs/models.md. The weights that ship
 as "baddiffusion" are runs/baddiffusion/weights.safetensors of this run.
 """
 
