@@ -65,9 +65,9 @@ class Descent:
       constant_rate: no decay of the learning rate.
     """
 
-    steps: int = 200
+    steps: int = 150
     candidates: int = 1
-    learning_rate: float = 0.05
+    learning_rate: float = 0.2
     low: float = -1.0
     high: float = 0.0
     bound: float | None = 1.0

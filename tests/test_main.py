@@ -182,7 +182,7 @@ def weights(change) -> dict:
     "change,words",
     [
         (lambda x: x * np.float32(np.nan), ["NaN"]),
-        (lambda x: np.concatenate([x, x], -1), ["shape"]),
+        (lambda x: np.concatenate([x, x], -1), ["[8]", "[4]"]),
         (lambda x: x.astype(np.float16), ["float16", "float32"]),
     ],
 )
