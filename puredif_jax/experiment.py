@@ -498,7 +498,8 @@ def perform(experiment: Experiment) -> Report:
         trained = stages.train(experiment.training.steps)
         host = parallel.gather(trained)
         if parallel.is_host_zero():
-            about = json.dumps(config.to_dict(experiment), sort_keys=True)
+            placeless = dataclasses.replace(experiment, workdir=run.folder.name)
+            about = json.dumps(config.to_dict(placeless), sort_keys=True)
             checkpoint.save_weights(run.folder / WEIGHTS, host, {"experiment": about})
             if experiment.attack is not None:
                 truth = Truth.of(experiment.attack, experiment.model.image_shape)
