@@ -19,6 +19,7 @@ from puredif_jax.experiment import (
     Inversion,
 )
 from puredif_jax.inversion import Descent
+from puredif_jax.objectives import DistributionShift
 from puredif_jax.training import Training
 from puredif_jax.triggers import Box, Cat
 from puredif_jax.unet import SHIPPED
@@ -43,7 +44,10 @@ def get_config() -> Experiment:
         ),
         audit=Audit(
             weights=("baddiffusion", "clean"),
-            inversion=Inversion(descent=Descent(steps=100)),
+            inversion=Inversion(
+                loss=DistributionShift(samples=6),
+                descent=Descent(steps=100, candidates=3),
+            ),
         ),
         evaluation=Evaluation(draws=64),
     )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The README's command on every host of a TPU VM pod. Before: the TPU exists, gcloud is
-# logged in, and the package with the extra "tpu" is installed on its hosts.
-# Usage: launch/tpu_vm.sh NAME ZONE --config=configs/x.py --config.workdir=gs://BUCKET/x
+# logged in, and its hosts have the package with the extra "tpu" and mount one folder.
+# Usage: launch/tpu_vm.sh NAME ZONE --config=configs/x.py --config.workdir=/mnt/SHARED/x
 set -euo pipefail
 name=$1 zone=$2
 shift 2

@@ -163,7 +163,7 @@ class Detector:
 
     clean_sde: tuple[float, ...] = (0.5,)
     clean_ode: tuple[float, ...] = (0.05,)
-    threshold: float = 0.3
+    threshold: float = 0.7
 
     def __post_init__(self) -> None:
         if not self.clean_sde or len(self.clean_sde) != len(self.clean_ode):
