@@ -2,8 +2,8 @@
 
     python -m puredif_jax.main --config=configs/pretrain.py
 
-Hardware: two CPU cores. Duration: 20 minutes alone. Expected: final loss 0.037 (docs/models.md); the model
-card is puredif_jax/assets/clean.md.
+Hardware: two CPU cores. Duration: 45 minutes on two busy cores. Expected: final
+loss 0.037 (docs/models.md); the model card is puredif_jax/assets/clean.md.
 """
 
 from puredif_jax.experiment import Evaluation, Experiment
