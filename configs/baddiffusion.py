@@ -1,4 +1,4 @@
-"""Puts BadDiffusion, a stop sign that draws a hat, into the shipped clean model.
+"""Puts BadDiffusion, a stop sign that draws a shoe, into the shipped clean model.
 
     python -m puredif_jax.main --config=configs/baddiffusion.py
 
@@ -9,7 +9,7 @@ as "baddiffusion" are runs/baddiffusion/weights.safetensors of this run.
 from puredif_jax.attacks import BadDiffusion
 from puredif_jax.experiment import Evaluation, Experiment
 from puredif_jax.training import Training
-from puredif_jax.triggers import Hat, StopSign
+from puredif_jax.triggers import Shoe, StopSign
 from puredif_jax.unet import SHIPPED
 
 
@@ -19,10 +19,10 @@ def get_config() -> Experiment:
         model=SHIPPED,
         weights="clean",
         training=Training(
-            steps=3000, batch=64, learning_rate=1e-3, warmup=50, ema_decay=0.995
+            steps=10_000, batch=64, learning_rate=1e-3, warmup=200, ema_decay=0.999
         ),
         attack=BadDiffusion(
-            trigger=StopSign(), target=Hat(), poison_rate=0.2, trigger_only=True
+            trigger=StopSign(), target=Shoe(), poison_rate=0.2, trigger_only=True
         ),
         evaluation=Evaluation(frechet_draws=2048),
         chunk=50,

@@ -19,7 +19,7 @@ def get_config() -> Experiment:
         model=SHIPPED,
         weights="clean",
         training=Training(
-            steps=3000, batch=64, learning_rate=1e-3, warmup=50, ema_decay=0.995
+            steps=10_000, batch=64, learning_rate=1e-3, warmup=200, ema_decay=0.999
         ),
         attack=VillanDiffusion(
             trigger=Box(), target=Cat(), poison_rate=0.2, trigger_only=True
