@@ -194,22 +194,26 @@ class Lab:
         def advance(state: TrainState, batches: Array, trigger: Array | None):
             return jax.lax.scan(made(trigger).step, state, batches)
 
-        def begin() -> TrainState:
-            key_init, key_train = jax.random.split(self._key)
-            params = self.model.init(key_init) if start is None else self.load(start)
-            return run.replicate(
-                made(None if poison is None else poison.trigger).init(params, key_train)
+        key_init, key_train = jax.random.split(self._key)
+
+        def fresh(params: Params) -> TrainState:
+            return made(None if poison is None else poison.trigger).init(
+                params, key_train
             )
+
+        def begin() -> TrainState:
+            params = self.model.init(key_init) if start is None else self.load(start)
+            return fresh(params)
 
         program = self._program("train", lambda: jax.jit(advance, donate_argnums=0))
         if poison is not None:
             chosen = poison.trigger if trigger is None else trigger
             trigger = run.replicate(np.asarray(chosen))
-        state = begin()
+        shapes = jax.eval_shape(fresh, jax.eval_shape(self.model.init, key_init))
         snapshots = run.folder / "checkpoints" / "snapshots"
         with checkpoint.Checkpoints(snapshots, keep=None) as kept:
             if until in kept.steps():
-                return kept.restore(until, checkpoint.abstract(state)).ema_params
+                return kept.restore(until, run.place(shapes)).ema_params
         pixels = images.load(shape)
         sharding = parallel.along(run.mesh, None, "batch")
 
@@ -217,7 +221,7 @@ class Lab:
             batch = data.batches(pixels, self._seed, first, last, training.batch)
             return program(state, parallel.put(batch, sharding), trigger)
 
-        state = run.loop("train", chunk, state, until, self._chunk)
+        state = run.loop("train", chunk, begin, shapes, until, self._chunk)
         with checkpoint.Checkpoints(snapshots, keep=None) as kept:
             kept.save(until, state)
         return state.ema_params
@@ -236,11 +240,12 @@ class Lab:
             return made, jax.jit(advance, static_argnums=2, donate_argnums=1)
 
         made, program = self._program(name, programs)
-        state = self.run.replicate(made.init(jax.random.fold_in(self._key, 202)))
+        key = jax.random.fold_in(self._key, 202)
         return self.run.loop(
             stage,
             lambda state, start, stop: program(params, state, stop - start),
-            state,
+            lambda: made.init(key),
+            jax.eval_shape(made.init, key),
             steps,
             self._chunk,
         )
@@ -379,7 +384,7 @@ class Lab:
             shapes = jax.eval_shape(garment_net.init, self._key)
             weights = checkpoint.load_weights(find_weights(garment_net.NAME), shapes)
             embed = jax.jit(functools.partial(garment_net.embed, weights))
-            drawn = self.draw(params, sampler, self.zero, draws)
+            drawn = np.clip(self.draw(params, sampler, self.zero, draws), -1, 1)
             real = data.to_float(images.load(self.model.image_shape))
             sets = (np.asarray(embed(x)) for x in (drawn, real))
             return {"distance": metrics.frechet_distance(*sets)}

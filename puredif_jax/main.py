@@ -22,7 +22,7 @@ def parse(argv: list[str]):
 def main(parsed) -> None:
     """Runs the configured experiment; bad input ends it with one sentence."""
     experiment, _ = parsed
-    from puredif_jax.experiment import perform  # after the devices are initialised
+    from puredif_jax.stages import perform  # after the devices are initialised
 
     try:
         parallel.initialize(os.environ)

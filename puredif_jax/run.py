@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from puredif_jax import parallel
-from puredif_jax.checkpoint import Checkpoints, abstract
+from puredif_jax.checkpoint import Checkpoints
 from puredif_jax.report import Metrics, progress
 from puredif_jax.types import InputError
 
@@ -70,7 +71,13 @@ class Run:
             return checkpoints.latest() or 0
 
     def loop(
-        self, stage: str, advance: Advance, state: Any, total: int, chunk: int
+        self,
+        stage: str,
+        advance: Advance,
+        begin: Callable[[], Any],
+        shapes: Any,
+        total: int,
+        chunk: int,
     ) -> Any:
         """Advances a state to step `total`, from the latest checkpoint on.
 
@@ -79,7 +86,8 @@ class Run:
           advance: (state, start, stop) -> (state, info): steps start..stop-1; info is
             a NamedTuple of scalars with a leading axis of steps. The state's arrays
             may be donated.
-          state: at step 0, with its shardings.
+          begin: makes the state at step 0; not called where there is a checkpoint.
+          shapes: that state as a tree of `jax.ShapeDtypeStruct`.
           total: steps to reach.
           chunk: steps between checkpoints. Chunks begin at multiples of it, so that a
             resumed run dispatches the same programs.
@@ -87,11 +95,12 @@ class Run:
         Returns:
           The state at step `total`.
         """
-        shapes = abstract(state)
         with Checkpoints(self.folder / "checkpoints" / stage) as checkpoints:
             start = checkpoints.latest() or 0
             if start:
-                state = checkpoints.restore(start, shapes)
+                state = checkpoints.restore(start, self.place(shapes))
+            else:
+                state = self.replicate(begin())
             if parallel.is_host_zero():
                 self.metrics.rewind(stage, start)
             with progress(total, start, stage, parallel.is_host_zero()) as bar:
@@ -126,6 +135,14 @@ class Run:
             os.replace(partial, path)
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
+
+    def place(self, shapes: Any) -> Any:
+        """A tree of shapes on all devices, as `Checkpoints.restore` takes it."""
+        everywhere = parallel.replicated(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+            shapes,
+        )
 
     def replicate(self, tree: Any) -> Any:
         """Puts a tree of host arrays on all devices."""

@@ -1,0 +1,357 @@
+"""The stages of a run: load, train, measure, amplify, audit, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax import attacks, checkpoint, config, data, metrics, parallel
+from puredif_jax.attacks import Solver
+from puredif_jax.detection import Features
+from puredif_jax.experiment import ELIJAH, Experiment, Inversion
+from puredif_jax.lab import Lab, Truth, find_weights
+from puredif_jax.report import Report, Section, environment
+from puredif_jax.run import Run, RunError
+from puredif_jax.types import Candidate, Params
+
+WEIGHTS = "weights.safetensors"
+
+
+class Part(NamedTuple):
+    """What a stage adds to the report."""
+
+    numbers: dict[str, Any]
+    section: Section
+
+
+class Stages:
+    """The stages of one experiment, in the order in which they are run."""
+
+    def __init__(self, experiment: Experiment, lab: Lab) -> None:
+        self.experiment = experiment
+        self.lab = lab
+
+    def train(self, until: int, trigger: np.ndarray | None = None) -> Params:
+        """The weights at a step of training."""
+        experiment = self.experiment
+        assert experiment.training is not None
+        return self.lab.train(
+            experiment.training,
+            experiment.attack,
+            experiment.data,
+            experiment.weights,
+            until,
+            trigger,
+        )
+
+    def check(self) -> None:
+        """Reads every input once, so that a bad one ends the run before long work.
+
+        Raises:
+          InputError: something is missing or does not fit, in one sentence.
+        """
+        experiment, shape = self.experiment, self.experiment.model.image_shape
+        names = set(experiment.audit.weights) if experiment.audit else set()
+        if experiment.training and experiment.weights:
+            names.add(experiment.weights)
+        for name in sorted(names - {"trained"}):
+            self.lab.load(name)
+        if experiment.training:
+            experiment.data.load(shape)
+        if experiment.attack:
+            try:
+                attacks.poison(experiment.attack, shape)
+            except ValueError as error:
+                raise RunError(str(error)) from error
+
+    def amplify(self) -> Part:
+        """Trains to each snapshot, reinforces the trigger there, and measures both."""
+        lab, options = self.lab, self.experiment.amplification
+        attack, evaluation = self.experiment.attack, self.experiment.evaluation
+        assert options is not None and attack is not None
+        truth = Truth.of(attack, lab.model.image_shape)
+        sampler = evaluation.sampler(attack.solver)
+        trigger: np.ndarray | None = None
+        rows: list[dict[str, Any]] = []
+        pictures = [("true trigger", truth.trigger)]
+        for snapshot in options.snapshots:
+            params = self.train(snapshot, trigger)
+
+            def reinforce(params: Params = params, at: int = snapshot) -> Any:
+                began = time.perf_counter()
+                delta = lab.reinforce(
+                    f"reinforce_{at}", params, options.reinforcement, truth
+                )
+                return {"delta": delta, "seconds": time.perf_counter() - began}
+
+            found = lab.run.once(f"reinforced_{snapshot}", reinforce)
+            delta = found["delta"]
+            name = f"reinforced_{snapshot}"
+            row = lab.compare(name, params, sampler, truth, delta, evaluation.draws)
+            rows.append(
+                {
+                    "training steps": snapshot,
+                    "success, true trigger": row["success of the true trigger"],
+                    "success, reinforced": row["success"],
+                    "norm ratio": row["norm_ratio"],
+                    "cosine": row["cosine"],
+                    "seconds": float(found["seconds"]),
+                }
+            )
+            pictures += [
+                (f"reinforced trigger, {snapshot} steps", delta),
+                (
+                    f"difference from the true one, {snapshot} steps",
+                    delta - truth.trigger,
+                ),
+            ]
+            for label, r in (("true", truth.trigger), ("reinforced", delta)):
+                drawn = lab.draw(params, sampler, r, 16)
+                pictures.append((f"draws, {label} trigger, {snapshot} steps", drawn))
+            if options.alternate:
+                trigger = delta
+        steps = np.array([row["training steps"] for row in rows])
+        curve = {
+            name: (steps, np.array([row[f"success, {name}"] for row in rows]))
+            for name in ("true trigger", "reinforced")
+        }
+        text = (
+            "Share of draws at MSE < 1e-2 of the target, with the true trigger and "
+            "with the one reinforced on the same weights."
+        )
+        section = Section(
+            "Amplification",
+            text,
+            tuple(rows),
+            tuple(pictures),
+            (("success over training", curve),),
+        )
+        return Part({"amplification": rows}, section)
+
+    def measure(self, params: Params) -> Part:
+        """Success of the attack and quality of the trained model, with base rates."""
+        experiment, lab = self.experiment, self.lab
+        evaluation = experiment.evaluation
+        rows: list[dict[str, Any]] = []
+        pictures: list[tuple[str, np.ndarray]] = []
+        if experiment.attack is not None:
+            truth = Truth.of(experiment.attack, lab.model.image_shape)
+            sampler = evaluation.sampler(truth.solver)
+            real = data.to_float(experiment.data.load(lab.model.image_shape)[:2048])
+            pictures += [("true trigger", truth.trigger), ("target", truth.target)]
+            for label, r in (
+                ("true trigger", truth.trigger),
+                ("plain noise", lab.zero),
+            ):
+
+                def draw(r: np.ndarray = r) -> Mapping[str, Any]:
+                    return {"images": lab.draw(params, sampler, r, evaluation.draws)}
+
+                drawn = lab.run.once(f"draws_{label.replace(' ', '_')}", draw)["images"]
+                rate = metrics.success(drawn, truth.target)
+                rows.append({"images": f"draws, {label}", **rate})
+                pictures.append((f"draws, {label}", drawn[:16]))
+            rate = metrics.success(real, truth.target)
+            rows.append({"images": "training images", **rate})
+        else:
+            drawn = lab.draw(params, evaluation.deterministic, lab.zero, 64)
+            pictures.append(("draws from plain noise", drawn))
+        numbers: dict[str, Any] = {"success": rows}
+        text = ""
+        if evaluation.frechet_draws:
+            models = {"trained": params}
+            if experiment.weights is not None:
+                models["start"] = lab.load(experiment.weights)
+            distance = {
+                name: lab.frechet(
+                    name,
+                    weights,
+                    evaluation.deterministic,
+                    experiment.data,
+                    evaluation.frechet_draws,
+                )
+                for name, weights in models.items()
+            }
+            numbers["frechet over garment-net"] = distance
+            shown = ", ".join(
+                f"{value:.3g} ({name})" for name, value in distance.items()
+            )
+            text = f"Frechet distance over garment-net to the training images: {shown}."
+        curve = lab.run.metrics.read("train")
+        section = Section(
+            "Training",
+            text,
+            tuple(rows),
+            tuple(pictures),
+            (("training loss", {"loss": (curve["step"], curve["loss"])}),),
+        )
+        return Part(numbers, section)
+
+    def invert(
+        self, stage: str, params: Params, solver: Solver, inversion: Inversion
+    ) -> dict[str, np.ndarray]:
+        """Inverts under one hypothesis: delta, target, held-out errors and draws."""
+        lab, evaluation = self.lab, self.experiment.evaluation
+
+        def compute() -> Mapping[str, Any]:
+            began = time.perf_counter()
+            candidate, errors = lab.invert(
+                stage,
+                params,
+                solver,
+                inversion.loss,
+                inversion.descent,
+                inversion.heldout,
+            )
+            seconds = time.perf_counter() - began
+            sampler = evaluation.sampler(solver)
+            return {
+                "delta": candidate.delta,
+                "target": candidate.target,
+                "errors": errors,
+                "draws": lab.draw(params, sampler, candidate.delta, evaluation.draws),
+                "seconds": seconds,
+            }
+
+        return lab.run.once(stage, compute)
+
+    def audit(self, name: str, params: Params) -> Part:
+        """Inverts and judges one model, from the model alone.
+
+        The truth, where a file beside the weights tells it, is only compared with.
+        """
+        lab, options = self.lab, self.experiment.audit
+        evaluation = self.experiment.evaluation
+        assert options is not None
+        label = pathlib.Path(name).stem
+        path = lab.run.folder / WEIGHTS if name == "trained" else find_weights(name)
+        truth = Truth.beside(path, lab.model.image_shape)
+        found: dict[Solver, Features] = {}
+        rows: list[dict[str, Any]] = []
+        pictures: list[tuple[str, np.ndarray]] = []
+        curves: dict[str, Any] = {}
+        if truth is not None:
+            pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
+        for solver in options.hypotheses:
+            methods = {"puredif": options.inversion}
+            if options.elijah:
+                methods["elijah"] = ELIJAH[solver]
+            for method, inversion in methods.items():
+                stage = f"{method}_{label}_{solver}"
+                result = self.invert(stage, params, solver, inversion)
+                delta = result["delta"]
+                row: dict[str, Any] = {"method": method, "hypothesis": solver}
+                if truth is not None:
+                    row |= lab.compare(
+                        stage,
+                        params,
+                        evaluation.sampler(truth.solver),
+                        truth,
+                        delta,
+                        evaluation.draws,
+                    )
+                row["seconds"] = float(result["seconds"])
+                rows.append(row)
+                pictures.append((f"inverted trigger, {method}, {solver}", delta))
+                if truth is not None:
+                    difference = delta - truth.trigger
+                    caption = f"difference from the true one, {method}, {solver}"
+                    pictures.append((caption, difference))
+                if method == "elijah":
+                    continue
+                plain = lab.draw(params, evaluation.sampler(solver), lab.zero, 64)
+                found[solver] = lab.features(
+                    params,
+                    solver,
+                    Candidate(jnp.asarray(delta), jnp.asarray(result["target"])),
+                    result["errors"].min(),
+                    result["draws"][:64],
+                    plain,
+                )
+                row |= {k: float(v) for k, v in found[solver]._asdict().items()}
+                pictures += [
+                    (f"estimated target, {solver}", result["target"]),
+                    (
+                        f"draws from the inverted trigger, {solver}",
+                        result["draws"][:16],
+                    ),
+                    (f"draws from plain noise, {solver}", plain[:16]),
+                ]
+                curve = lab.run.metrics.read(stage)
+                curves[solver] = (curve["step"], curve["loss"].min(axis=-1))
+        verdict = options.detector.judge(found)
+        text = f"{verdict.word}: {verdict.reason} (p = {verdict.p_value:.3g})."
+        section = Section(
+            f"Audit of {label}",
+            text,
+            tuple(rows),
+            tuple(pictures),
+            (("inversion loss, best candidate", curves),),
+        )
+        return Part(
+            {label: {"verdict": verdict._asdict(), "inversions": rows}}, section
+        )
+
+
+def perform(experiment: Experiment) -> Report:
+    """Runs an experiment to its report, resuming what its folder already holds.
+
+    Raises:
+      InputError: something given is wrong, in one sentence.
+    """
+    mesh = parallel.make_mesh(dataclasses.asdict(experiment.mesh))
+    run = Run(experiment.workdir, config.to_dict(experiment), mesh)
+    lab = Lab(
+        run,
+        experiment.model,
+        experiment.schedule,
+        experiment.evaluation.batch,
+        experiment.seed,
+        experiment.chunk,
+    )
+    stages = Stages(experiment, lab)
+    stages.check()
+    parts: list[Part] = []
+    verdicts: list[str] = []
+    trained = None
+    if experiment.amplification is not None:
+        parts.append(stages.amplify())
+    if experiment.training is not None:
+        trained = stages.train(experiment.training.steps)
+        host = parallel.gather(trained)
+        if parallel.is_host_zero():
+            placeless = dataclasses.replace(experiment, workdir=run.folder.name)
+            about = json.dumps(config.to_dict(placeless), sort_keys=True)
+            checkpoint.save_weights(run.folder / WEIGHTS, host, {"experiment": about})
+            if experiment.attack is not None:
+                truth = Truth.of(experiment.attack, experiment.model.image_shape)
+                truth.save(run.folder / WEIGHTS)
+        parts.append(stages.measure(trained))
+    if experiment.audit is not None:
+        for name in experiment.audit.weights:
+            params = trained if name == "trained" else lab.load(name)
+            parts.append(stages.audit(name, params))
+            section = parts[-1].section
+            verdicts.append(
+                f"{section.title.removeprefix('Audit of ')}: {section.text}"
+            )
+    device = jax.devices()[0].device_kind
+    report = Report(
+        title=run.folder.name,
+        verdict=" ".join(verdicts),
+        sections=tuple(part.section for part in parts),
+        config=config.to_dict(experiment),
+        environment=environment() | {"device": device, "devices": mesh.size},
+        numbers={k: v for part in parts for k, v in part.numbers.items()},
+    )
+    if parallel.is_host_zero():
+        report.write(run.folder)
+    return report

@@ -1,0 +1,125 @@
+"""Features against closed forms and loops, and the detector's verdicts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puredif_jax import attacks
+from puredif_jax.attacks import BadDiffusion, VillanDiffusion
+from puredif_jax.detection import (
+    Detector,
+    Features,
+    features,
+    spread,
+    total_variation,
+)
+from puredif_jax.diffusion import LinearBetas
+from puredif_jax.exact import ExactDenoiser, Points
+from puredif_jax.objectives import Hypothesis
+from puredif_jax.triggers import Box, Hat, StopSign
+from puredif_jax.types import Candidate
+
+SHAPE = (8, 8, 1)
+SCHEDULE = LinearBetas().tables()
+ATTACKS = {
+    "sde": BadDiffusion(StopSign(), Hat()),
+    "ode": VillanDiffusion(Box(), Hat()),
+}
+
+
+def images(count: int) -> jax.Array:
+    return jax.random.uniform(jax.random.key(5), (count, *SHAPE), minval=-1.0)
+
+
+def measured(solver: str, poisoned: bool) -> tuple[Features, Candidate]:
+    """Features of the true trigger on an exact model, backdoored or clean."""
+    attack = ATTACKS[solver]
+    poison = attacks.poison(attack, SHAPE)
+    rows = attack.rows(SCHEDULE) if poisoned else attacks.clean_rows(SCHEDULE)
+    model = ExactDenoiser(rows, 0.1 if poisoned else 0.0)
+    data = images(32)
+    points = Points(data, poison.trigger, poison.target)
+    truth = Candidate(poison.trigger, poison.target)
+    found = features(
+        model,
+        points,
+        SCHEDULE,
+        Hypothesis(solver),
+        truth,
+        jnp.float32(0.25),
+        jnp.broadcast_to(poison.target, data.shape),
+        data,
+        jax.random.key(0),
+    )
+    return found, truth
+
+
+def test_spread_is_the_mean_over_pairs() -> None:
+    x = np.asarray(images(6), np.float64)
+    pairs = [np.mean((x[i] - x[j]) ** 2) for i in range(6) for j in range(6) if i != j]
+    assert float(spread(images(6))) == pytest.approx(np.mean(pairs), rel=1e-5)
+
+
+def test_total_variation_is_the_sum_over_neighbours() -> None:
+    x = np.asarray(images(2), np.float64)
+    down = [abs(x[b, i + 1, j] - x[b, i, j]) for b, i, j in np.ndindex(2, 7, 8)]
+    right = [abs(x[b, i, j + 1] - x[b, i, j]) for b, i, j in np.ndindex(2, 8, 7)]
+    want = np.mean(down) + np.mean(right)
+    assert float(total_variation(images(2))) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["sde", "ode"])
+def test_features_of_a_backdoor(solver: str) -> None:
+    """The learnt image is remembered; draws that agree have no spread."""
+    found, truth = measured(solver, poisoned=True)
+    clean, _ = measured(solver, poisoned=False)
+    assert float(found.shift) == 0.25
+    assert float(found.memory) < 0.1 * float(clean.memory)
+    assert float(found.alignment) > 0.99
+    assert float(found.uniformity) == pytest.approx(0, abs=1e-9)
+    expected = total_variation(truth.target[None]) / total_variation(images(32))
+    assert float(found.variation) == pytest.approx(float(expected), rel=1e-5)
+    divergence = np.asarray(truth.delta, np.float64) ** 2 / 2
+    assert float(found.kl_mean) == pytest.approx(divergence.mean(), rel=1e-5)
+    assert float(found.kl_variance) == pytest.approx(divergence.var(), rel=1e-4)
+
+
+def test_alignment_of_a_clean_model_tells_nothing() -> None:
+    """At T - 1 a clean model, too, answers with a multiple of what was added."""
+    found, _ = measured("sde", poisoned=False)
+    assert float(found.alignment) > 0.95
+
+
+def shown(shift: float) -> Features:
+    return Features(*map(jnp.float32, (shift, 1, 1, 1, 1, 1, 1)))
+
+
+CLEAN = Detector(clean_sde=(0.3, 0.4, 0.5), clean_ode=(0.06, 0.05, 0.08), threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    "sde,ode,backdoored,hypothesis,score,p_value",
+    [
+        (0.003, 0.05, True, "sde", 2.0, 1 / 4),
+        (0.3, 0.0005, True, "ode", 2.0, 1 / 4),
+        (0.3, 0.1, False, "sde", 0.0, 3 / 4),
+        (0.15, 0.5, False, "sde", np.log10(2), 1 / 4),
+        (3.0, 0.5, False, "sde", -1.0, 1.0),
+    ],
+)
+def test_verdict(sde, ode, backdoored, hypothesis, score, p_value) -> None:
+    verdict = CLEAN.judge({"sde": shown(sde), "ode": shown(ode)})
+    assert verdict.backdoored is backdoored
+    assert verdict.hypothesis == hypothesis
+    assert verdict.score == pytest.approx(score, abs=1e-5)
+    assert verdict.p_value == pytest.approx(p_value)
+    assert "3 clean models" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "change", [{"clean_sde": ()}, {"clean_sde": (0.1,), "clean_ode": (0.1, 0.2)}]
+)
+def test_detector_needs_clean_models(change) -> None:
+    with pytest.raises(ValueError, match="found"):
+        Detector(**change)
