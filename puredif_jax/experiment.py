@@ -59,7 +59,7 @@ class Inversion:
     """
 
     loss: Loss = DistributionShift()
-    descent: Descent = Descent()
+    descent: Descent = Descent(candidates=4, scout=40)
     heldout: int = 64
 
 
@@ -139,9 +139,10 @@ class Experiment:
     Attributes:
       workdir: folder of the run; the same command there resumes it.
       model: the network.
-      weights: where training starts: a shipped model or a path; None for fresh ones.
+      weights: where training starts, or, without a training, what is measured: a
+        shipped model or a path; None for fresh ones.
       training: trains the model, clean or with the attack.
-      attack: the backdoor.
+      attack: the backdoor put in, or the one that success is measured for.
       amplification: reinforces the trigger along the training.
       audit: inverts and judges models.
       evaluation: how models are measured.

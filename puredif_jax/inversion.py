@@ -44,6 +44,14 @@ class Inverter(NamedTuple):
     step: Callable[[Params, InversionState], tuple[InversionState, InversionInfo]]
 
 
+def keep_one(state: InversionState, index: int) -> InversionState:
+    """The state of candidate `index` alone, K = 1; its optimiser goes on as it was."""
+    candidate, opt_state = jax.tree.map(
+        lambda x: x[index][None] if x.ndim else x, (state.candidate, state.opt_state)
+    )
+    return dataclasses.replace(state, candidate=candidate, opt_state=opt_state)
+
+
 Refresh = Callable[[Params, Candidate, Key], Array]
 
 
@@ -54,6 +62,7 @@ class Descent:
     Attributes:
       steps: optimiser steps.
       candidates: K, restarts optimised together.
+      scout: steps after which only the best candidate goes on; 0 keeps all to the end.
       learning_rate: of Adam; decays to a tenth by a cosine.
       low, high: range of the uniform initial trigger; every second candidate starts
         with its sign turned.
@@ -67,6 +76,7 @@ class Descent:
 
     steps: int = 150
     candidates: int = 1
+    scout: int = 0
     learning_rate: float = 0.2
     low: float = -1.0
     high: float = 0.0
@@ -78,6 +88,10 @@ class Descent:
         for name in ("steps", "candidates", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        if not 0 <= self.scout < self.steps:
+            raise ValueError(
+                f"scout must lie in 0..steps-1={self.steps - 1}, found {self.scout}"
+            )
         if self.bound is not None and self.bound <= 0:
             raise ValueError(f"bound must be above 0 or none, found {self.bound}")
 
@@ -114,7 +128,6 @@ def inverter(
       n is `fold_in(state.key, n)`: a resumed run repeats the same draws.
     """
     optimizer = descent.optimizer()
-    count = descent.candidates
 
     def keep(candidate: Candidate) -> Candidate:
         if (bound := descent.bound) is None:
@@ -123,6 +136,7 @@ def inverter(
 
     def init(key: Key) -> InversionState:
         key_start, key_run = jax.random.split(key)
+        count = descent.candidates
         shape = (count, *image_shape)
         if start is None:
             delta = jax.random.uniform(
@@ -145,6 +159,7 @@ def inverter(
     ) -> tuple[InversionState, InversionInfo]:
         key, key_refresh = jax.random.split(jax.random.fold_in(state.key, state.step))
         candidate = state.candidate
+        count = candidate.delta.shape[0]  # fewer than K after the scouts
         if refresh is not None and descent.refresh:
             candidate = jax.lax.cond(
                 state.step % descent.refresh == 0,

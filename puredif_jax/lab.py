@@ -22,7 +22,7 @@ from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Attack, Solver
 from puredif_jax.detection import Features, features
 from puredif_jax.diffusion import DDIM, LinearBetas, Sampler, sample
-from puredif_jax.inversion import Descent, InversionState, Inverter, inverter
+from puredif_jax.inversion import Descent, InversionState, Inverter, inverter, keep_one
 from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis, denoised
 from puredif_jax.run import Run, RunError
 from puredif_jax.training import Training, TrainState, trainer
@@ -226,8 +226,16 @@ class Lab:
             kept.save(until, state)
         return state.ema_params
 
-    def _descend(self, stage: str, params: Params, name: Any, make, steps: int):
-        """Runs the inverter of `make` as a resumable loop."""
+    def _descend(
+        self,
+        stage: str,
+        params: Params,
+        name: Any,
+        make: Callable[[], Inverter],
+        begin: Callable[[Inverter], InversionState],
+        steps: int,
+    ) -> InversionState:
+        """Runs the inverter of `make` from its state `begin` as a resumable loop."""
 
         def programs() -> tuple[Inverter, Any]:
             made = make()
@@ -240,15 +248,18 @@ class Lab:
             return made, jax.jit(advance, static_argnums=2, donate_argnums=1)
 
         made, program = self._program(name, programs)
-        key = jax.random.fold_in(self._key, 202)
         return self.run.loop(
             stage,
             lambda state, start, stop: program(params, state, stop - start),
-            lambda: made.init(key),
-            jax.eval_shape(made.init, key),
+            lambda: begin(made),
+            jax.eval_shape(lambda: begin(made)),
             steps,
             self._chunk,
         )
+
+    def _start(self, made: Inverter) -> InversionState:
+        """The first state of an inversion."""
+        return made.init(jax.random.fold_in(self._key, 202))
 
     def reinforce(
         self, stage: str, params: Params, reinforcement: Reinforcement, truth: Truth
@@ -261,8 +272,8 @@ class Lab:
                 self.model, self.schedule, Hypothesis(truth.solver), start, self.shard
             )
 
-        steps = reinforcement.descent.steps
-        state = self._descend(stage, params, ("reinforce", reinforcement), make, steps)
+        name, steps = ("reinforce", reinforcement), reinforcement.descent.steps
+        state = self._descend(stage, params, name, make, self._start, steps)
         return parallel.gather(state.candidate.delta)[0]
 
     def invert(
@@ -304,11 +315,26 @@ class Lab:
             bound = error.bind(self.model, self.schedule, hypothesis, self.shard)
             return jax.jit(jax.vmap(bound, in_axes=(None, 0, None)))
 
-        name = (solver, loss, descent)
-        state = self._descend(stage, params, name, make, descent.steps)
         program = self._program(("heldout", solver, heldout), judge)
         key = jax.random.fold_in(self._key, 303)
-        errors = parallel.gather(program(params, state.candidate, key))
+
+        def heldout_errors(state: InversionState) -> np.ndarray:
+            return parallel.gather(program(params, state.candidate, key))
+
+        name, begin, steps = (solver, loss, descent), self._start, descent.steps
+        if descent.scout:
+            scouts = self._descend(
+                f"{stage}_scouts", params, name, make, begin, descent.scout
+            )
+            ahead = int(np.argmin(heldout_errors(scouts)))
+            steps -= descent.scout
+
+            def begin(made: Inverter) -> InversionState:
+                del made
+                return keep_one(scouts, ahead)
+
+        state = self._descend(stage, params, name, make, begin, steps)
+        errors = heldout_errors(state)
         best = int(np.argmin(errors))
         return jax.tree.map(lambda x: x[best], parallel.gather(state.candidate)), errors
 

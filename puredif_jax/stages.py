@@ -60,11 +60,11 @@ class Stages:
         """
         experiment, shape = self.experiment, self.experiment.model.image_shape
         names = set(experiment.audit.weights) if experiment.audit else set()
-        if experiment.training and experiment.weights:
+        if experiment.weights:
             names.add(experiment.weights)
         for name in sorted(names - {"trained"}):
             self.lab.load(name)
-        if experiment.training:
+        if experiment.training or experiment.weights:
             experiment.data.load(shape)
         if experiment.attack:
             try:
@@ -137,7 +137,7 @@ class Stages:
         return Part({"amplification": rows}, section)
 
     def measure(self, params: Params) -> Part:
-        """Success of the attack and quality of the trained model, with base rates."""
+        """Success of the attack and quality of a model, with base rates."""
         experiment, lab = self.experiment, self.lab
         evaluation = experiment.evaluation
         rows: list[dict[str, Any]] = []
@@ -167,8 +167,8 @@ class Stages:
         numbers: dict[str, Any] = {"success": rows}
         text = ""
         if evaluation.frechet_draws:
-            models = {"trained": params}
-            if experiment.weights is not None:
+            models = {"measured": params}
+            if experiment.training and experiment.weights is not None:
                 models["start"] = lab.load(experiment.weights)
             distance = {
                 name: lab.frechet(
@@ -185,14 +185,11 @@ class Stages:
                 f"{value:.3g} ({name})" for name, value in distance.items()
             )
             text = f"Frechet distance over garment-net to the training images: {shown}."
-        curve = lab.run.metrics.read("train")
-        section = Section(
-            "Training",
-            text,
-            tuple(rows),
-            tuple(pictures),
-            (("training loss", {"loss": (curve["step"], curve["loss"])}),),
-        )
+        curves: tuple[Any, ...] = ()
+        if experiment.training:
+            curve = lab.run.metrics.read("train")
+            curves = (("training loss", {"loss": (curve["step"], curve["loss"])}),)
+        section = Section("Model", text, tuple(rows), tuple(pictures), curves)
         return Part(numbers, section)
 
     def invert(
@@ -222,6 +219,17 @@ class Stages:
             }
 
         return lab.run.once(stage, compute)
+
+    def descent_curves(self, stage: str, solver: Solver, scout: int) -> dict[str, Any]:
+        """The loss of every scout, and of the candidate that went on."""
+        curve = self.lab.run.metrics.read(stage)
+        curves: dict[str, Any] = {}
+        curves[solver] = (scout + curve["step"], curve["loss"].min(axis=-1))
+        if scout:
+            scouts = self.lab.run.metrics.read(f"{stage}_scouts")
+            for i, loss in enumerate(scouts["loss"].T):
+                curves[f"{solver}, scout {i + 1}"] = (scouts["step"], loss)
+        return curves
 
     def audit(self, name: str, params: Params) -> Part:
         """Inverts and judges one model, from the model alone.
@@ -285,8 +293,7 @@ class Stages:
                     ),
                     (f"draws from plain noise, {solver}", plain[:16]),
                 ]
-                curve = lab.run.metrics.read(stage)
-                curves[solver] = (curve["step"], curve["loss"].min(axis=-1))
+                curves |= self.descent_curves(stage, solver, inversion.descent.scout)
         verdict = options.detector.judge(found)
         text = f"{verdict.word}: {verdict.reason} (p = {verdict.p_value:.3g})."
         section = Section(
@@ -294,7 +301,7 @@ class Stages:
             text,
             tuple(rows),
             tuple(pictures),
-            (("inversion loss, best candidate", curves),),
+            (("inversion loss", curves),),
         )
         return Part(
             {label: {"verdict": verdict._asdict(), "inversions": rows}}, section
@@ -335,6 +342,8 @@ def perform(experiment: Experiment) -> Report:
                 truth = Truth.of(experiment.attack, experiment.model.image_shape)
                 truth.save(run.folder / WEIGHTS)
         parts.append(stages.measure(trained))
+    elif experiment.weights is not None:
+        parts.append(stages.measure(lab.load(experiment.weights)))
     if experiment.audit is not None:
         for name in experiment.audit.weights:
             params = trained if name == "trained" else lab.load(name)

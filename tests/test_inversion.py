@@ -10,7 +10,7 @@ from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
 from puredif_jax import metrics
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.inversion import Descent, inverter
+from puredif_jax.inversion import Descent, inverter, keep_one
 from puredif_jax.objectives import DistributionShift, Elijah, Hypothesis
 from puredif_jax.triggers import Box, Hat, StopSign
 from puredif_jax.types import Candidate
@@ -61,6 +61,19 @@ def test_resuming_in_the_middle_changes_nothing() -> None:
     again, _ = run(made, goal, 3, half)
     as_arrays = lambda s: s.replace(key=jax.random.key_data(s.key))  # noqa: E731
     chex.assert_trees_all_equal(as_arrays(whole), as_arrays(again))
+
+
+def test_the_best_scout_goes_on_as_it_was() -> None:
+    """Alone it ends where it would have in company, optimiser and all."""
+    made = inverter(quadratic, Descent(steps=10, candidates=3), (2, 2, 1))
+    goal = jnp.full((2, 2, 1), 0.5)
+    company, _ = run(made, goal, 10)
+    halfway, _ = run(made, goal, 5)
+    alone, info = run(made, goal, 5, keep_one(halfway, 1))
+    chex.assert_shape(info.loss, (5, 1))
+    np.testing.assert_allclose(
+        alone.candidate.delta[0], company.candidate.delta[1], rtol=1e-6
+    )
 
 
 def test_refresh_moves_the_target_every_m_steps() -> None:
@@ -129,7 +142,14 @@ def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"candidates": 0}, {"learning_rate": 0.0}, {"bound": -1.0}]
+    "bad",
+    [
+        {"steps": 0},
+        {"candidates": 0},
+        {"learning_rate": 0.0},
+        {"bound": -1.0},
+        {"steps": 9, "scout": 9},
+    ],
 )
 def test_bad_settings_are_named(bad) -> None:
     with pytest.raises(ValueError, match="found"):

@@ -112,7 +112,7 @@ def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
         for stage, most in (
             ("train", 11),
             ("reinforce_12", 5),
-            ("puredif_trained_sde", 5),
+            ("puredif_trained_sde", 4),
         )
         for step in sorted(rng.sample(range(1, most + 1), 3))
     ]

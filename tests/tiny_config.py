@@ -47,7 +47,7 @@ def get_config() -> Experiment:
         audit=Audit(
             inversion=Inversion(
                 loss=DistributionShift(timesteps=(900, 300), samples=4),
-                descent=Descent(steps=6, candidates=2, refresh=2),
+                descent=Descent(steps=6, candidates=2, scout=2, refresh=2),
                 heldout=8,
             ),
             elijah=True,

@@ -1,0 +1,26 @@
+"""Measures a backdoored model: success by 1,000 ancestral steps, and base rates.
+
+    python -m puredif_jax.main --config=configs/evaluate.py
+    python -m puredif_jax.main --config=configs/evaluate.py \
+        --config.workdir=runs/mine --config.weights=PATH.safetensors
+
+The attack named here must be the one that is in the weights.
+
+Hardware: two CPU cores. Duration and expected figures: docs/models.md.
+"""
+
+from puredif_jax.attacks import BadDiffusion
+from puredif_jax.diffusion import DDPM
+from puredif_jax.experiment import Evaluation, Experiment
+from puredif_jax.triggers import Shoe, StopSign
+from puredif_jax.unet import SHIPPED
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        workdir="runs/evaluate",
+        model=SHIPPED,
+        weights="baddiffusion",
+        attack=BadDiffusion(trigger=StopSign(), target=Shoe()),
+        evaluation=Evaluation(ancestral=DDPM(steps=1000)),
+    )
