@@ -227,7 +227,7 @@ class Stages:
         curves[solver] = (scout + curve["step"], curve["loss"].min(axis=-1))
         if scout:
             scouts = self.lab.run.metrics.read(f"{stage}_scouts")
-            for i, loss in enumerate(scouts["loss"].T):
+            for i, loss in enumerate(scouts["loss"].reshape(len(scouts["step"]), -1).T):
                 curves[f"{solver}, scout {i + 1}"] = (scouts["step"], loss)
         return curves
 
