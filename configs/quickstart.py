@@ -19,7 +19,6 @@ from puredif_jax.experiment import (
     Inversion,
 )
 from puredif_jax.inversion import Descent
-from puredif_jax.objectives import DistributionShift
 from puredif_jax.training import Training
 from puredif_jax.triggers import Box, Cat
 from puredif_jax.unet import SHIPPED
@@ -44,10 +43,7 @@ def get_config() -> Experiment:
         ),
         audit=Audit(
             weights=("baddiffusion", "clean"),
-            inversion=Inversion(
-                loss=DistributionShift(samples=6),
-                descent=Descent(steps=100, candidates=3),
-            ),
+            inversion=Inversion(descent=Descent(candidates=3, scout=40)),
         ),
         evaluation=Evaluation(draws=64),
     )

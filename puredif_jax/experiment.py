@@ -19,6 +19,7 @@ from puredif_jax.objectives import (
     Elijah,
     Sum,
 )
+from puredif_jax.survey import Survey
 from puredif_jax.training import Training
 from puredif_jax.unet import UNet
 
@@ -55,23 +56,27 @@ class Inversion:
     Attributes:
       loss: what is minimised.
       descent: optimiser, candidates and bounds.
+      survey: finds where the candidates start; None for random starts.
       heldout: noise draws at each timestep on which the kept candidate is chosen.
     """
 
-    loss: Loss = DistributionShift()
+    loss: Loss = DistributionShift(samples=8)
     descent: Descent = Descent(candidates=4, scout=40)
+    survey: Survey | None = Survey()
     heldout: int = 64
 
 
 ELIJAH: dict[Solver, Inversion] = {
     "sde": Inversion(
         loss=Elijah(),
+        survey=None,
         descent=Descent(
             steps=100, learning_rate=0.1, low=-1.0, bound=None, constant_rate=True
         ),
     ),
     "ode": Inversion(
         loss=Elijah(),
+        survey=None,
         descent=Descent(
             steps=10,
             learning_rate=0.1,

@@ -74,7 +74,7 @@ class Descent:
       constant_rate: no decay of the learning rate.
     """
 
-    steps: int = 150
+    steps: int = 120
     candidates: int = 1
     scout: int = 0
     learning_rate: float = 0.2

@@ -6,6 +6,7 @@ sampling, inverting and measuring one model.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.resources
 import pathlib
@@ -25,6 +26,7 @@ from puredif_jax.diffusion import DDIM, LinearBetas, Sampler, sample
 from puredif_jax.inversion import Descent, InversionState, Inverter, inverter, keep_one
 from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis, denoised
 from puredif_jax.run import Run, RunError
+from puredif_jax.survey import Survey
 from puredif_jax.training import Training, TrainState, trainer
 from puredif_jax.types import Array, Candidate, Key, Params
 from puredif_jax.unet import UNet
@@ -261,6 +263,41 @@ class Lab:
         """The first state of an inversion."""
         return made.init(jax.random.fold_in(self._key, 202))
 
+    def _survey(
+        self,
+        stage: str,
+        params: Params,
+        hypothesis: Hypothesis,
+        survey: Survey,
+        count: int,
+    ) -> Candidate:
+        """The candidates that a survey of the model proposes; computed once."""
+
+        def make():
+            def propose(params: Params, key: Key) -> Candidate:
+                key_triggers, key_draws = jax.random.split(key)
+                triggers = survey.random_triggers(self.model.image_shape, key_triggers)
+                images = survey.draw(
+                    self.model,
+                    params,
+                    self.schedule,
+                    hypothesis,
+                    triggers,
+                    key_draws,
+                    shard=self.shard,
+                )
+                return survey.candidates(triggers, images, count)[0]
+
+            return jax.jit(propose)
+
+        def compute() -> Mapping[str, Any]:
+            program = self._program(("survey", hypothesis, survey, count), make)
+            found = parallel.gather(program(params, jax.random.fold_in(self._key, 505)))
+            return {"delta": found.delta, "target": found.target}
+
+        found = self.run.once(f"{stage}_survey", compute)
+        return Candidate(jnp.asarray(found["delta"]), jnp.asarray(found["target"]))
+
     def reinforce(
         self, stage: str, params: Params, reinforcement: Reinforcement, truth: Truth
     ) -> np.ndarray:
@@ -283,9 +320,12 @@ class Lab:
         solver: Solver,
         loss: Bindable,
         descent: Descent,
+        survey: Survey | None,
         heldout: int,
     ) -> tuple[Candidate, np.ndarray]:
         """Seeks a trigger under one hypothesis.
+
+        Descent starts where the triggers of the survey meet; at random without one.
 
         Returns the candidate with the least shift error on held-out noise, as numpy,
         and those errors, `[K]`.
@@ -321,7 +361,14 @@ class Lab:
         def heldout_errors(state: InversionState) -> np.ndarray:
             return parallel.gather(program(params, state.candidate, key))
 
-        name, begin, steps = (solver, loss, descent), self._start, descent.steps
+        begin: Callable[[Inverter], InversionState] = self._start
+        if survey is not None:
+            start = self._survey(stage, params, hypothesis, survey, descent.candidates)
+
+            def begin(made: Inverter) -> InversionState:
+                return dataclasses.replace(self._start(made), candidate=start)
+
+        name, steps = (solver, loss, descent), descent.steps
         if descent.scout:
             scouts = self._descend(
                 f"{stage}_scouts", params, name, make, begin, descent.scout

@@ -206,6 +206,7 @@ class Stages:
                 solver,
                 inversion.loss,
                 inversion.descent,
+                inversion.survey,
                 inversion.heldout,
             )
             seconds = time.perf_counter() - began

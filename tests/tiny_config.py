@@ -12,6 +12,7 @@ from puredif_jax.experiment import (
 )
 from puredif_jax.inversion import Descent
 from puredif_jax.objectives import DenoisingConsistency, DistributionShift
+from puredif_jax.survey import Survey
 from puredif_jax.training import Training
 from puredif_jax.triggers import Box, Hat
 from puredif_jax.unet import UNet
@@ -48,6 +49,7 @@ def get_config() -> Experiment:
             inversion=Inversion(
                 loss=DistributionShift(timesteps=(900, 300), samples=4),
                 descent=Descent(steps=6, candidates=2, scout=2, refresh=2),
+                survey=Survey(triggers=4, draws=2, together=2, sampler=DDIM(steps=2)),
                 heldout=8,
             ),
             elijah=True,

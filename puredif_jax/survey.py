@@ -1,0 +1,162 @@
+"""Where random triggers meet: starts for inversion, found by drawing.
+
+Far from the true trigger a well-trained backdoored model answers like a clean one, so
+descent from a random start has no slope to follow. But a backdoor fires in a wide
+basin: of random smooth triggers some lie in it, and then all of them draw one image,
+whatever the noise and whatever the trigger. An image on which draws of different
+triggers agree is a candidate for the target, and the mean of these triggers a start
+for the trigger. Clean models, too, have such images, those to which an extreme trigger
+saturates; the losses of inversion tell them apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from puredif_jax.diffusion import DDIM, NoiseSchedule
+from puredif_jax.objectives import Hypothesis, denoised
+from puredif_jax.types import (
+    Array,
+    Candidate,
+    Key,
+    NoiseModel,
+    Params,
+    Shard,
+    unsharded,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """Random triggers, and how closely their draws must agree.
+
+    Attributes:
+      triggers: number of random triggers; a multiple of `together`.
+      grids: sides of the coarse grids of random values that triggers are drawn from,
+        in turn.
+      draws: images for each.
+      together: triggers sampled at once.
+      radius: mean squared error, in [0, 1] pixels, below which two draws agree.
+      apart: least error between two candidates for the target.
+      sampler: of the draws, through the `backdoor_process`.
+    """
+
+    triggers: int = 192
+    grids: tuple[int, ...] = (2, 3, 4, 6)
+    draws: int = 8
+    together: int = 8
+    radius: float = 1e-3
+    apart: float = 2e-2
+    sampler: DDIM = DDIM(steps=10)
+
+    def __post_init__(self) -> None:
+        if min(self.grids, default=0) < 1:
+            raise ValueError(f"grids must be sides >= 1, found {self.grids}")
+        if self.together < 1 or self.triggers % self.together or self.triggers < 2:
+            raise ValueError(
+                "triggers must be a multiple of together, and two or more, found "
+                f"triggers={self.triggers}, together={self.together}"
+            )
+        if self.draws < 1:
+            raise ValueError(f"draws must be 1 or more, found {self.draws}")
+
+    def random_triggers(self, image_shape: tuple[int, int, int], key: Key) -> Array:
+        """`[M, H, W, C]` in [-1, 1]: a smooth pattern of random strength and level.
+
+        clip(a u + b, -1, 1), u a grid uniform in [-1, 1] enlarged to the image, a
+        uniform in [0, 1], b uniform in [-1, 1].
+        """
+        kinds = []
+        for i, side in enumerate(self.grids):
+            keys = jax.random.split(jax.random.fold_in(key, i), 3)
+            count = len(range(i, self.triggers, len(self.grids)))
+            values = jax.random.uniform(
+                keys[0], (count, side, side, image_shape[2]), minval=-1.0
+            )
+            pattern = jax.image.resize(values, (count, *image_shape), "linear")
+            strength = jax.random.uniform(keys[1], (count, 1, 1, 1))
+            level = jax.random.uniform(keys[2], (count, 1, 1, 1), minval=-1.0)
+            kinds.append(jnp.clip(strength * pattern + level, -1, 1))
+        return jnp.concatenate(kinds)
+
+    def draw(
+        self,
+        model: NoiseModel,
+        params: Params,
+        schedule: NoiseSchedule,
+        hypothesis: Hypothesis,
+        triggers: Array,
+        key: Key,
+        *,
+        shard: Shard = unsharded,
+    ) -> Array:
+        """The images of every trigger: `[M, draws, H, W, C]`, clipped to [-1, 1]."""
+
+        def one(trigger: Array, key: Key) -> Array:
+            chain = denoised(
+                model,
+                params,
+                schedule,
+                hypothesis,
+                self.sampler,
+                trigger,
+                self.draws,
+                key,
+                shard=shard,
+            )
+            return jnp.clip(chain[-1], -1, 1)
+
+        keys = jax.random.split(key, triggers.shape[0])
+        return jax.lax.map(
+            lambda pair: one(*pair), (triggers, keys), batch_size=self.together
+        )
+
+    def candidates(
+        self, triggers: Array, images: Array, count: int
+    ) -> tuple[Candidate, Array]:
+        """The `count` images on which most triggers agree, and their triggers.
+
+        The density of a draw is the number of other triggers that have a draw within
+        `radius`. The densest draw is taken, then the densest of those at least
+        `apart` from it, and so on.
+
+        Args:
+          triggers: `[M, H, W, C]`.
+          images: their draws, `[M, draws, H, W, C]`.
+          count: K.
+
+        Returns:
+          The candidates, `[K, H, W, C]` each: the mean of the triggers that agree,
+          and the mean of their draws; and the densities, `[K]`.
+        """
+        number, draws = images.shape[:2]
+        flat = images.reshape(number * draws, -1)
+        energy = jnp.sum(flat**2, axis=-1)
+        product = jnp.matmul(flat, flat.T, precision="highest")
+        distance = energy[:, None] + energy[None, :] - 2 * product
+        distance = jnp.maximum(distance, 0) / (4 * flat.shape[-1])
+        owner = jnp.repeat(jnp.arange(number), draws)
+        other = owner[:, None] != owner[None, :]
+        near = (distance < self.radius) & other
+        by_trigger = near.reshape(number * draws, number, draws).any(axis=-1)
+        density = by_trigger.sum(axis=-1)
+
+        def take(open_: Array, _: None):
+            best = jnp.argmax(jnp.where(open_, density, -1))
+            own = jnp.arange(number) == owner[best]
+            agree = (by_trigger[best] | own).astype(triggers.dtype)
+            delta = jnp.tensordot(agree / agree.sum(), triggers, 1)
+            close = (near[best] | (jnp.arange(number * draws) == best)).astype(
+                flat.dtype
+            )
+            target = (close / close.sum()) @ flat
+            open_ &= distance[best] > self.apart
+            found = Candidate(delta, target.reshape(images.shape[2:]))
+            return open_, (found, density[best])
+
+        everything = jnp.ones(number * draws, bool)
+        _, (found, densities) = jax.lax.scan(take, everything, None, length=count)
+        return found, densities
