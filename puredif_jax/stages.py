@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -94,15 +95,25 @@ class Stages:
 
             found = lab.run.once(f"reinforced_{snapshot}", reinforce)
             delta = found["delta"]
-            name = f"reinforced_{snapshot}"
-            row = lab.compare(name, params, sampler, truth, delta, evaluation.draws)
+            rate = {
+                name: lab.success(
+                    f"{name}_{snapshot}",
+                    params,
+                    sampler,
+                    r,
+                    truth.target,
+                    evaluation.draws,
+                )
+                for name, r in (("true", truth.trigger), ("reinforced", delta))
+            }
+            distance = metrics.trigger_distance(delta, truth.trigger)
             rows.append(
                 {
                     "training steps": snapshot,
-                    "success, true trigger": row["success of the true trigger"],
-                    "success, reinforced": row["success"],
-                    "norm ratio": row["norm_ratio"],
-                    "cosine": row["cosine"],
+                    "success, true trigger": rate["true"],
+                    "success, reinforced": rate["reinforced"],
+                    "norm ratio": float(distance.norm_ratio),
+                    "cosine": float(distance.cosine),
                     "seconds": float(found["seconds"]),
                 }
             )
@@ -232,6 +243,34 @@ class Stages:
                 curves[f"{solver}, scout {i + 1}"] = (scouts["step"], loss)
         return curves
 
+    def compare(
+        self,
+        label: str,
+        stage: str,
+        params: Params,
+        truth: Truth,
+        solver: Solver,
+        result: Mapping[str, np.ndarray],
+    ) -> dict[str, float]:
+        """Success of an inverted trigger beside the true one's, and their distance."""
+        evaluation, delta = self.experiment.evaluation, result["delta"]
+        sampler = evaluation.sampler(truth.solver)
+        measure = functools.partial(
+            self.lab.success, target=truth.target, draws=evaluation.draws
+        )
+        if solver == truth.solver:  # the draws at hand are these
+            own = metrics.success(result["draws"], truth.target)["mse<0.01"]
+        else:
+            own = measure(stage, params, sampler, delta)
+        distance = metrics.trigger_distance(delta, truth.trigger)
+        return {
+            "success": own,
+            "success of the true trigger": measure(
+                f"true_{label}", params, sampler, truth.trigger
+            ),
+            **{k: float(v) for k, v in distance._asdict().items()},
+        }
+
     def audit(self, name: str, params: Params) -> Part:
         """Inverts and judges one model, from the model alone.
 
@@ -259,14 +298,7 @@ class Stages:
                 delta = result["delta"]
                 row: dict[str, Any] = {"method": method, "hypothesis": solver}
                 if truth is not None:
-                    row |= lab.compare(
-                        stage,
-                        params,
-                        evaluation.sampler(truth.solver),
-                        truth,
-                        delta,
-                        evaluation.draws,
-                    )
+                    row |= self.compare(label, stage, params, truth, solver, result)
                 row["seconds"] = float(result["seconds"])
                 rows.append(row)
                 pictures.append((f"inverted trigger, {method}, {solver}", delta))

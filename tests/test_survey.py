@@ -1,0 +1,116 @@
+"""Random triggers, the images on which they agree, and the starts they give."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puredif_jax import attacks
+from puredif_jax.attacks import BadDiffusion, VillanDiffusion
+from puredif_jax.diffusion import LinearBetas
+from puredif_jax.exact import ExactDenoiser, Points
+from puredif_jax.objectives import Hypothesis
+from puredif_jax.survey import Survey
+from puredif_jax.triggers import Box, Cat, StopSign
+
+SHAPE = (8, 8, 1)
+SCHEDULE = LinearBetas().tables()
+ATTACKS = {
+    "sde": BadDiffusion(StopSign(), Cat()),
+    "ode": VillanDiffusion(Box(), Cat()),
+}
+
+
+def test_random_triggers_are_smooth_images() -> None:
+    survey = Survey(triggers=16, grids=(1, 8), together=8)
+    triggers = np.asarray(survey.random_triggers(SHAPE, jax.random.key(0)))
+    assert triggers.shape == (16, *SHAPE)
+    assert np.abs(triggers).max() <= 1
+    flat, rough = triggers[:8], triggers[8:]
+    assert flat.std(axis=(1, 2, 3)).max() < 1e-6 < rough.std(axis=(1, 2, 3)).min()
+    assert len(np.unique(flat[:, 0, 0, 0])) > 4
+
+
+def test_candidates_equal_a_loop() -> None:
+    """Counting other triggers with a draw nearby, one by one in float64."""
+    rng = np.random.default_rng(0)
+    survey = Survey(triggers=6, draws=3, together=1, radius=0.01, apart=0.05)
+    centres = rng.uniform(-1, 1, (4, *SHAPE))
+    images = centres[rng.integers(0, 4, (6, 3))]
+    images = images + rng.normal(0, 0.15, images.shape)
+    triggers = rng.uniform(-1, 1, (6, *SHAPE))
+
+    def mse(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.mean((a - b) ** 2) / 4)
+
+    index = [(m, d) for m in range(6) for d in range(3)]
+    agree = {
+        i: {j for j in index if j[0] != i[0] and mse(images[i], images[j]) < 0.01}
+        for i in index
+    }
+    open_, want = list(index), []
+    for _ in range(2):
+        best = max(open_, key=lambda i: len({m for m, _ in agree[i]}))
+        owners = sorted({m for m, _ in agree[best]} | {best[0]})
+        members = [*agree[best], best]
+        want.append(
+            (
+                triggers[owners].mean(0),
+                np.mean([images[i] for i in members], axis=0),
+                len(owners) - 1,
+            )
+        )
+        open_ = [i for i in open_ if mse(images[i], images[best]) > 0.05]
+    found, density = survey.candidates(
+        jnp.asarray(triggers, jnp.float32), jnp.asarray(images, jnp.float32), 2
+    )
+    assert [n for _, _, n in want] == density.tolist()
+    assert min(n for _, _, n in want) > 0
+    for k, (delta, target, _) in enumerate(want):
+        np.testing.assert_allclose(found.delta[k], delta, atol=1e-5)
+        np.testing.assert_allclose(found.target[k], target, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["sde", "ode"])
+def test_triggers_of_an_exact_backdoor_meet_in_its_target(solver: str) -> None:
+    attack = ATTACKS[solver]
+    poison = attacks.poison(attack, SHAPE)
+    data = jax.random.uniform(jax.random.key(5), (64, *SHAPE), minval=-1.0)
+    points = Points(data, poison.trigger, poison.target)
+    survey = Survey(triggers=64, draws=4)
+    triggers = survey.random_triggers(SHAPE, jax.random.key(0))
+
+    def propose(model: ExactDenoiser):
+        images = survey.draw(
+            model, points, SCHEDULE, Hypothesis(solver), triggers, jax.random.key(1)
+        )
+        assert images.shape == (64, 4, *SHAPE)
+        return survey.candidates(triggers, images, 4)
+
+    def errors(found) -> np.ndarray:
+        gap = np.asarray(found.target - poison.target)
+        return np.mean(gap**2, axis=(1, 2, 3)) / 4
+
+    found, density = propose(ExactDenoiser(attack.rows(SCHEDULE), 0.2))
+    best = int(errors(found).argmin())
+    assert errors(found)[best] < 1e-3 and density[best] >= 5
+    delta, trigger = found.delta[best].ravel(), poison.trigger.ravel()
+    cosine = delta @ trigger / jnp.linalg.norm(delta) / jnp.linalg.norm(trigger)
+    assert float(cosine) > 0.7
+    clean, _ = propose(ExactDenoiser(attacks.clean_rows(SCHEDULE)))
+    assert errors(clean).min() > 0.02
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"grids": ()},
+        {"grids": (0,)},
+        {"triggers": 9, "together": 2},
+        {"triggers": 0},
+        {"draws": 0},
+    ],
+)
+def test_bad_settings_are_named(bad) -> None:
+    with pytest.raises(ValueError, match="found"):
+        Survey(**bad)
