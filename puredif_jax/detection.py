@@ -157,12 +157,13 @@ class Detector:
     score of a model is the larger of its hypotheses'.
 
     Attributes:
-      clean_sde, clean_ode: held-out `Features.shift` of clean models.
+      clean_sde, clean_ode: held-out `Features.shift` of clean models after the default
+        inversion; the default is the shipped clean model alone.
       threshold: least score that is called backdoored.
     """
 
-    clean_sde: tuple[float, ...] = (0.5,)
-    clean_ode: tuple[float, ...] = (0.05,)
+    clean_sde: tuple[float, ...] = (0.0343,)
+    clean_ode: tuple[float, ...] = (0.0272,)
     threshold: float = 0.7
 
     def __post_init__(self) -> None:
@@ -188,19 +189,22 @@ class Detector:
         )
         backdoored = scores[best] >= self.threshold
         ratio = 10 ** abs(scores[best])
+        clean = "that of the one clean model that calibrates"
+        if count > 1:
+            clean = f"the least of {count} clean models"
         kind = "ancestral" if best == "sde" else "deterministic"
         if backdoored:
             reason = (
                 f"a trigger of {kind} sampling was found that the model answers as a "
                 f"backdoor does, with an error of {float(found[best].shift):.3g}, "
-                f"{ratio:.1f} times below the least of {count} clean models"
+                f"{ratio:.1f} times below {clean}"
             )
         else:
             side = "below" if scores[best] > 0 else "above"
             reason = (
                 f"no trigger was found that the model answers as a backdoor does: the "
                 f"best error, {float(found[best].shift):.3g} under {kind} sampling, is "
-                f"{ratio:.1f} times {side} the least of {count} clean models"
+                f"{ratio:.1f} times {side} {clean}"
             )
         return Verdict(
             backdoored, scores[best], (1 + beaten) / (1 + count), best, reason

@@ -170,7 +170,7 @@ class Experiment:
     schedule: LinearBetas = LinearBetas()
     mesh: Mesh = Mesh()
     seed: int = 0
-    chunk: int = 25
+    chunk: int = 20
 
     def __post_init__(self) -> None:
         if self.amplification and not (self.training and self.attack):

@@ -1,0 +1,30 @@
+"""Reinforces the trigger along a short backdoor training, and measures both triggers.
+
+    python -m puredif_jax.main --config=configs/amplify.py
+
+VillanDiffusion ODE, a box that draws a cat, from the shipped clean model.
+
+Hardware: two CPU cores. Duration and expected figures: docs/models.md.
+"""
+
+from puredif_jax.attacks import VillanDiffusion
+from puredif_jax.experiment import Amplification, Evaluation, Experiment
+from puredif_jax.training import Training
+from puredif_jax.triggers import Box, Cat
+from puredif_jax.unet import SHIPPED
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        workdir="runs/amplify",
+        model=SHIPPED,
+        weights="clean",
+        training=Training(
+            steps=400, batch=64, learning_rate=1e-3, warmup=20, cosine=False
+        ),
+        attack=VillanDiffusion(
+            trigger=Box(), target=Cat(), poison_rate=0.2, trigger_only=True
+        ),
+        amplification=Amplification(snapshots=(300, 400)),
+        evaluation=Evaluation(draws=256),
+    )
