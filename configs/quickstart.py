@@ -46,7 +46,7 @@ def get_config() -> Experiment:
         ),
         audit=Audit(
             weights=("baddiffusion", "clean"),
-            inversion=Inversion(descent=Descent(candidates=3, scout=40)),
+            inversion=Inversion(descent=Descent(steps=80, candidates=2, scout=40)),
         ),
         evaluation=Evaluation(draws=64),
     )
