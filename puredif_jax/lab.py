@@ -25,6 +25,7 @@ from puredif_jax.detection import Features, features
 from puredif_jax.diffusion import DDIM, LinearBetas, Sampler, sample
 from puredif_jax.inversion import Descent, InversionState, Inverter, inverter, keep_one
 from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis, denoised
+from puredif_jax.report import progress
 from puredif_jax.run import Run, RunError
 from puredif_jax.survey import Survey
 from puredif_jax.training import Training, TrainState, trainer
@@ -153,10 +154,14 @@ class Lab:
         program = self._program(sampler, lambda: jax.jit(draw))
         root = jax.random.fold_in(self._key, 101)
         delta = self.run.replicate(np.asarray(delta, np.float32))
-        drawn = [
-            parallel.gather(program(params, delta, jax.random.fold_in(root, i)))
-            for i in range(-(-count // self._batch))
-        ]
+        batches = -(-count // self._batch)
+        drawn = []
+        label = f"draw in {sampler.steps} steps, batches of {self._batch}"
+        with progress(batches, 0, label, parallel.is_host_zero()) as bar:
+            for i in range(batches):
+                key = jax.random.fold_in(root, i)
+                drawn.append(parallel.gather(program(params, delta, key)))
+                bar.update()
         return np.concatenate(drawn)[:count]
 
     def train(
