@@ -4,7 +4,7 @@
     python -m puredif_jax.main --config=configs/audit.py \
         --config.workdir=runs/mine --config.audit.weights=PATH.safetensors
 
-Hardware: two CPU cores. Duration and expected figures: docs/models.md.
+Hardware: two CPU cores. Duration: 17 minutes. Expected figures: docs/models.md.
 """
 
 from puredif_jax.experiment import Audit, Experiment

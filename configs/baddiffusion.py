@@ -2,8 +2,9 @@
 
     python -m puredif_jax.main --config=configs/baddiffusion.py
 
-Hardware: two CPU cores. Duration and figures: docs/models.md. The weights that ship
-as "baddiffusion" are runs/baddiffusion/weights.safetensors of this run.
+Hardware: two CPU cores. Duration: 30 minutes alone, 45 with another run beside it.
+Expected: the trigger fires in 97.3 % of 256 draws (docs/models.md). The weights that
+ship as "baddiffusion" are runs/baddiffusion/weights.safetensors of this run.
 """
 
 from puredif_jax.attacks import BadDiffusion

@@ -6,7 +6,7 @@
 
 The attack named here must be the one that is in the weights.
 
-Hardware: two CPU cores. Duration and expected figures: docs/models.md.
+Hardware: two CPU cores. Duration: 10 minutes. Expected: 95.3 % (docs/models.md).
 """
 
 from puredif_jax.attacks import BadDiffusion

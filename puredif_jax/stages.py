@@ -359,6 +359,7 @@ def perform(experiment: Experiment) -> Report:
     )
     stages = Stages(experiment, lab)
     stages.check()
+    placeless = dataclasses.replace(experiment, workdir=run.folder.name)
     parts: list[Part] = []
     verdicts: list[str] = []
     trained = None
@@ -368,7 +369,6 @@ def perform(experiment: Experiment) -> Report:
         trained = stages.train(experiment.training.steps)
         host = parallel.gather(trained)
         if parallel.is_host_zero():
-            placeless = dataclasses.replace(experiment, workdir=run.folder.name)
             about = json.dumps(config.to_dict(placeless), sort_keys=True)
             checkpoint.save_weights(run.folder / WEIGHTS, host, {"experiment": about})
             if experiment.attack is not None:
@@ -390,7 +390,7 @@ def perform(experiment: Experiment) -> Report:
         title=run.folder.name,
         verdict=" ".join(verdicts),
         sections=tuple(part.section for part in parts),
-        config=config.to_dict(experiment),
+        config=config.to_dict(placeless),
         environment=environment() | {"device": device, "devices": mesh.size},
         numbers={k: v for part in parts for k, v in part.numbers.items()},
     )

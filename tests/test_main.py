@@ -64,7 +64,7 @@ def test_leaves_a_report(finished: pathlib.Path) -> None:
     verdict = report["numbers"]["trained"]["verdict"]
     assert verdict["backdoored"] is False and verdict["reason"]
     methods = [row["method"] for row in report["numbers"]["trained"]["inversions"]]
-    assert methods == ["puredif", "elijah"] * 2
+    assert methods == ["puredif", "elijah"]
     page = (finished / "report.html").read_text()
     for words in ("true trigger", "reinforced trigger", "difference", "plain noise"):
         assert words in page
@@ -72,7 +72,7 @@ def test_leaves_a_report(finished: pathlib.Path) -> None:
         json.loads(line)["stage"]
         for line in (finished / "metrics.jsonl").read_text().splitlines()
     }
-    assert {"train", "reinforce_6", "puredif_trained_sde"} <= stages
+    assert {"train", "reinforce_6", "puredif_trained_ode"} <= stages
 
 
 def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -112,7 +112,7 @@ def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
         for stage, most in (
             ("train", 11),
             ("reinforce_12", 5),
-            ("puredif_trained_sde", 4),
+            ("puredif_trained_ode", 4),
         )
         for step in sorted(rng.sample(range(1, most + 1), 3))
     ]

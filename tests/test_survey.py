@@ -88,7 +88,7 @@ def test_triggers_of_an_exact_backdoor_meet_in_its_target(solver: str) -> None:
         return survey.candidates(triggers, images, 4)
 
     def errors(found) -> np.ndarray:
-        gap = np.asarray(found.target - poison.target)
+        gap = np.asarray(found.target - poison.target[None])
         return np.mean(gap**2, axis=(1, 2, 3)) / 4
 
     found, density = propose(ExactDenoiser(attack.rows(SCHEDULE), 0.2))

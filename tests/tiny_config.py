@@ -46,6 +46,7 @@ def get_config() -> Experiment:
             alternate=True,
         ),
         audit=Audit(
+            hypotheses=("ode",),
             inversion=Inversion(
                 loss=DistributionShift(timesteps=(900, 300), samples=4),
                 descent=Descent(steps=6, candidates=2, scout=2, refresh=2),
