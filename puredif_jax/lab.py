@@ -280,18 +280,16 @@ class Lab:
 
         def make():
             def propose(params: Params, key: Key) -> Candidate:
-                key_triggers, key_draws = jax.random.split(key)
-                triggers = survey.random_triggers(self.model.image_shape, key_triggers)
-                images = survey.draw(
+                return survey.propose(
                     self.model,
                     params,
                     self.schedule,
                     hypothesis,
-                    triggers,
-                    key_draws,
+                    self.model.image_shape,
+                    count,
+                    key,
                     shard=self.shard,
                 )
-                return survey.candidates(triggers, images, count)[0]
 
             return jax.jit(propose)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from puredif_jax.diffusion import DDIM, NoiseSchedule
-from puredif_jax.objectives import Hypothesis, denoised
+from puredif_jax.objectives import DistributionShift, Hypothesis, denoised
 from puredif_jax.types import (
     Array,
     Candidate,
@@ -62,6 +62,44 @@ class Survey:
             )
         if self.draws < 1:
             raise ValueError(f"draws must be 1 or more, found {self.draws}")
+
+    def propose(
+        self,
+        model: NoiseModel,
+        params: Params,
+        schedule: NoiseSchedule,
+        hypothesis: Hypothesis,
+        image_shape: tuple[int, int, int],
+        count: int,
+        key: Key,
+        *,
+        shard: Shard = unsharded,
+    ) -> Candidate:
+        """The starts of an inversion: `count` targets and their triggers.
+
+        A trigger opposite to the true one may lead to the target as well, since the
+        chain then drifts to the other side; of both signs the one is kept that fits
+        the `DistributionShift` better. Arguments as for `draw`; returns
+        `[K, H, W, C]` each.
+        """
+        key_triggers, key_draws, key_sign = jax.random.split(key, 3)
+        triggers = self.random_triggers(image_shape, key_triggers)
+        images = self.draw(
+            model, params, schedule, hypothesis, triggers, key_draws, shard=shard
+        )
+        found, _ = self.candidates(triggers, images, count)
+        turned = dataclasses.replace(found, delta=-found.delta)
+        loss = DistributionShift(samples=self.draws).bind(
+            model, schedule, hypothesis, shard
+        )
+        as_found, as_turned = (
+            jax.vmap(loss, in_axes=(None, 0, None))(params, c, key_sign)
+            for c in (found, turned)
+        )
+        better = (as_turned < as_found)[:, None, None, None]
+        return dataclasses.replace(
+            found, delta=jnp.where(better, turned.delta, found.delta)
+        )
 
     def random_triggers(self, image_shape: tuple[int, int, int], key: Key) -> Array:
         """`[M, H, W, C]` in [-1, 1]: a smooth pattern of random strength and level.
