@@ -4,7 +4,7 @@
 
 VillanDiffusion ODE, a box that draws a cat, from the shipped clean model.
 
-Hardware: two CPU cores. Duration and expected figures: docs/models.md.
+Hardware: two CPU cores. Duration: 8 minutes on one of them. Expected: docs/models.md.
 """
 
 from puredif_jax.attacks import VillanDiffusion

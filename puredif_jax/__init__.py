@@ -17,6 +17,7 @@ from puredif_jax.inversion import inverter as inverter
 from puredif_jax.objectives import DenoisingConsistency as DenoisingConsistency
 from puredif_jax.objectives import DistributionShift as DistributionShift
 from puredif_jax.objectives import Hypothesis as Hypothesis
+from puredif_jax.survey import Survey as Survey
 from puredif_jax.unet import UNet as UNet
 
 __version__ = "0.1.0"

@@ -117,8 +117,8 @@ def inverter(
       objective: (params, candidate, key) -> scalar, of one candidate.
       descent: hyperparameters.
       image_shape: (H, W, C).
-      start: first candidate for all K (reinforcement starts at the known trigger);
-        None for random ones.
+      start: first candidates, `[K, H, W, C]`, or one for all K, `[H, W, C]`
+        (reinforcement starts at the known trigger); None for random ones.
       refresh: (params, candidate, key) -> target `[H, W, C]`, called every
         `descent.refresh` steps inside the scan, without gradient.
 
