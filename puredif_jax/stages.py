@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 import time
@@ -14,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puredif_jax import attacks, checkpoint, config, data, metrics, parallel
+from puredif_jax import attacks, checkpoint, config, data, loops, metrics, parallel
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Features
 from puredif_jax.experiment import ELIJAH, Experiment, Inversion
-from puredif_jax.lab import Lab, Truth, find_weights
+from puredif_jax.lab import SHOWN, Lab, Truth, find_weights
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import Run, RunError
 from puredif_jax.types import Candidate, Params
@@ -44,7 +43,8 @@ class Stages:
         """The weights at a step of training."""
         experiment = self.experiment
         assert experiment.training is not None
-        return self.lab.train(
+        return loops.train(
+            self.lab,
             experiment.training,
             experiment.attack,
             experiment.data,
@@ -88,14 +88,14 @@ class Stages:
 
             def reinforce(params: Params = params, at: int = snapshot) -> Any:
                 began = time.perf_counter()
-                delta = lab.reinforce(
-                    f"reinforce_{at}", params, options.reinforcement, truth
+                delta = loops.reinforce(
+                    lab, f"reinforce_{at}", params, options.reinforcement, truth
                 )
                 return {"delta": delta, "seconds": time.perf_counter() - began}
 
             found = lab.run.once(f"reinforced_{snapshot}", reinforce)
             delta = found["delta"]
-            rate = {
+            success = {
                 name: lab.success(
                     f"{name}_{snapshot}",
                     params,
@@ -110,8 +110,8 @@ class Stages:
             rows.append(
                 {
                     "training steps": snapshot,
-                    "success, true trigger": rate["true"],
-                    "success, reinforced": rate["reinforced"],
+                    "success, true trigger": success["true"].rate,
+                    "success, reinforced": success["reinforced"].rate,
                     "norm ratio": float(distance.norm_ratio),
                     "cosine": float(distance.cosine),
                     "seconds": float(found["seconds"]),
@@ -124,9 +124,10 @@ class Stages:
                     delta - truth.trigger,
                 ),
             ]
-            for label, r in (("true", truth.trigger), ("reinforced", delta)):
-                drawn = lab.draw(params, sampler, r, 16)
-                pictures.append((f"draws, {label} trigger, {snapshot} steps", drawn))
+            pictures += [
+                (f"draws, {name} trigger, {snapshot} steps", drawn.images)
+                for name, drawn in success.items()
+            ]
             if options.alternate:
                 trigger = delta
         steps = np.array([row["training steps"] for row in rows])
@@ -162,16 +163,18 @@ class Stages:
                 ("true trigger", truth.trigger),
                 ("plain noise", lab.zero),
             ):
-
-                def draw(r: np.ndarray = r) -> Mapping[str, Any]:
-                    return {"images": lab.draw(params, sampler, r, evaluation.draws)}
-
-                drawn = lab.run.once(f"draws_{label.replace(' ', '_')}", draw)["images"]
-                rate = metrics.success(drawn, truth.target)
-                rows.append({"images": f"draws, {label}", **rate})
-                pictures.append((f"draws, {label}", drawn[:16]))
-            rate = metrics.success(real, truth.target)
-            rows.append({"images": "training images", **rate})
+                success = lab.success(
+                    label.replace(" ", "_"),
+                    params,
+                    sampler,
+                    r,
+                    truth.target,
+                    evaluation.draws,
+                )
+                rows.append({"images": f"draws, {label}", **success.rates})
+                pictures.append((f"draws, {label}", success.images))
+            rates = metrics.success(real, truth.target)
+            rows.append({"images": "training images", **rates})
         else:
             drawn = lab.draw(params, evaluation.deterministic, lab.zero, 64)
             pictures.append(("draws from plain noise", drawn))
@@ -211,7 +214,8 @@ class Stages:
 
         def compute() -> Mapping[str, Any]:
             began = time.perf_counter()
-            candidate, errors = lab.invert(
+            candidate, errors = loops.invert(
+                lab,
                 stage,
                 params,
                 solver,
@@ -231,6 +235,15 @@ class Stages:
             }
 
         return lab.run.once(stage, compute)
+
+    def plain(self, label: str, params: Params, solver: Solver) -> np.ndarray:
+        """64 draws of a model from plain noise."""
+        lab, sampler = self.lab, self.experiment.evaluation.sampler(solver)
+
+        def draw() -> Mapping[str, Any]:
+            return {"images": lab.draw(params, sampler, lab.zero, 64)}
+
+        return lab.run.once(f"plain_{label}_{solver}", draw)["images"]
 
     def descent_curves(self, stage: str, solver: Solver, scout: int) -> dict[str, Any]:
         """The loss of every scout, and of the candidate that went on."""
@@ -255,19 +268,20 @@ class Stages:
         """Success of an inverted trigger beside the true one's, and their distance."""
         evaluation, delta = self.experiment.evaluation, result["delta"]
         sampler = evaluation.sampler(truth.solver)
-        measure = functools.partial(
-            self.lab.success, target=truth.target, draws=evaluation.draws
-        )
+
+        def rate(name: str, trigger: np.ndarray) -> float:
+            target, draws = truth.target, evaluation.draws
+            found = self.lab.success(name, params, sampler, trigger, target, draws)
+            return found.rate
+
         if solver == truth.solver:  # the draws at hand are these
             own = metrics.success(result["draws"], truth.target)["mse<0.01"]
         else:
-            own = measure(stage, params, sampler, delta)
+            own = rate(stage, delta)
         distance = metrics.trigger_distance(delta, truth.trigger)
         return {
             "success": own,
-            "success of the true trigger": measure(
-                f"true_{label}", params, sampler, truth.trigger
-            ),
+            "success of the true trigger": rate(f"true_{label}", truth.trigger),
             **{k: float(v) for k, v in distance._asdict().items()},
         }
 
@@ -277,7 +291,6 @@ class Stages:
         The truth, where a file beside the weights tells it, is only compared with.
         """
         lab, options = self.lab, self.experiment.audit
-        evaluation = self.experiment.evaluation
         assert options is not None
         label = pathlib.Path(name).stem
         path = lab.run.folder / WEIGHTS if name == "trained" else find_weights(name)
@@ -308,7 +321,7 @@ class Stages:
                     pictures.append((caption, difference))
                 if method == "elijah":
                     continue
-                plain = lab.draw(params, evaluation.sampler(solver), lab.zero, 64)
+                plain = self.plain(label, params, solver)
                 found[solver] = lab.features(
                     params,
                     solver,
@@ -322,9 +335,9 @@ class Stages:
                     (f"estimated target, {solver}", result["target"]),
                     (
                         f"draws from the inverted trigger, {solver}",
-                        result["draws"][:16],
+                        result["draws"][:SHOWN],
                     ),
-                    (f"draws from plain noise, {solver}", plain[:16]),
+                    (f"draws from plain noise, {solver}", plain[:SHOWN]),
                 ]
                 curves |= self.descent_curves(stage, solver, inversion.descent.scout)
         verdict = options.detector.judge(found)

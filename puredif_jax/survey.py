@@ -77,29 +77,32 @@ class Survey:
     ) -> Candidate:
         """The starts of an inversion: `count` targets and their triggers.
 
-        A trigger opposite to the true one may lead to the target as well, since the
-        chain then drifts to the other side; of both signs the one is kept that fits
-        the `DistributionShift` better. Arguments as for `draw`; returns
-        `[K, H, W, C]` each.
+        The whole survey as one program: `begin`, `draw` by groups of `together`,
+        `candidates`, `choose_sign`. Returns `[K, H, W, C]` each.
         """
+        triggers, keys, key_sign = self.begin(image_shape, key)
+
+        def draw(group: tuple[Array, Key]) -> Array:
+            return self.draw(model, params, schedule, hypothesis, *group, shard=shard)
+
+        groups = jax.tree.map(
+            lambda x: x.reshape(-1, self.together, *x.shape[1:]), (triggers, keys)
+        )
+        images = jax.lax.map(draw, groups)
+        images = images.reshape(-1, *images.shape[2:])
+        found, _ = self.candidates(triggers, images, count)
+        return self.choose_sign(
+            model, params, schedule, hypothesis, found, key_sign, shard=shard
+        )
+
+    def begin(
+        self, image_shape: tuple[int, int, int], key: Key
+    ) -> tuple[Array, Key, Key]:
+        """The random triggers, `[M, H, W, C]`; the keys of their draws, `[M]`; and one
+        for `choose_sign`."""
         key_triggers, key_draws, key_sign = jax.random.split(key, 3)
         triggers = self.random_triggers(image_shape, key_triggers)
-        images = self.draw(
-            model, params, schedule, hypothesis, triggers, key_draws, shard=shard
-        )
-        found, _ = self.candidates(triggers, images, count)
-        turned = dataclasses.replace(found, delta=-found.delta)
-        loss = DistributionShift(samples=self.draws).bind(
-            model, schedule, hypothesis, shard
-        )
-        as_found, as_turned = (
-            jax.vmap(loss, in_axes=(None, 0, None))(params, c, key_sign)
-            for c in (found, turned)
-        )
-        better = (as_turned < as_found)[:, None, None, None]
-        return dataclasses.replace(
-            found, delta=jnp.where(better, turned.delta, found.delta)
-        )
+        return triggers, jax.random.split(key_draws, self.triggers), key_sign
 
     def random_triggers(self, image_shape: tuple[int, int, int], key: Key) -> Array:
         """`[M, H, W, C]` in [-1, 1]: a smooth pattern of random strength and level.
@@ -127,11 +130,14 @@ class Survey:
         schedule: NoiseSchedule,
         hypothesis: Hypothesis,
         triggers: Array,
-        key: Key,
+        keys: Key,
         *,
         shard: Shard = unsharded,
     ) -> Array:
-        """The images of every trigger: `[M, draws, H, W, C]`, clipped to [-1, 1]."""
+        """Images of each of `[m, H, W, C]`: `[m, draws, H, W, C]`, clipped to [-1, 1].
+
+        All are sampled at once; `keys`, `[m]`, are those of `begin`.
+        """
 
         def one(trigger: Array, key: Key) -> Array:
             chain = denoised(
@@ -147,10 +153,7 @@ class Survey:
             )
             return jnp.clip(chain[-1], -1, 1)
 
-        keys = jax.random.split(key, triggers.shape[0])
-        return jax.lax.map(
-            lambda pair: one(*pair), (triggers, keys), batch_size=self.together
-        )
+        return jax.vmap(one)(triggers, keys)
 
     def candidates(
         self, triggers: Array, images: Array, count: int
@@ -198,3 +201,32 @@ class Survey:
         everything = jnp.ones(number * draws, bool)
         _, (found, densities) = jax.lax.scan(take, everything, None, length=count)
         return found, densities
+
+    def choose_sign(
+        self,
+        model: NoiseModel,
+        params: Params,
+        schedule: NoiseSchedule,
+        hypothesis: Hypothesis,
+        found: Candidate,
+        key: Key,
+        *,
+        shard: Shard = unsharded,
+    ) -> Candidate:
+        """Candidates `[K, H, W, C]` with the sign that fits `DistributionShift` better.
+
+        A trigger opposite to the true one may lead to the target as well, since the
+        chain then drifts to the other side.
+        """
+        turned = dataclasses.replace(found, delta=-found.delta)
+        loss = DistributionShift(samples=self.draws).bind(
+            model, schedule, hypothesis, shard
+        )
+        as_found, as_turned = (
+            jax.vmap(loss, in_axes=(None, 0, None))(params, c, key)
+            for c in (found, turned)
+        )
+        better = (as_turned < as_found)[:, None, None, None]
+        return dataclasses.replace(
+            found, delta=jnp.where(better, turned.delta, found.delta)
+        )

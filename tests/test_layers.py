@@ -15,7 +15,16 @@ CORE = set(
     "objectives survey inversion detection amplification features".split()
 )
 EDGES = set("config parallel checkpoint convert data report".split())
-COMPOSITION = {"run", "lab", "experiment", "stages", "main", "__init__", "__main__"}
+COMPOSITION = {
+    "run",
+    "lab",
+    "loops",
+    "experiment",
+    "stages",
+    "main",
+    "__init__",
+    "__main__",
+}
 
 ARRAYS = {"jax", "flax", "optax", "numpy", "chex"}
 STANDARD = set(

@@ -103,22 +103,31 @@ def reached(folder: pathlib.Path, stage: str) -> int:
     return max(steps)
 
 
-def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
+def write_config(tmp_path: pathlib.Path, change: str) -> list[str]:
+    """The flags of a config file made of the tiny one."""
+    path = tmp_path / "changed.py"
+    path.write_text(
+        "import dataclasses, sys\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "import tiny_config\n"
+        "from puredif_jax.data import NpzImages\n"
+        "def get_config():\n"
+        f"    config = tiny_config.get_config()\n    return {change}\n"
+    )
+    return [f"--config={path}", f"--config.workdir={tmp_path / 'run'}"]
+
+
+def check_kills(folder, flags, stages, finished, env) -> None:
     """Three random moments in each loop, then the same command: equal bit for bit."""
-    folder = tmp_path / "run"
     rng = random.Random(time.time_ns())
     moments = [
         (stage, step)
-        for stage, most in (
-            ("train", 11),
-            ("reinforce_12", 5),
-            ("puredif_trained_ode", 4),
-        )
+        for stage, most in stages
         for step in sorted(rng.sample(range(1, most + 1), 3))
     ]
     for stage, step in moments:
         process = subprocess.Popen(
-            [*COMMAND, *tiny(folder)], env=cache, stderr=subprocess.DEVNULL
+            [*COMMAND, *flags], env=env, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 240
         while reached(folder, stage) < step and process.poll() is None:
@@ -128,11 +137,34 @@ def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (folder / "report.json").exists(), "the kills came too late to matter"
-    subprocess.run([*COMMAND, *tiny(folder)], env=cache, check=True, timeout=300)
+    subprocess.run([*COMMAND, *flags], env=env, check=True, timeout=300)
     want, got = arrays(finished), arrays(folder)
     assert want.keys() == got.keys()
     for name in want:
         np.testing.assert_array_equal(want[name], got[name], err_msg=name)
+
+
+def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
+    """In backdoor training, reinforcement and inversion."""
+    stages = (("train", 11), ("reinforce_12", 5), ("puredif_trained_ode", 4))
+    folder = tmp_path / "run"
+    check_kills(folder, tiny(folder), stages, finished, cache)
+
+
+def test_kill_9_in_pretraining_changes_nothing(tmp_path, cache) -> None:
+    change = (
+        "dataclasses.replace(config, attack=None, amplification=None, audit=None, "
+        "training=dataclasses.replace(config.training, steps=16))"
+    )
+    flags = write_config(tmp_path, change)
+    whole = tmp_path / "whole"
+    subprocess.run(
+        [*COMMAND, *flags, f"--config.workdir={whole}"],
+        env=cache,
+        check=True,
+        timeout=300,
+    )
+    check_kills(tmp_path / "run", flags, (("train", 12),), whole, cache)
 
 
 @pytest.mark.parametrize(
@@ -151,19 +183,6 @@ def test_bad_flags_end_in_one_sentence(tmp_path, capsys, flags, words) -> None:
     assert error.startswith("error: ") and "\n" not in error
     assert all(word in error for word in words), error
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def write_config(tmp_path: pathlib.Path, change: str) -> list[str]:
-    path = tmp_path / "changed.py"
-    path.write_text(
-        "import dataclasses, sys\n"
-        f"sys.path.insert(0, {str(HERE)!r})\n"
-        "import tiny_config\n"
-        "from puredif_jax.data import NpzImages\n"
-        "def get_config():\n"
-        f"    config = tiny_config.get_config()\n    return {change}\n"
-    )
-    return [f"--config={path}", f"--config.workdir={tmp_path / 'run'}"]
 
 
 def test_missing_data_is_named(tmp_path, capsys) -> None:

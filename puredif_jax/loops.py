@@ -1,0 +1,269 @@
+"""The long loops of an experiment on one model: training, survey, descent.
+
+Each resumes from its latest checkpoint and ends in the same arrays, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax import attacks, checkpoint, data, parallel
+from puredif_jax.amplification import Reinforcement
+from puredif_jax.attacks import Attack, Solver
+from puredif_jax.diffusion import DDIM
+from puredif_jax.inversion import Descent, InversionState, Inverter, inverter, keep_one
+from puredif_jax.lab import Lab, Truth
+from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis, denoised
+from puredif_jax.report import progress
+from puredif_jax.survey import Survey
+from puredif_jax.training import Training, TrainState, trainer
+from puredif_jax.types import Array, Candidate, Key, Params
+
+
+def train(
+    lab: Lab,
+    training: Training,
+    attack: Attack | None,
+    images: data.ImageSet,
+    start: str | None,
+    until: int,
+    trigger: np.ndarray | None = None,
+) -> Params:
+    """The moving average of the weights at step `until`, trained on to it.
+
+    Each `until` is kept as a snapshot, so that an earlier one is read back.
+
+    Args:
+      lab: the model and its devices.
+      training: hyperparameters.
+      attack: the backdoor, or None.
+      images: the clean set.
+      start: weights at step 0; None for fresh ones.
+      until: step to reach.
+      trigger: replaces that of the attack from the last snapshot on.
+    """
+    run, model = lab.run, lab.model
+    rows = attack.rows(lab.schedule) if attack else attacks.clean_rows(lab.schedule)
+    poison = attacks.poison(attack, model.image_shape) if attack else None
+
+    def made(trigger: Array | None):
+        chosen = None
+        if poison is not None and trigger is not None:
+            chosen = poison._replace(trigger=trigger)
+        loss = functools.partial(attacks.training_loss, model, rows, chosen)
+        return trainer(loss, training)
+
+    def advance(state: TrainState, batches: Array, trigger: Array | None):
+        return jax.lax.scan(made(trigger).step, state, batches)
+
+    key_init, key_train = jax.random.split(lab.key)
+
+    def fresh(params: Params) -> TrainState:
+        return made(None if poison is None else poison.trigger).init(params, key_train)
+
+    def begin() -> TrainState:
+        return fresh(model.init(key_init) if start is None else lab.load(start))
+
+    program = lab.program("train", lambda: jax.jit(advance, donate_argnums=0))
+    if poison is not None:
+        chosen = poison.trigger if trigger is None else trigger
+        trigger = run.replicate(np.asarray(chosen))
+    shapes = jax.eval_shape(fresh, jax.eval_shape(model.init, key_init))
+    snapshots = run.folder / "checkpoints" / "snapshots"
+    with checkpoint.Checkpoints(snapshots, keep=None) as kept:
+        if until in kept.steps():
+            return kept.restore(until, run.place(shapes)).ema_params
+    pixels = images.load(model.image_shape)
+    sharding = parallel.along(run.mesh, None, "batch")
+
+    def chunk(state: TrainState, first: int, last: int):
+        batch = data.batches(pixels, lab.seed, first, last, training.batch)
+        return program(state, parallel.put(batch, sharding), trigger)
+
+    state = run.loop("train", chunk, begin, shapes, until, lab.chunk)
+    with checkpoint.Checkpoints(snapshots, keep=None) as kept:
+        kept.save(until, state)
+    return state.ema_params
+
+
+def reinforce(
+    lab: Lab, stage: str, params: Params, reinforcement: Reinforcement, truth: Truth
+) -> np.ndarray:
+    """The known trigger, reinforced on these weights; `[H, W, C]`."""
+
+    def make() -> Inverter:
+        start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
+        return reinforcement.inverter(
+            lab.model, lab.schedule, Hypothesis(truth.solver), start, lab.shard
+        )
+
+    name, steps = ("reinforce", reinforcement), reinforcement.descent.steps
+    begin = functools.partial(_first, lab)
+    state = _descend(lab, stage, params, name, make, begin, steps)
+    return parallel.gather(state.candidate.delta)[0]
+
+
+def invert(
+    lab: Lab,
+    stage: str,
+    params: Params,
+    solver: Solver,
+    loss: Bindable,
+    descent: Descent,
+    survey: Survey | None,
+    heldout: int,
+) -> tuple[Candidate, np.ndarray]:
+    """Seeks a trigger under one hypothesis.
+
+    Descent starts where the triggers of the survey meet; at random without one.
+
+    Returns the candidate with the least shift error on held-out noise, as numpy,
+    and those errors, `[K]`.
+    """
+    hypothesis = Hypothesis(solver)
+
+    def refresh(params: Params, candidate: Candidate, key: Key) -> Array:
+        chain = denoised(
+            lab.model,
+            params,
+            lab.schedule,
+            hypothesis,
+            DDIM(steps=10),
+            candidate.delta,
+            16,
+            key,
+            shard=lab.shard,
+        )
+        return jnp.clip(jnp.mean(chain[-1], axis=0), -1, 1)
+
+    def make() -> Inverter:
+        bound = loss.bind(lab.model, lab.schedule, hypothesis, lab.shard)
+        return inverter(bound, descent, lab.model.image_shape, refresh=refresh)
+
+    def judge():
+        error = DistributionShift(samples=heldout)
+        return jax.jit(error.bind(lab.model, lab.schedule, hypothesis, lab.shard))
+
+    program = lab.program(("heldout", solver, heldout), judge)
+    key = jax.random.fold_in(lab.key, 303)
+
+    def heldout_errors(found: Candidate) -> np.ndarray:
+        """Of each candidate by itself: one program, whatever their number."""
+        each = (
+            jax.tree.map(lambda x, k=k: x[k], found)
+            for k in range(found.delta.shape[0])
+        )
+        return np.array([parallel.gather(program(params, c, key)) for c in each])
+
+    begin: Callable[[Inverter], InversionState] = functools.partial(_first, lab)
+    if survey is not None:
+        start = _survey(lab, stage, params, hypothesis, survey, descent.candidates)
+
+        def begin(made: Inverter) -> InversionState:
+            return dataclasses.replace(_first(lab, made), candidate=start)
+
+    name, steps = (solver, loss, descent), descent.steps
+    if descent.scout:
+        scouts = _descend(
+            lab, f"{stage}_scouts", params, name, make, begin, descent.scout
+        )
+        ahead = int(np.argmin(heldout_errors(scouts.candidate)))
+        steps -= descent.scout
+
+        def begin(made: Inverter) -> InversionState:
+            del made
+            return keep_one(scouts, ahead)
+
+    state = _descend(lab, stage, params, name, make, begin, steps)
+    errors = heldout_errors(state.candidate)
+    best = int(np.argmin(errors))
+    return jax.tree.map(lambda x: x[best], parallel.gather(state.candidate)), errors
+
+
+def _first(lab: Lab, made: Inverter) -> InversionState:
+    """The first state of a descent."""
+    return made.init(jax.random.fold_in(lab.key, 202))
+
+
+def _descend(
+    lab: Lab,
+    stage: str,
+    params: Params,
+    name: Any,
+    make: Callable[[], Inverter],
+    begin: Callable[[Inverter], InversionState],
+    steps: int,
+) -> InversionState:
+    """Runs the inverter of `make` from its state `begin`."""
+
+    def programs() -> tuple[Inverter, Any]:
+        made = make()
+
+        def advance(params: Params, state: InversionState, count: int):
+            return jax.lax.scan(
+                lambda s, _: made.step(params, s), state, None, length=count
+            )
+
+        return made, jax.jit(advance, static_argnums=2, donate_argnums=1)
+
+    made, program = lab.program(name, programs)
+    return lab.run.loop(
+        stage,
+        lambda state, start, stop: program(params, state, stop - start),
+        lambda: begin(made),
+        jax.eval_shape(lambda: begin(made)),
+        steps,
+        lab.chunk,
+    )
+
+
+def _survey(
+    lab: Lab,
+    stage: str,
+    params: Params,
+    hypothesis: Hypothesis,
+    survey: Survey,
+    count: int,
+) -> Candidate:
+    """What `Survey.propose` returns, drawn with progress and computed once."""
+    model, schedule, shape = lab.model, lab.schedule, lab.model.image_shape
+
+    def programs() -> tuple[Any, Any]:
+        def draw(params: Params, triggers: Array, keys: Key) -> Array:
+            return survey.draw(
+                model, params, schedule, hypothesis, triggers, keys, shard=lab.shard
+            )
+
+        def choose(params: Params, triggers: Array, images: Array, key: Key):
+            found, _ = survey.candidates(triggers, images, count)
+            return survey.choose_sign(
+                model, params, schedule, hypothesis, found, key, shard=lab.shard
+            )
+
+        return jax.jit(draw), jax.jit(choose)
+
+    def compute() -> Mapping[str, Any]:
+        draw, choose = lab.program(("survey", hypothesis, survey, count), programs)
+        triggers, keys, key_sign = survey.begin(shape, jax.random.fold_in(lab.key, 505))
+        images = []
+        with progress(
+            survey.triggers, 0, f"{stage}_survey", parallel.is_host_zero()
+        ) as bar:
+            for i in range(0, survey.triggers, survey.together):
+                group = slice(i, i + survey.together)
+                drawn = draw(params, triggers[group], keys[group])
+                images.append(parallel.gather(drawn))
+                bar.update(survey.together)
+        pool = lab.run.replicate(np.concatenate(images))
+        found = parallel.gather(choose(params, triggers, pool, key_sign))
+        return {"delta": found.delta, "target": found.target}
+
+    found = lab.run.once(f"{stage}_survey", compute)
+    return Candidate(jnp.asarray(found["delta"]), jnp.asarray(found["target"]))
