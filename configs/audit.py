@@ -15,5 +15,7 @@ def get_config() -> Experiment:
     return Experiment(
         workdir="runs/audit",
         model=SHIPPED,
-        audit=Audit(weights=("baddiffusion", "villandiffusion", "clean"), elijah=True),
+        audit=Audit(
+            weights=("baddiffusion", "villandiffusion", "clean"), baselines=("elijah",)
+        ),
     )

@@ -54,14 +54,27 @@ class FashionMNIST:
     """The subset of Fashion-MNIST (Xiao et al. 2017, MIT) that ships in the package.
 
     10,000 training images (1,000 a class) or 2,000 test images, 28x28 grey, padded
-    to 32x32 and averaged down to 32, 16 or 8 pixels.
+    to 32x32 and averaged down to 32, 16 or 8 pixels. Their order is mixed.
+
+    Attributes:
+      split: "train" or "test".
+      first, count: which of the images; None for all from the first on.
     """
 
     split: str = "train"
+    first: int = 0
+    count: int | None = None
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "test"):
             raise DataError(f"split must be 'train' or 'test', found {self.split!r}")
+        whole = 10_000 if self.split == "train" else 2_000
+        count = whole - self.first if self.count is None else self.count
+        if not 0 <= self.first < self.first + count <= whole:
+            raise DataError(
+                f"first and count must lie within the {whole} images of the split, "
+                f"found first={self.first}, count={self.count}"
+            )
 
     def load(self, image_shape: tuple[int, int, int]) -> np.ndarray:
         height, width, channels = image_shape
@@ -73,7 +86,8 @@ class FashionMNIST:
         files = importlib.resources.files("puredif_jax") / "assets"
         with (files / f"fashion_mnist_{self.split}.npz").open("rb") as file:
             images = np.load(file, allow_pickle=False)["images"][..., None]
-        return resize(images, height)
+        last = None if self.count is None else self.first + self.count
+        return resize(images[self.first : last], height)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ Frozen dataclasses of Python values; `puredif_jax.stages` performs them.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+from typing import Literal
 
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import BadDiffusion, Solver, VillanDiffusion
@@ -65,29 +67,45 @@ class Inversion:
     survey: Survey | None = Survey()
     heldout: int = 64
 
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one image; one with its gradient counts for three."""
+        descent = self.descent
+        after = 1 if descent.scout else descent.candidates
+        values = descent.candidates * descent.scout
+        values += after * (descent.steps - descent.scout)
+        survey = 0 if self.survey is None else self.survey.evaluations
+        return 3 * values * self.loss.evaluations + survey
 
-ELIJAH: dict[Solver, Inversion] = {
-    "sde": Inversion(
+
+Baseline = Literal["elijah", "elijah, equal evaluations"]
+
+
+def elijah(solver: Solver, evaluations: int | None = None) -> Inversion:
+    """Elijah's inversion with its published settings, by the kind of backdoor.
+
+    Args:
+      solver: the kind.
+      evaluations: raises the steps from the published 100 or 10 until the network is
+        evaluated as often as in `Inversion.evaluations`.
+    """
+    published = Inversion(
         loss=Elijah(),
         survey=None,
         descent=Descent(
-            steps=100, learning_rate=0.1, low=-1.0, bound=None, constant_rate=True
-        ),
-    ),
-    "ode": Inversion(
-        loss=Elijah(),
-        survey=None,
-        descent=Descent(
-            steps=10,
+            steps=100 if solver == "sde" else 10,
             learning_rate=0.1,
             low=-1.0,
-            high=1.0,
+            high=0.0 if solver == "sde" else 1.0,
             bound=None,
             constant_rate=True,
         ),
-    ),
-}
-"""The published settings of Elijah, by the kind of backdoor."""
+    )
+    if evaluations is None:
+        return published
+    steps = max(1, round(evaluations / (3 * published.loss.evaluations)))
+    descent = dataclasses.replace(published.descent, steps=steps)
+    return dataclasses.replace(published, descent=descent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +118,23 @@ class Audit:
       hypotheses: kinds of backdoor tried on each.
       inversion: how triggers are sought.
       detector: how they are judged.
-      elijah: also invert by Elijah, as a baseline.
+      baselines: inversions to compare with: Elijah with its published steps, or with
+        as many as make its network evaluations equal to those of `inversion`.
     """
 
     weights: tuple[str, ...] = ("trained",)
     hypotheses: tuple[Solver, ...] = ("sde", "ode")
     inversion: Inversion = Inversion()
     detector: Detector = Detector()
-    elijah: bool = False
+    baselines: tuple[Baseline, ...] = ()
+
+    def methods(self, solver: Solver) -> dict[str, Inversion]:
+        """The inversions to run under one hypothesis, by name, ours first."""
+        found = {"puredif": self.inversion}
+        for name in self.baselines:
+            equal = None if name == "elijah" else self.inversion.evaluations
+            found[name] = elijah(solver, equal)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,3 +214,36 @@ class Experiment:
                 "audit.weights names 'trained', but the run has no training: give a "
                 "shipped model or a path"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Many runs by one command, each in a folder of its own below that of the sweep.
+
+    Started again, or several times at once, each call goes on with what nobody has
+    done or is doing; the table of all is written when the last is done.
+
+    Attributes:
+      workdir: folder of the sweep.
+      experiments: the runs; their `workdir` is a name within that folder.
+      only: a pattern such as "clean/*": the runs to do now.
+    """
+
+    workdir: str
+    experiments: tuple[Experiment, ...]
+    only: str = "*"
+
+    def __post_init__(self) -> None:
+        names = [experiment.workdir for experiment in self.experiments]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"a sweep needs runs of different names, found {names}")
+        if not self.chosen():
+            raise ValueError(f"no run fits only={self.only!r}: there are {names}")
+
+    def chosen(self) -> tuple[Experiment, ...]:
+        """The runs to do now, with their folders."""
+        return tuple(
+            dataclasses.replace(e, workdir=f"{self.workdir}/{e.workdir}")
+            for e in self.experiments
+            if fnmatch.fnmatchcase(e.workdir, self.only)
+        )

@@ -8,6 +8,7 @@ import sys
 from absl import app, flags, logging
 
 from puredif_jax import config, parallel
+from puredif_jax.experiment import Sweep
 from puredif_jax.types import InputError
 
 
@@ -20,19 +21,27 @@ def parse(argv: list[str]):
 
 
 def main(parsed) -> None:
-    """Runs the configured experiment; bad input ends it with one sentence."""
-    experiment, _ = parsed
-    from puredif_jax.stages import perform  # after the devices are initialised
-
+    """Does the configured run or sweep; bad input ends it with one sentence."""
+    wanted, _ = parsed
     try:
         parallel.initialize(os.environ)
-        report = perform(experiment)
+        # Imported after the devices are initialised.
+        if isinstance(wanted, Sweep):
+            from puredif_jax.sweep import perform_sweep
+
+            report = perform_sweep(wanted)
+        else:
+            from puredif_jax.stages import perform
+
+            report = perform(wanted)
     except InputError as error:
         sys.exit(f"error: {error}")
-    if parallel.is_host_zero():
+    if report is None:
+        logging.info("the rest is left to other processes, or to a call without only")
+    elif parallel.is_host_zero():
         logging.info("%s", report.verdict or "done")
         print(report.verdict)
-        print(f"report: {experiment.workdir}/report.html")
+        print(f"report: {wanted.workdir}/report.html")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,13 @@ class Hypothesis:
 
 
 class Bindable(Protocol):
-    """The configuration of a loss."""
+    """The configuration of a loss.
+
+    evaluations: how often one value of the loss evaluates the network on one image.
+    """
+
+    @property
+    def evaluations(self) -> int: ...
 
     def bind(
         self,
@@ -197,6 +203,10 @@ class DistributionShift:
     def __post_init__(self) -> None:
         _check_timesteps(self.timesteps, self.weights)
 
+    @property
+    def evaluations(self) -> int:
+        return len(self.timesteps) * self.samples
+
     def bind(
         self,
         model: NoiseModel,
@@ -292,6 +302,10 @@ class DenoisingConsistency:
     across_time: float = 0.0
     aim: float = 0.0
 
+    @property
+    def evaluations(self) -> int:
+        return self.sampler.steps * self.samples
+
     def bind(
         self,
         model: NoiseModel,
@@ -380,6 +394,10 @@ class Elijah:
     samples: int = 100
     seed: int = 0
 
+    @property
+    def evaluations(self) -> int:
+        return self.samples
+
     def bind(
         self,
         model: NoiseModel,
@@ -410,6 +428,10 @@ class Sum:
     second: DistributionShift | DenoisingConsistency
     first_weight: float = 1.0
     second_weight: float = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        return self.first.evaluations + self.second.evaluations
 
     def bind(
         self,

@@ -48,18 +48,10 @@ class Run:
         """
         self.folder = pathlib.Path(folder)
         self.mesh = mesh
-        path = self.folder / "config.json"
-        text = json.dumps(config, indent=2)
-        if path.exists():
-            changed = _changed(json.loads(path.read_text()), config)
-            if changed:
-                raise RunError(
-                    f"{self.folder} holds a run with another {changed}: give another "
-                    "--config.workdir, or remove the folder to start again"
-                )
-        elif parallel.is_host_zero():
+        if not is_run(self.folder, config) and parallel.is_host_zero():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text.encode())
+            text = json.dumps(config, indent=2)
+            write_atomically(self.folder / "config.json", text.encode())
         self.metrics = Metrics(self.folder)
 
     def latest(self, stage: str) -> int:
@@ -147,6 +139,23 @@ class Run:
     def replicate(self, tree: Any) -> Any:
         """Puts a tree of host arrays on all devices."""
         return parallel.put(tree, parallel.replicated(self.mesh))
+
+
+def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a run of this configuration; False if it holds none.
+
+    Raises:
+      RunError: it holds a run of another one.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return False
+    if changed := _changed(json.loads(path.read_text()), config):
+        raise RunError(
+            f"{folder} holds a run with another {changed}: give another "
+            "--config.workdir, or remove the folder to start again"
+        )
+    return True
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:

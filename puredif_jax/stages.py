@@ -16,7 +16,7 @@ import numpy as np
 from puredif_jax import attacks, checkpoint, config, data, loops, metrics, parallel
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Features
-from puredif_jax.experiment import ELIJAH, Experiment, Inversion
+from puredif_jax.experiment import Experiment, Inversion
 from puredif_jax.lab import SHOWN, Lab, Truth, find_weights
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import Run, RunError
@@ -302,16 +302,16 @@ class Stages:
         if truth is not None:
             pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
         for solver in options.hypotheses:
-            methods = {"puredif": options.inversion}
-            if options.elijah:
-                methods["elijah"] = ELIJAH[solver]
-            for method, inversion in methods.items():
-                stage = f"{method}_{label}_{solver}"
+            for method, inversion in options.methods(solver).items():
+                stage = (
+                    f"{method.replace(', ', '_').replace(' ', '_')}_{label}_{solver}"
+                )
                 result = self.invert(stage, params, solver, inversion)
                 delta = result["delta"]
                 row: dict[str, Any] = {"method": method, "hypothesis": solver}
                 if truth is not None:
                     row |= self.compare(label, stage, params, truth, solver, result)
+                row["network evaluations"] = inversion.evaluations
                 row["seconds"] = float(result["seconds"])
                 rows.append(row)
                 pictures.append((f"inverted trigger, {method}, {solver}", delta))
@@ -319,10 +319,8 @@ class Stages:
                     difference = delta - truth.trigger
                     caption = f"difference from the true one, {method}, {solver}"
                     pictures.append((caption, difference))
-                if method == "elijah":
-                    continue
                 plain = self.plain(label, params, solver)
-                found[solver] = lab.features(
+                measured = lab.features(
                     params,
                     solver,
                     Candidate(jnp.asarray(delta), jnp.asarray(result["target"])),
@@ -330,7 +328,10 @@ class Stages:
                     result["draws"][:64],
                     plain,
                 )
-                row |= {k: float(v) for k, v in found[solver]._asdict().items()}
+                row |= {k: float(v) for k, v in measured._asdict().items()}
+                if method != "puredif":
+                    continue
+                found[solver] = measured
                 pictures += [
                     (f"estimated target, {solver}", result["target"]),
                     (

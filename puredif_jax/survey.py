@@ -63,6 +63,11 @@ class Survey:
         if self.draws < 1:
             raise ValueError(f"draws must be 1 or more, found {self.draws}")
 
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated on one image, the signs left out."""
+        return self.triggers * self.draws * self.sampler.steps
+
     def propose(
         self,
         model: NoiseModel,

@@ -7,21 +7,23 @@ import jax
 import pytest
 
 from puredif_jax import config
-from puredif_jax.experiment import Experiment
+from puredif_jax.experiment import Experiment, Sweep
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_config(path: pathlib.Path) -> None:
-    experiment = config.load(str(path))
-    assert isinstance(experiment, Experiment)
-    assert experiment.workdir == f"runs/{path.stem}"
-    assert json.loads(config.to_json(experiment))["type"] == "Experiment"
+    wanted = config.load(str(path))
+    assert wanted.workdir == f"runs/{path.stem}"
+    assert json.loads(config.to_json(wanted))["type"] == type(wanted).__name__
     text = path.read_text()
     assert f"python -m puredif_jax.main --config=configs/{path.name}" in text
     assert "Hardware:" in text and "Duration" in text
-    shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
-    assert sum(x.size for x in jax.tree.leaves(shapes)) > 1e5
-    changed = config.override(experiment, "seed", "3")
-    assert changed.seed == 3 and changed.model == experiment.model
+    experiments = wanted.chosen() if isinstance(wanted, Sweep) else (wanted,)
+    for experiment in experiments:
+        assert isinstance(experiment, Experiment)
+        shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
+        assert sum(x.size for x in jax.tree.leaves(shapes)) > 1e5
+        changed = config.override(experiment, "seed", "3")
+        assert changed.seed == 3 and changed.model == experiment.model

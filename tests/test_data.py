@@ -91,6 +91,22 @@ def test_shipped_sets_refuse_other_shapes(shape):
         FashionMNIST().load(shape)
 
 
+def test_a_part_of_the_shipped_set():
+    whole = FashionMNIST("test").load((8, 8, 1))
+    part = FashionMNIST("test", first=1_990, count=5).load((8, 8, 1))
+    np.testing.assert_array_equal(part, whole[1_990:1_995])
+    rest = FashionMNIST("test", first=1_990).load((8, 8, 1))
+    np.testing.assert_array_equal(rest, whole[1_990:])
+
+
+@pytest.mark.parametrize(
+    "bad", [{"first": -1}, {"first": 10_000}, {"first": 9_990, "count": 11}]
+)
+def test_a_part_outside_the_shipped_set_is_refused(bad):
+    with pytest.raises(DataError, match="10000 images"):
+        FashionMNIST(**bad)
+
+
 def test_only_two_splits_ship():
     with pytest.raises(DataError, match="'valid'"):
         FashionMNIST("valid")

@@ -21,6 +21,7 @@ COMPOSITION = {
     "loops",
     "experiment",
     "stages",
+    "sweep",
     "main",
     "__init__",
     "__main__",
@@ -117,8 +118,9 @@ def violations(sources: dict[str, str]) -> list[str]:
         if module in EDGES:
             others = (EDGES | COMPOSITION) - {module}
             problems |= {f"edge imports {t}" for t in targets & others}
-        if module not in {"main", "stages"}:
-            problems |= {f"imports {t}" for t in targets & {"experiment", "stages"}}
+        if module not in {"main", "stages", "sweep"}:
+            top = {"experiment", "stages", "sweep"}
+            problems |= {f"imports {t}" for t in targets & top}
         if module != "checkpoint" and "orbax" in {root(n) for n in names}:
             problems.add("imports orbax")
         if module != "unet" and any(f"{n}.".startswith("flax.linen.") for n in used):

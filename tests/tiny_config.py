@@ -53,7 +53,7 @@ def get_config() -> Experiment:
                 survey=Survey(triggers=4, draws=2, together=2, sampler=DDIM(steps=2)),
                 heldout=8,
             ),
-            elijah=True,
+            baselines=("elijah",),
         ),
         evaluation=Evaluation(
             draws=8, batch=8, ancestral=DDPM(steps=3), deterministic=DDIM(steps=2)

@@ -1,0 +1,81 @@
+"""The models behind the claims: eight backdoored ones and 28 clean ones, all audited.
+
+    python -m puredif_jax.main --config=configs/claims.py
+
+Started twice, on one core each (`taskset -c 0`, `taskset -c 1`), the two calls share
+the runs. `--config.only='clean/*'` does a part. docs/claims.md shows the results.
+
+Hardware: two CPU cores. Duration: 4 hours. Expected: docs/claims.md.
+"""
+
+from puredif_jax.attacks import BadDiffusion, VillanDiffusion
+from puredif_jax.data import FashionMNIST
+from puredif_jax.experiment import Audit, Evaluation, Experiment, Sweep
+from puredif_jax.training import Training
+from puredif_jax.triggers import Box, Cat, Shoe, StopSign
+from puredif_jax.unet import SHIPPED
+
+AUDIT = Audit(baselines=("elijah", "elijah, equal evaluations"))
+ATTACKS = {"baddiffusion": BadDiffusion, "villandiffusion": VillanDiffusion}
+TRIGGERS = {"box": Box(), "stopsign": StopSign()}
+TARGETS = {"shoe": Shoe(), "cat": Cat()}
+CALIBRATING, HELD_OUT = 20, 8
+
+
+def backdoored(attack: str, trigger: str, target: str) -> Experiment:
+    """As configs/baddiffusion.py and configs/villandiffusion.py."""
+    return Experiment(
+        workdir=f"backdoored/{attack}-{trigger}-{target}",
+        model=SHIPPED,
+        weights="clean",
+        training=Training(
+            steps=10_000, batch=64, learning_rate=1e-3, warmup=200, ema_decay=0.999
+        ),
+        attack=ATTACKS[attack](
+            trigger=TRIGGERS[trigger],
+            target=TARGETS[target],
+            poison_rate=0.2,
+            trigger_only=True,
+        ),
+        audit=AUDIT,
+        evaluation=Evaluation(frechet_draws=2048),
+        chunk=50,
+    )
+
+
+def clean(number: int) -> Experiment:
+    """Fine-tuned without a backdoor: other seeds, images, steps, learning rates."""
+    return Experiment(
+        workdir=f"clean/{number:02}",
+        model=SHIPPED,
+        weights="clean",
+        training=Training(
+            steps=(200, 400, 800, 1200)[number % 4],
+            batch=64,
+            learning_rate=(1e-4, 3e-4, 1e-3)[number % 3],
+            warmup=50,
+            ema_decay=0.99,
+            cosine=number % 2 == 0,
+        ),
+        data=FashionMNIST(first=1000 * (number % 6), count=5000),
+        audit=AUDIT,
+        evaluation=Evaluation(draws=64),
+        seed=100 + number,
+        chunk=50,
+    )
+
+
+def get_config() -> Sweep:
+    names = [
+        (attack, trigger, target)
+        for attack in ATTACKS
+        for trigger in TRIGGERS
+        for target in TARGETS
+    ]
+    return Sweep(
+        workdir="runs/claims",
+        experiments=(
+            *(backdoored(*name) for name in names),
+            *(clean(number) for number in range(CALIBRATING + HELD_OUT)),
+        ),
+    )

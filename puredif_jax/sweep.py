@@ -1,0 +1,122 @@
+"""Many runs by one command: each in its own folder, shared between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+from puredif_jax import config, parallel
+from puredif_jax.experiment import Sweep
+from puredif_jax.report import Report, Section, environment
+from puredif_jax.run import is_run
+from puredif_jax.stages import perform
+from puredif_jax.types import InputError
+
+
+def perform_sweep(sweep: Sweep) -> Report | None:
+    """Does the runs that nobody has done or is doing; then writes the table of all.
+
+    A run whose input is wrong is named at the end and does not stop the others.
+
+    Returns:
+      The report of the whole sweep; None while other processes are at their runs, or
+      where `only` left some out.
+
+    Raises:
+      InputError: some runs had wrong input; names each of them.
+    """
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{sweep.workdir}/compiled",
+    )
+    failed: dict[str, str] = {}
+    chosen, began = sweep.chosen(), time.monotonic()
+    done = 0
+    for i, experiment in enumerate(chosen):
+        folder = pathlib.Path(experiment.workdir)
+        with _claim(folder) as claimed:
+            if not claimed:
+                continue
+            try:
+                known = is_run(folder, config.to_dict(experiment))
+                if known and (folder / "report.json").exists():
+                    continue
+                logging.info("run %d of %d: %s", i + 1, len(chosen), folder)
+                perform(experiment)
+            except InputError as error:
+                failed[experiment.workdir] = str(error)
+        done += 1
+        minutes = (time.monotonic() - began) / 60
+        logging.info("%d runs in %.0f minutes by this process", done, minutes)
+        jax.clear_caches()
+    if failed:
+        first = next(iter(failed))
+        raise InputError(
+            f"{len(failed)} of {len(chosen)} runs were not done "
+            f"({', '.join(failed)}): {first}: {failed[first]}"
+        )
+    return _summary(sweep)
+
+
+@contextlib.contextmanager
+def _claim(folder: pathlib.Path) -> Iterator[bool]:
+    """Whether the run in a folder is ours; a dead process claims nothing.
+
+    The processes of one program on several hosts share every run.
+    """
+    if jax.process_count() > 1:
+        yield True
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _summary(sweep: Sweep) -> Report | None:
+    """The numbers of all runs as one table a kind, if all are done."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for experiment in sweep.experiments:
+        path = pathlib.Path(sweep.workdir) / experiment.workdir / "report.json"
+        if not path.exists():
+            return None
+        for kind, rows in _rows(json.loads(path.read_text())["numbers"]):
+            for row in rows:
+                tables.setdefault(kind, []).append({"run": experiment.workdir} | row)
+    report = Report(
+        title=pathlib.Path(sweep.workdir).name,
+        sections=tuple(
+            Section(kind, table=tuple(rows)) for kind, rows in tables.items()
+        ),
+        config=config.to_dict(sweep),
+        environment=environment() | {"device": jax.devices()[0].device_kind},
+    )
+    if parallel.is_host_zero():
+        report.write(sweep.workdir)
+    return report
+
+
+def _rows(numbers: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The tables that one run adds to."""
+    for name, value in numbers.items():
+        if name in ("success", "amplification"):
+            yield name, value
+        elif name.startswith("frechet"):
+            yield name, [value]
+        else:
+            yield "verdicts", [{"model": name} | value["verdict"]]
+            yield "inversions", [{"model": name} | row for row in value["inversions"]]

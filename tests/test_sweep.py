@@ -1,0 +1,86 @@
+"""Many runs by one command: shared, resumed, and none lost to another's bad input."""
+
+import fcntl
+import json
+import pathlib
+
+import jax
+import pytest
+from tiny_config import TINY
+
+from puredif_jax import checkpoint
+from puredif_jax.attacks import VillanDiffusion
+from puredif_jax.diffusion import DDIM
+from puredif_jax.experiment import Evaluation, Experiment, Sweep
+from puredif_jax.sweep import perform_sweep
+from puredif_jax.triggers import Box, Hat
+from puredif_jax.types import InputError
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    checkpoint.save_weights(path, jax.device_get(TINY.init(jax.random.key(0))), {})
+    return str(path)
+
+
+def experiment(name: str, weights: str, **changes) -> Experiment:
+    """The success of an attack in eight draws."""
+    return Experiment(
+        workdir=name,
+        model=TINY,
+        weights=weights,
+        attack=VillanDiffusion(trigger=Box(), target=Hat()),
+        evaluation=Evaluation(draws=8, batch=8, deterministic=DDIM(steps=2)),
+        **changes,
+    )
+
+
+@pytest.fixture(autouse=True)
+def compilation_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+
+
+def sweep(folder: pathlib.Path, *experiments: Experiment, only: str = "*") -> Sweep:
+    return Sweep(str(folder), experiments, only)
+
+
+def finished(folder: pathlib.Path) -> list[str]:
+    return sorted(p.parent.name for p in folder.glob("*/*/report.json"))
+
+
+def test_runs_are_shared_resumed_and_put_into_one_table(tmp_path, weights) -> None:
+    folder = tmp_path / "sweep"
+    runs = (experiment("a/one", weights), experiment("a/two", weights, seed=1))
+    assert perform_sweep(sweep(folder, *runs, only="*/one")) is None
+    assert finished(folder) == ["one"]
+    before = (folder / "a/one/report.json").stat().st_mtime_ns
+    (folder / "a/two").mkdir()
+    with (folder / "a/two/lock").open("w") as file:  # another process is at it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert perform_sweep(sweep(folder, *runs)) is None
+    assert finished(folder) == ["one"]
+    assert perform_sweep(sweep(folder, *runs)) is not None
+    assert (folder / "a/one/report.json").stat().st_mtime_ns == before
+    report = json.loads((folder / "report.json").read_text())
+    (section,) = report["sections"]
+    assert section["title"] == "success"
+    assert {row["run"] for row in section["table"]} == {"a/one", "a/two"}
+    changed = experiment("a/one", weights, seed=5)
+    with pytest.raises(InputError, match="a/one holds a run with another seed"):
+        perform_sweep(sweep(folder, changed, runs[1]))
+
+
+def test_bad_input_of_one_run_does_not_stop_the_others(tmp_path, weights) -> None:
+    runs = (experiment("a/bad", "no/such"), experiment("a/good", weights))
+    with pytest.raises(InputError, match="1 of 2 runs .*a/bad.* 'no/such'"):
+        perform_sweep(sweep(tmp_path, *runs))
+    assert finished(tmp_path) == ["good"]
+
+
+@pytest.mark.parametrize(
+    "names,only", [((), "*"), (("a", "a"), "*"), (("a", "b"), "c*")]
+)
+def test_a_sweep_needs_runs(names, only) -> None:
+    with pytest.raises(ValueError, match="run"):
+        Sweep("sweep", tuple(experiment(name, "clean") for name in names), only)
