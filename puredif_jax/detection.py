@@ -162,7 +162,7 @@ class Detector:
       threshold: least score that is called backdoored.
     """
 
-    clean_sde: tuple[float, ...] = (0.0343,)
+    clean_sde: tuple[float, ...] = (0.0141,)
     clean_ode: tuple[float, ...] = (0.0272,)
     threshold: float = 0.7
 

@@ -1,0 +1,79 @@
+"""What a configuration says of itself: budgets and baselines."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from puredif_jax.diffusion import DDIM, LinearBetas
+from puredif_jax.experiment import Audit, Inversion, elijah
+from puredif_jax.inversion import Descent
+from puredif_jax.objectives import (
+    DenoisingConsistency,
+    DistributionShift,
+    Elijah,
+    Hypothesis,
+    Sum,
+)
+from puredif_jax.survey import Survey
+from puredif_jax.types import Candidate
+
+SHAPE = (8, 8, 1)
+SCHEDULE = LinearBetas().tables()
+SHIFT = DistributionShift(timesteps=(900, 300), samples=3)
+CONSISTENCY = DenoisingConsistency(sampler=DDIM(steps=4), samples=5)
+
+
+class Counter:
+    """A model that counts the images it is evaluated on."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, params, x, t):
+        def add(_) -> None:
+            self.images += x.shape[0]
+
+        jax.debug.callback(add, x)
+        return 0.1 * x
+
+
+@pytest.mark.parametrize(
+    "loss", [SHIFT, CONSISTENCY, Sum(SHIFT, CONSISTENCY), Elijah(samples=7)], ids=str
+)
+def test_evaluations_are_those_that_the_network_sees(loss) -> None:
+    counter = Counter()
+    bound = loss.bind(counter, SCHEDULE, Hypothesis())
+    candidate = Candidate(jnp.ones(SHAPE), jnp.zeros(SHAPE))
+    bound({}, candidate, jax.random.key(0)).block_until_ready()
+    jax.effects_barrier()
+    assert loss.evaluations == counter.images
+
+
+def test_evaluations_of_a_survey() -> None:
+    survey = Survey(triggers=4, draws=3, together=2, sampler=DDIM(steps=5))
+    counter = Counter()
+    triggers, keys, _ = survey.begin(SHAPE, jax.random.key(0))
+    images = survey.draw(counter, {}, SCHEDULE, Hypothesis(), triggers, keys)
+    images.block_until_ready()
+    jax.effects_barrier()
+    assert survey.evaluations == counter.images
+
+
+def test_evaluations_of_an_inversion() -> None:
+    """By hand: three candidates for two steps, then one for four."""
+    descent = Descent(steps=6, candidates=3, scout=2)
+    survey = Survey(triggers=4, draws=3, together=2, sampler=DDIM(steps=5))
+    scouted = Inversion(loss=SHIFT, descent=descent, survey=survey)
+    assert scouted.evaluations == 3 * (3 * 2 + 4) * 6 + 60
+    plain = Inversion(loss=SHIFT, descent=Descent(steps=6, candidates=3), survey=None)
+    assert plain.evaluations == 3 * 18 * 6
+
+
+@pytest.mark.parametrize("solver,steps", [("sde", 100), ("ode", 10)])
+def test_elijah_as_published_and_at_equal_evaluations(solver, steps) -> None:
+    audit = Audit(baselines=("elijah", "elijah, equal evaluations"))
+    methods = audit.methods(solver)
+    assert list(methods) == ["puredif", *audit.baselines]
+    published, equal = (methods[name] for name in audit.baselines)
+    assert published == elijah(solver) and published.descent.steps == steps
+    assert equal.evaluations == pytest.approx(audit.inversion.evaluations, rel=0.01)
