@@ -13,7 +13,6 @@ import dataclasses
 
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.diffusion import DDIM
 from puredif_jax.experiment import (
     Amplification,
     Audit,
@@ -41,9 +40,7 @@ def get_config() -> Experiment:
         amplification=Amplification(
             snapshots=(240,),
             reinforcement=Reinforcement(
-                objective=dataclasses.replace(
-                    Reinforcement().objective, sampler=DDIM(steps=10)
-                ),
+                objective=dataclasses.replace(Reinforcement().objective, samples=16),
                 descent=Descent(steps=80, learning_rate=0.05, bound=None),
             ),
         ),

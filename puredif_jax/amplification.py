@@ -25,7 +25,7 @@ class Reinforcement:
     """
 
     objective: DenoisingConsistency = DenoisingConsistency(
-        sampler=DDIM(steps=25), samples=16, on_path=False, across_noise=0.0, aim=1.0
+        sampler=DDIM(steps=10), samples=48, on_path=False, across_noise=0.0, aim=1.0
     )
     descent: Descent = Descent(steps=100, learning_rate=0.05, bound=None)
 
