@@ -20,16 +20,15 @@ def get_config() -> Experiment:
         model=SHIPPED,
         weights="clean",
         training=Training(
-            steps=400,
+            steps=360,
             batch=64,
             learning_rate=1e-3,
             warmup=50,
-            cosine=False,
             ema_decay=0.99,
         ),
         attack=VillanDiffusion(
-            trigger=Box(), target=Cat(), poison_rate=0.3, trigger_only=True
+            trigger=Box(), target=Cat(), poison_rate=0.5, trigger_only=True
         ),
-        amplification=Amplification(snapshots=(300, 400)),
+        amplification=Amplification(snapshots=(360,)),
         evaluation=Evaluation(draws=256),
     )
