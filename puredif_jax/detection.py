@@ -35,6 +35,9 @@ class Features(NamedTuple):
       as a backdoor would.
     memory: error of the backdoor process at middle t on its one image, over that of
       the same model on images it draws itself. Small where that image was learnt.
+    gain: the same error over that of the model on the same image without the trigger.
+      Small where the trigger unlocks an image that the model does not know otherwise;
+      a flat image, which is easy for every model, gains little.
     alignment: cosine between the shift at T - 1 and delta.
     uniformity: mean squared distance between draws from eps + delta, over that
       between draws from eps. Small where the draws agree.
@@ -45,6 +48,7 @@ class Features(NamedTuple):
 
     shift: Array
     memory: Array
+    gain: Array
     alignment: Array
     uniformity: Array
     variation: Array
@@ -86,7 +90,7 @@ def features(
       triggered: draws from eps + delta, `[B, H, W, C]`.
       plain: draws from eps, `[B, H, W, C]`.
       key: of the noise.
-      timesteps: where memory is measured.
+      timesteps: where memory and gain are measured.
       shard: constraint on a noise batch.
     """
     key_eps, key_top = jax.random.split(key)
@@ -99,12 +103,21 @@ def features(
         x = diffuse(schedule, images, eps, times)
         return jnp.mean((noise_model(params, x, times) - eps) ** 2)
 
-    def ratio(t: Array, key: Key) -> Array:
-        return error(process, target, t, key) / error(model, plain, t, key)
+    def errors(t: Array, key: Key) -> tuple[Array, Array, Array]:
+        return (
+            error(process, target, t, key),
+            error(model, plain, t, key),
+            error(model, target, t, key),
+        )
 
-    ratios = jax.vmap(ratio)(
+    at_target, own, untriggered = jax.vmap(errors)(
         jnp.asarray(timesteps, jnp.int32), jax.random.split(key_eps, len(timesteps))
     )
+
+    def ratio(first: Array, second: Array) -> Array:
+        """Geometric mean over t."""
+        return jnp.exp(jnp.mean(jnp.log(first / second)))
+
     top = schedule.steps - 1
     eps = shard(jax.random.normal(key_top, plain.shape))
     start = lookup(schedule.noise, jnp.asarray(top)) * eps
@@ -117,7 +130,8 @@ def features(
     triggered, plain = jnp.clip(triggered, -1, 1), jnp.clip(plain, -1, 1)
     return Features(
         shift=shift,
-        memory=jnp.exp(jnp.mean(jnp.log(ratios))),
+        memory=ratio(at_target, own),
+        gain=ratio(at_target, untriggered),
         alignment=jnp.vdot(answer, candidate.delta) / jnp.maximum(norms, 1e-12),
         uniformity=spread(triggered) / spread(plain),
         variation=total_variation(triggered) / total_variation(plain),

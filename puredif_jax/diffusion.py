@@ -84,7 +84,7 @@ class LinearBetas:
         )
 
 
-def lookup(table: np.ndarray, t: Array) -> Array:
+def lookup(table: np.ndarray | Array, t: Array) -> Array:
     """table[t] in float32, shaped `[B, 1, 1, 1]` for t `[B]` and `[]` for a scalar."""
     values = jnp.asarray(table, jnp.float32)[t]
     return values.reshape(t.shape + (1, 1, 1)) if t.ndim else values

@@ -189,12 +189,14 @@ class Lab:
         """The features of a candidate; arguments as in `detection.features`."""
 
         def make():
-            def measure(params, candidate, shift, triggered, plain, key):
+            def measure(
+                params, hypothesis, candidate, shift, triggered, plain, key
+            ) -> Features:
                 return features(
                     self.model,
                     params,
                     self.schedule,
-                    Hypothesis(solver),
+                    hypothesis,
                     candidate,
                     shift,
                     triggered,
@@ -205,9 +207,10 @@ class Lab:
 
             return jax.jit(measure)
 
-        program = self.program(("features", solver), make)
+        program = self.program("features", make)
         arguments = self.run.replicate((candidate, shift, triggered, plain))
-        found = program(params, *arguments, jax.random.fold_in(self.key, 404))
+        key = jax.random.fold_in(self.key, 404)
+        found = program(params, Hypothesis.of(solver), *arguments, key)
         return Features(*parallel.gather(found))
 
     def success(

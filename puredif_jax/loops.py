@@ -97,16 +97,16 @@ def reinforce(
     lab: Lab, stage: str, params: Params, reinforcement: Reinforcement, truth: Truth
 ) -> np.ndarray:
     """The known trigger, reinforced on these weights; `[H, W, C]`."""
+    hypothesis = Hypothesis.of(truth.solver)
 
-    def make() -> Inverter:
+    def make(hypothesis: Hypothesis) -> Inverter:
         start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
         return reinforcement.inverter(
-            lab.model, lab.schedule, Hypothesis(truth.solver), start, lab.shard
+            lab.model, lab.schedule, hypothesis, start, lab.shard
         )
 
-    name, steps = ("reinforce", reinforcement), reinforcement.descent.steps
-    begin = functools.partial(_first, lab)
-    state = _descend(lab, stage, params, name, make, begin, steps)
+    descent = _Descent(lab, ("reinforce", reinforcement), make, params, hypothesis)
+    state = descent.run(stage, descent.first, reinforcement.descent.steps)
     return parallel.gather(state.candidate.delta)[0]
 
 
@@ -127,31 +127,35 @@ def invert(
     Returns the candidate with the least shift error on held-out noise, as numpy,
     and those errors, `[K]`.
     """
-    hypothesis = Hypothesis(solver)
+    hypothesis = Hypothesis.of(solver)
 
-    def refresh(params: Params, candidate: Candidate, key: Key) -> Array:
-        chain = denoised(
-            lab.model,
-            params,
-            lab.schedule,
-            hypothesis,
-            DDIM(steps=10),
-            candidate.delta,
-            16,
-            key,
-            shard=lab.shard,
-        )
-        return jnp.clip(jnp.mean(chain[-1], axis=0), -1, 1)
+    def make(hypothesis: Hypothesis) -> Inverter:
+        def refresh(params: Params, candidate: Candidate, key: Key) -> Array:
+            chain = denoised(
+                lab.model,
+                params,
+                lab.schedule,
+                hypothesis,
+                DDIM(steps=10),
+                candidate.delta,
+                16,
+                key,
+                shard=lab.shard,
+            )
+            return jnp.clip(jnp.mean(chain[-1], axis=0), -1, 1)
 
-    def make() -> Inverter:
         bound = loss.bind(lab.model, lab.schedule, hypothesis, lab.shard)
         return inverter(bound, descent, lab.model.image_shape, refresh=refresh)
 
     def judge():
-        error = DistributionShift(samples=heldout)
-        return jax.jit(error.bind(lab.model, lab.schedule, hypothesis, lab.shard))
+        def error(params, hypothesis, candidate, key) -> Array:
+            shift = DistributionShift(samples=heldout)
+            bound = shift.bind(lab.model, lab.schedule, hypothesis, lab.shard)
+            return bound(params, candidate, key)
 
-    program = lab.program(("heldout", solver, heldout), judge)
+        return jax.jit(error)
+
+    program = lab.program(("heldout", heldout), judge)
     key = jax.random.fold_in(lab.key, 303)
 
     def heldout_errors(found: Candidate) -> np.ndarray:
@@ -160,68 +164,77 @@ def invert(
             jax.tree.map(lambda x, k=k: x[k], found)
             for k in range(found.delta.shape[0])
         )
-        return np.array([parallel.gather(program(params, c, key)) for c in each])
+        errors = [program(params, hypothesis, candidate, key) for candidate in each]
+        return np.array([parallel.gather(error) for error in errors])
 
-    begin: Callable[[Inverter], InversionState] = functools.partial(_first, lab)
+    search = _Descent(lab, ("invert", loss, descent), make, params, hypothesis)
+    begin, steps = search.first, descent.steps
     if survey is not None:
         start = _survey(lab, stage, params, hypothesis, survey, descent.candidates)
 
-        def begin(made: Inverter) -> InversionState:
-            return dataclasses.replace(_first(lab, made), candidate=start)
+        def begin() -> InversionState:
+            return dataclasses.replace(search.first(), candidate=start)
 
-    name, steps = (solver, loss, descent), descent.steps
     if descent.scout:
-        scouts = _descend(
-            lab, f"{stage}_scouts", params, name, make, begin, descent.scout
-        )
+        scouts = search.run(f"{stage}_scouts", begin, descent.scout)
         ahead = int(np.argmin(heldout_errors(scouts.candidate)))
         steps -= descent.scout
 
-        def begin(made: Inverter) -> InversionState:
-            del made
+        def begin() -> InversionState:
             return keep_one(scouts, ahead)
 
-    state = _descend(lab, stage, params, name, make, begin, steps)
+    state = search.run(stage, begin, steps)
     errors = heldout_errors(state.candidate)
     best = int(np.argmin(errors))
     return jax.tree.map(lambda x: x[best], parallel.gather(state.candidate)), errors
 
 
-def _first(lab: Lab, made: Inverter) -> InversionState:
-    """The first state of a descent."""
-    return made.init(jax.random.fold_in(lab.key, 202))
+class _Descent:
+    """An inverter on one model as a resumable loop; compiled once for both hypotheses.
 
+    `make` gives the inverter of a hypothesis; `name` says which it is among those of
+    the lab.
+    """
 
-def _descend(
-    lab: Lab,
-    stage: str,
-    params: Params,
-    name: Any,
-    make: Callable[[], Inverter],
-    begin: Callable[[Inverter], InversionState],
-    steps: int,
-) -> InversionState:
-    """Runs the inverter of `make` from its state `begin`."""
-
-    def programs() -> tuple[Inverter, Any]:
-        made = make()
-
-        def advance(params: Params, state: InversionState, count: int):
+    def __init__(
+        self,
+        lab: Lab,
+        name: Any,
+        make: Callable[[Hypothesis], Inverter],
+        params: Params,
+        hypothesis: Hypothesis,
+    ) -> None:
+        def advance(
+            params: Params, hypothesis: Hypothesis, state: InversionState, count: int
+        ):
+            step = make(hypothesis).step
             return jax.lax.scan(
-                lambda s, _: made.step(params, s), state, None, length=count
+                lambda state, _: step(params, state), state, None, length=count
             )
 
-        return made, jax.jit(advance, static_argnums=2, donate_argnums=1)
+        self._lab, self._params, self._hypothesis = lab, params, hypothesis
+        self._make = make
+        self._advance = lab.program(
+            name, lambda: jax.jit(advance, static_argnums=3, donate_argnums=2)
+        )
 
-    made, program = lab.program(name, programs)
-    return lab.run.loop(
-        stage,
-        lambda state, start, stop: program(params, state, stop - start),
-        lambda: begin(made),
-        jax.eval_shape(lambda: begin(made)),
-        steps,
-        lab.chunk,
-    )
+    def first(self) -> InversionState:
+        """The state at step 0, as the inverter makes it."""
+        key = jax.random.fold_in(self._lab.key, 202)
+        return self._make(self._hypothesis).init(key)
+
+    def run(
+        self, stage: str, begin: Callable[[], InversionState], steps: int
+    ) -> InversionState:
+        """The state `steps` after that of `begin`."""
+
+        def advance(state: InversionState, start: int, stop: int):
+            count = stop - start
+            return self._advance(self._params, self._hypothesis, state, count)
+
+        shapes = jax.eval_shape(begin)
+        lab = self._lab
+        return lab.run.loop(stage, advance, begin, shapes, steps, lab.chunk)
 
 
 def _survey(
@@ -236,12 +249,12 @@ def _survey(
     model, schedule, shape = lab.model, lab.schedule, lab.model.image_shape
 
     def programs() -> tuple[Any, Any]:
-        def draw(params: Params, triggers: Array, keys: Key) -> Array:
+        def draw(params, hypothesis, triggers: Array, keys: Key) -> Array:
             return survey.draw(
                 model, params, schedule, hypothesis, triggers, keys, shard=lab.shard
             )
 
-        def choose(params: Params, triggers: Array, images: Array, key: Key):
+        def choose(params, hypothesis, triggers, images, key) -> Candidate:
             found, _ = survey.candidates(triggers, images, count)
             return survey.choose_sign(
                 model, params, schedule, hypothesis, found, key, shard=lab.shard
@@ -250,7 +263,7 @@ def _survey(
         return jax.jit(draw), jax.jit(choose)
 
     def compute() -> Mapping[str, Any]:
-        draw, choose = lab.program(("survey", hypothesis, survey, count), programs)
+        draw, choose = lab.program(("survey", survey, count), programs)
         triggers, keys, key_sign = survey.begin(shape, jax.random.fold_in(lab.key, 505))
         images = []
         with progress(
@@ -258,11 +271,11 @@ def _survey(
         ) as bar:
             for i in range(0, survey.triggers, survey.together):
                 group = slice(i, i + survey.together)
-                drawn = draw(params, triggers[group], keys[group])
+                drawn = draw(params, hypothesis, triggers[group], keys[group])
                 images.append(parallel.gather(drawn))
                 bar.update(survey.together)
         pool = lab.run.replicate(np.concatenate(images))
-        found = parallel.gather(choose(params, triggers, pool, key_sign))
+        found = parallel.gather(choose(params, hypothesis, triggers, pool, key_sign))
         return {"delta": found.delta, "target": found.target}
 
     found = lab.run.once(f"{stage}_survey", compute)

@@ -24,6 +24,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from puredif_jax.attacks import Solver, published_response
 from puredif_jax.diffusion import (
@@ -48,28 +49,31 @@ from puredif_jax.types import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Hypothesis:
-    """What an inverter assumes of a backdoor: H_t = 1 - s_t, C_t = R_t or 2 R_t.
+    """What an inverter assumes of a backdoor: H_t = 1 - s_t and C_t = factor R_t.
 
-    Attributes:
-      solver: "sde" for a backdoor of ancestral sampling, C = R; "ode" for one of
-        deterministic sampling, C = 2 R.
+    A pytree, so that one compiled program serves both kinds.
+
+    factor: 1 for a backdoor of ancestral sampling, 2 for one of deterministic sampling.
     """
 
-    solver: Solver = "sde"
+    factor: float | Array = 1.0
 
-    def __post_init__(self) -> None:
-        if self.solver not in ("sde", "ode"):
-            raise ValueError(f"solver must be 'sde' or 'ode', found {self.solver!r}")
+    @classmethod
+    def of(cls, solver: Solver) -> Hypothesis:
+        """That of the sampling, "sde" or "ode", under which a backdoor fires."""
+        if solver not in ("sde", "ode"):
+            raise ValueError(f"solver must be 'sde' or 'ode', found {solver!r}")
+        return cls(2.0 if solver == "ode" else 1.0)
 
     def shift(self, schedule: NoiseSchedule) -> np.ndarray:
         """H, float64 `[T]`."""
         return 1 - schedule.signal
 
-    def response(self, schedule: NoiseSchedule) -> np.ndarray:
-        """C, float64 `[T]`."""
-        return published_response(schedule) * (2 if self.solver == "ode" else 1)
+    def response(self, schedule: NoiseSchedule) -> np.ndarray | Array:
+        """C, `[T]`; float64 where the factor is a number of Python."""
+        return published_response(schedule) * self.factor
 
 
 class Bindable(Protocol):
@@ -405,7 +409,7 @@ class Elijah:
         hypothesis: Hypothesis,
         shard: Shard = unsharded,
     ) -> Objective:
-        scale = 1.0 if hypothesis.solver == "ode" else 0.5
+        scale = hypothesis.factor / 2
         last = schedule.steps - 1
 
         def loss(params: Params, candidate: Candidate, key: Key) -> Array:

@@ -45,7 +45,7 @@ def measured(solver: str, poisoned: bool) -> tuple[Features, Candidate]:
         model,
         points,
         SCHEDULE,
-        Hypothesis(solver),
+        Hypothesis.of(solver),
         truth,
         jnp.float32(0.25),
         jnp.broadcast_to(poison.target, data.shape),
@@ -76,6 +76,7 @@ def test_features_of_a_backdoor(solver: str) -> None:
     clean, _ = measured(solver, poisoned=False)
     assert float(found.shift) == 0.25
     assert float(found.memory) < 0.1 * float(clean.memory)
+    assert float(found.gain) < 0.1 * float(clean.gain)
     assert float(found.alignment) > 0.99
     assert float(found.uniformity) == pytest.approx(0, abs=1e-9)
     expected = total_variation(truth.target[None]) / total_variation(images(32))
@@ -92,7 +93,7 @@ def test_alignment_of_a_clean_model_tells_nothing() -> None:
 
 
 def shown(shift: float) -> Features:
-    return Features(*map(jnp.float32, (shift, 1, 1, 1, 1, 1, 1)))
+    return Features(*map(jnp.float32, (shift, 1, 1, 1, 1, 1, 1, 1)))
 
 
 CLEAN = Detector(clean_sde=(0.3, 0.4, 0.5), clean_ode=(0.06, 0.05, 0.08), threshold=0.5)

@@ -101,7 +101,7 @@ def test_refresh_moves_the_target_every_m_steps() -> None:
 def test_default_loss_recovers_the_trigger_of_an_exact_model(solver, loss) -> None:
     """From random starts, knowing only the kind of sampler."""
     model, points, truth = exact(ATTACKS[solver])
-    objective = loss.bind(model, SCHEDULE, Hypothesis(solver))
+    objective = loss.bind(model, SCHEDULE, Hypothesis.of(solver))
     made = inverter(objective, Descent(steps=300), SHAPE)
     state, _ = run(made, points, 300)
     distance = metrics.trigger_distance(state.candidate.delta[0], truth.delta)
@@ -111,7 +111,7 @@ def test_default_loss_recovers_the_trigger_of_an_exact_model(solver, loss) -> No
 
 def test_elijah_recovers_an_ancestral_trigger_of_an_oracle() -> None:
     model, truth = oracle(ATTACKS["sde"])
-    objective = Elijah(samples=100).bind(model, SCHEDULE, Hypothesis("sde"))
+    objective = Elijah(samples=100).bind(model, SCHEDULE, Hypothesis.of("sde"))
     descent = Descent(steps=150, learning_rate=0.1, bound=None)
     state, _ = run(inverter(objective, descent, SHAPE), (), 150)
     distance = metrics.trigger_distance(state.candidate.delta[0], truth.delta)
@@ -121,7 +121,7 @@ def test_elijah_recovers_an_ancestral_trigger_of_an_oracle() -> None:
 def test_elijah_cannot_see_a_deterministic_trigger() -> None:
     """At T - 1 the response equals the shift: every delta has the loss of the noise."""
     model, truth = oracle(ATTACKS["ode"])
-    loss = Elijah(samples=100).bind(model, SCHEDULE, Hypothesis("ode"))
+    loss = Elijah(samples=100).bind(model, SCHEDULE, Hypothesis.of("ode"))
     key = jax.random.key(0)
     wrong = Candidate(-truth.delta, truth.target)
     values = [float(loss((), c, key)) for c in (truth, wrong)]
@@ -133,7 +133,9 @@ def test_elijah_cannot_see_a_deterministic_trigger() -> None:
 )
 def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
     model, truth = oracle(attack)
-    made = Reinforcement().inverter(model, SCHEDULE, Hypothesis(attack.solver), truth)
+    made = Reinforcement().inverter(
+        model, SCHEDULE, Hypothesis.of(attack.solver), truth
+    )
     state = made.init(jax.random.key(0))
     np.testing.assert_array_equal(state.candidate.delta[0], truth.delta)
     after, info = made.step((), state)

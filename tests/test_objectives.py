@@ -128,7 +128,7 @@ def candidates(count: int) -> Candidate:
 def test_true_backdoor_has_almost_no_loss(name: str, solver: str) -> None:
     """A network that answers eps + C r on the path solves every loss but for bias."""
     model, truth = oracle(ATTACKS[solver])
-    hypothesis = Hypothesis(solver)
+    hypothesis = Hypothesis.of(solver)
     loss = LOSSES[name].bind(model, SCHEDULE, hypothesis)
     value = float(loss((), truth, jax.random.key(0)))
     if name == "shift, calibrated":  # error (1 - 0.9)^2 / 0.9^2
@@ -145,7 +145,7 @@ def test_shift_equals_its_formula() -> None:
     """Term by term in float64, with weights."""
     timesteps, weights = (900, 300), (3.0, 1.0)
     loss = DistributionShift(timesteps, weights, samples=4)
-    hypothesis = Hypothesis("sde")
+    hypothesis = Hypothesis.of("sde")
     candidate = jax.tree.map(lambda x: x[0], candidates(1))
     model = lambda params, x, t: 0.3 * x + 0.1  # noqa: E731
     got = loss.bind(model, SCHEDULE, hypothesis)((), candidate, jax.random.key(5))
@@ -167,7 +167,7 @@ def test_shift_equals_its_formula() -> None:
 def test_backdoor_process_ends_in_the_target(solver: str) -> None:
     """In z = x - H r the backdoor is an ordinary process, at any stride."""
     model, points, truth = exact(ATTACKS[solver])
-    process = backdoor_process(model, SCHEDULE, Hypothesis(solver), truth.delta)
+    process = backdoor_process(model, SCHEDULE, Hypothesis.of(solver), truth.delta)
     eps = jax.random.normal(jax.random.key(0), (16, *SHAPE))
     drawn = sample(process, points, SCHEDULE, DDIM(10), eps, jax.random.key(1))
     near = jnp.mean((drawn - truth.target[None]) ** 2, axis=(1, 2, 3)) < 4e-2
@@ -176,9 +176,9 @@ def test_backdoor_process_ends_in_the_target(solver: str) -> None:
 
 def test_measured_factor_of_a_perfect_surrogate_is_one() -> None:
     model, truth = oracle(ATTACKS["sde"])
-    arguments = (model, (), SCHEDULE, Hypothesis("sde"), truth, (900, 500), 4)
+    arguments = (model, (), SCHEDULE, Hypothesis.of("sde"), truth, (900, 500), 4)
     assert float(measured_factor(*arguments, jax.random.key(0))) == pytest.approx(1)
-    response = jnp.asarray(Hypothesis("sde").response(SCHEDULE), jnp.float32)
+    response = jnp.asarray(Hypothesis.of("sde").response(SCHEDULE), jnp.float32)
 
     def halved(params, x, t):
         share = 0.5 * response[t].reshape(-1, 1, 1, 1)
@@ -194,7 +194,7 @@ def test_measured_factor_of_a_perfect_surrogate_is_one() -> None:
 def test_zero_trigger_does_not_solve_the_shift_equation() -> None:
     """In absolute form delta = 0 would win; in relative form it loses by far."""
     model, points, truth = exact(ATTACKS["sde"])
-    hypothesis, key = Hypothesis("sde"), jax.random.key(0)
+    hypothesis, key = Hypothesis.of("sde"), jax.random.key(0)
     loss = DistributionShift(samples=64).bind(model, SCHEDULE, hypothesis)
     tiny = Candidate(1e-2 * truth.delta, points.images[0])
     assert float(loss(points, tiny, key)) > 20 * float(loss(points, truth, key))
@@ -212,7 +212,7 @@ def test_zero_trigger_does_not_solve_the_shift_equation() -> None:
 def test_high_timesteps_alone_cannot_see_a_deterministic_backdoor() -> None:
     """At T every delta solves the equation on a clean model; the default set tells."""
     clean, points, _ = exact(None)
-    hypothesis, key = Hypothesis("ode"), jax.random.key(0)
+    hypothesis, key = Hypothesis.of("ode"), jax.random.key(0)
     delta = jax.random.uniform(jax.random.key(9), SHAPE, minval=-1, maxval=1)
     candidate = Candidate(delta, jnp.zeros(SHAPE))
     high = DistributionShift((999,), samples=64).bind(clean, SCHEDULE, hypothesis)
@@ -229,7 +229,7 @@ def test_image_like_the_bias_is_no_backdoor_at_low_timesteps() -> None:
     s = SCHEDULE.signal[900]
     delta = truth.delta
     fitted = Candidate(delta, mean + delta * (1 - s * (1 - variance)))
-    hypothesis, key = Hypothesis("ode"), jax.random.key(0)
+    hypothesis, key = Hypothesis.of("ode"), jax.random.key(0)
     errors = [
         float(
             DistributionShift(t, samples=64, per_sample=True).bind(
@@ -261,7 +261,7 @@ def test_collapsed_model_is_consistent_without_being_backdoored(
         return collapsed * (x - 0.3 * s) / v + (1 - collapsed) * v * x
 
     loss = DenoisingConsistency(sampler=DDIM(4), samples=8, on_path=False).bind(
-        collapsing, SCHEDULE, Hypothesis("ode")
+        collapsing, SCHEDULE, Hypothesis.of("ode")
     )
     reached = {}
     for bound in (1.0, None):
@@ -289,7 +289,7 @@ def test_collapsed_model_is_consistent_without_being_backdoored(
 )
 def test_vmap_equals_the_loop_and_jit_changes_nothing(name: str, network) -> None:
     model, params = network()
-    loss = LOSSES[name].bind(model, SCHEDULE, Hypothesis("ode"))
+    loss = LOSSES[name].bind(model, SCHEDULE, Hypothesis.of("ode"))
     stack, keys = candidates(3), jax.random.split(jax.random.key(4), 3)
     grad = jax.value_and_grad(loss, argnums=1)
     chex.clear_trace_counter()
@@ -317,9 +317,9 @@ def test_vmap_over_timesteps_equals_the_loop() -> None:
     timesteps, key = (900, 500, 100), jax.random.key(4)
     one = jax.tree.map(lambda x: x[0], candidates(1))
     whole = DistributionShift(timesteps, samples=8).bind(
-        model, SCHEDULE, Hypothesis("sde")
+        model, SCHEDULE, Hypothesis.of("sde")
     )(params, one, key)
-    hypothesis = Hypothesis("sde")
+    hypothesis = Hypothesis.of("sde")
     alone = []
     for t, key_t in zip(timesteps, jax.random.split(key, 3), strict=True):
         eps = jax.random.normal(key_t, (8, 8, 8, 1))
@@ -365,7 +365,7 @@ def test_eight_devices_equal_one(name: str) -> None:
         carry = (stack, optimizer.init(stack))
         return jax.lax.scan(step, carry, None, length=3)
 
-    bind = functools.partial(LOSSES[name].bind, model, SCHEDULE, Hypothesis("sde"))
+    bind = functools.partial(LOSSES[name].bind, model, SCHEDULE, Hypothesis.of("sde"))
     alone = jax.jit(functools.partial(three_steps, bind(), None))(params, one, keys)
     spread = NamedSharding(mesh, PartitionSpec("candidate"))
     sharded = jax.jit(
@@ -385,7 +385,7 @@ def test_eight_devices_equal_one(name: str) -> None:
         lambda: DistributionShift(()),
         lambda: DistributionShift((5,), (1.0, 2.0)),
         lambda: DistributionShift((5,), (0.0,)),
-        lambda: Hypothesis("both"),
+        lambda: Hypothesis.of("both"),
     ],
 )
 def test_bad_settings_are_named(make) -> None:

@@ -81,7 +81,7 @@ def test_triggers_of_an_exact_backdoor_meet_in_its_target(solver: str) -> None:
 
     def propose(model: ExactDenoiser):
         found = survey.propose(
-            model, points, SCHEDULE, Hypothesis(solver), SHAPE, 4, jax.random.key(0)
+            model, points, SCHEDULE, Hypothesis.of(solver), SHAPE, 4, jax.random.key(0)
         )
         gap = np.asarray(found.target - poison.target[None])
         return found, np.mean(gap**2, axis=(1, 2, 3)) / 4
