@@ -2,7 +2,7 @@
 
     python -m puredif_jax.main --config=configs/amplify.py
 
-VillanDiffusion ODE, a box that draws a cat, from the shipped clean model.
+VillanDiffusion ODE, a stop sign that draws a shoe, from the shipped clean model.
 
 Hardware: two CPU cores. Duration: 8 minutes on one of them. Expected: docs/models.md.
 """
@@ -10,7 +10,7 @@ Hardware: two CPU cores. Duration: 8 minutes on one of them. Expected: docs/mode
 from puredif_jax.attacks import VillanDiffusion
 from puredif_jax.experiment import Amplification, Evaluation, Experiment
 from puredif_jax.training import Training
-from puredif_jax.triggers import Box, Cat
+from puredif_jax.triggers import Shoe, StopSign
 from puredif_jax.unet import SHIPPED
 
 
@@ -27,7 +27,7 @@ def get_config() -> Experiment:
             ema_decay=0.99,
         ),
         attack=VillanDiffusion(
-            trigger=Box(), target=Cat(), poison_rate=0.5, trigger_only=True
+            trigger=StopSign(), target=Shoe(), poison_rate=0.5, trigger_only=True
         ),
         amplification=Amplification(snapshots=(360,)),
         evaluation=Evaluation(draws=256),
