@@ -15,7 +15,6 @@ from puredif_jax.training import Training
 from puredif_jax.triggers import Box, Cat, Shoe, StopSign
 from puredif_jax.unet import SHIPPED
 
-AUDIT = Audit(baselines=("elijah", "elijah, equal evaluations"))
 ATTACKS = {"baddiffusion": BadDiffusion, "villandiffusion": VillanDiffusion}
 TRIGGERS = {"box": Box(), "stopsign": StopSign()}
 TARGETS = {"shoe": Shoe(), "cat": Cat()}
@@ -37,7 +36,7 @@ def backdoored(attack: str, trigger: str, target: str) -> Experiment:
             poison_rate=0.2,
             trigger_only=True,
         ),
-        audit=AUDIT,
+        audit=Audit(baselines=("elijah", "elijah, equal evaluations")),
         evaluation=Evaluation(frechet_draws=2048),
         chunk=50,
     )
@@ -58,7 +57,7 @@ def clean(number: int) -> Experiment:
             cosine=number % 2 == 0,
         ),
         data=FashionMNIST(first=1000 * (number % 6), count=5000),
-        audit=AUDIT,
+        audit=Audit(baselines=("elijah",)),
         evaluation=Evaluation(draws=64),
         seed=100 + number,
         chunk=50,
