@@ -2,10 +2,12 @@
 
     python -m puredif_jax.main --config=configs/claims.py
     python -m puredif_jax.main --config=configs/ablation.py
+    python -m puredif_jax.main --config=configs/speedup.py
     python benchmarks/claims_page.py
 
-Reads runs/claims and runs/ablation; what is not done yet is left out and counted. The
-detector is calibrated here on the calibrating clean models and judges the others.
+Reads runs/claims, runs/ablation and runs/speedup; what is not done yet is left out and
+counted. The detector is calibrated here on the calibrating clean models and judges the
+others.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from puredif_jax.amplification import Reinforcement
 from puredif_jax.detection import Detector, Features
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CALIBRATING = 20
+BATCH = 64  # of the trainings
 Row = dict[str, Any]
 
 
@@ -142,21 +146,56 @@ def ablation_rows(runs: dict[str, Row]) -> list[Row]:
     return rows
 
 
+def speedup_rows(runs: dict[str, Row]) -> list[Row]:
+    """Success of both triggers after trainings of each length, a number a seed."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for name, report in sorted(runs.items()):
+        setting, _, rest = name.partition("/")
+        rates = {r["images"]: r["mse<0.01"] for r in report["numbers"]["success"]}
+        row = {"true": rates["draws, true trigger"]}
+        for amplified in report["numbers"].get("amplification", ()):
+            row["reinforced"] = amplified["success, reinforced"]
+            row["norm"] = amplified["norm ratio"]
+        found.setdefault((setting, int(rest.rpartition("-")[2])), []).append(row)
+
+    def shown(rows: list[Row], name: str, scale: float, digits: int) -> str:
+        return " ".join(f"{scale * r[name]:.{digits}f}" for r in rows if name in r)
+
+    reinforcing = Reinforcement()
+    evaluations = 3 * reinforcing.descent.steps * reinforcing.objective.evaluations
+    return [
+        {
+            "setting": setting,
+            "training steps": steps,
+            "with reinforcement, in steps": (
+                steps + round(evaluations / (3 * BATCH)) if "norm" in rows[0] else ""
+            ),
+            "true trigger, %": shown(rows, "true", 100, 1),
+            "reinforced, %": shown(rows, "reinforced", 100, 1),
+            "norm ratio": shown(rows, "norm", 1, 2),
+        }
+        for (setting, steps), rows in sorted(found.items())
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--claims", default="runs/claims", type=pathlib.Path)
     parser.add_argument("--ablation", default="runs/ablation", type=pathlib.Path)
+    parser.add_argument("--speedup", default="runs/speedup", type=pathlib.Path)
     arguments = parser.parse_args()
     runs = dict(reports(arguments.claims))
     clean = {k: v for k, v in runs.items() if k.startswith("clean/")}
     backdoored = {k: v for k, v in runs.items() if k.startswith("backdoored/")}
     ablation = dict(reports(arguments.ablation))
+    speedup = dict(reports(arguments.speedup))
     attacks = [success_row(name, report) for name, report in backdoored.items()]
     parts = [
         "# The claims, measured",
         "Written by `benchmarks/claims_page.py` from the runs of `configs/claims.py` "
-        f"and `configs/ablation.py`: {len(backdoored)} backdoored models, {len(clean)} "
-        f"clean ones, {len(ablation)} runs of the ablation.",
+        f", `configs/ablation.py` and `configs/speedup.py`: {len(backdoored)} "
+        f"backdoored models, {len(clean)} clean ones, {len(ablation)} runs of the "
+        f"ablation, {len(speedup)} short trainings.",
         "## Attack and inversion",
         "Success at MSE < 1e-2 in 256 draws under the attack's own sampler; Elijah's "
         "success and cosine beside it.",
@@ -165,13 +204,21 @@ def main() -> None:
     if len(clean) > CALIBRATING:
         verdicts, about = detect(clean, backdoored)
         parts += ["## Detection", about, table(verdicts)]
+    if speedup:
+        parts += [
+            "## Amplification",
+            "Success of 256 draws, a number a seed. Each row is a training of its own, "
+            "whose rate decays to zero. The third column adds what reinforcement "
+            "costs: its network evaluations as training steps.",
+            table(speedup_rows(speedup)),
+        ]
     if ablation:
         rows = ablation_rows(ablation)
         parts += ["## Ablation of the inversion", table(rows)]
     (ROOT / "docs/claims.md").write_text("\n\n".join(parts) + "\n")
     records = {
         name: {"numbers": report["numbers"], "environment": report["environment"]}
-        for name, report in {**runs, **ablation}.items()
+        for name, report in {**runs, **ablation, **speedup}.items()
     }
     text = json.dumps(records, indent=None, separators=(",", ":"))
     (ROOT / "docs/results/claims.json").write_text(text + "\n")
