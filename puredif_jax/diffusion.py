@@ -57,11 +57,28 @@ class NoiseSchedule:
         return (self.signal / self.previous[0]) ** 2
 
 
+class Betas(Protocol):
+    """A rule for the variances beta_t of the forward process."""
+
+    def tables(self) -> NoiseSchedule:
+        """Its float64 tables: s_t^2 = prod_{i<=t} (1 - beta_i), v_t^2 = 1 - s_t^2."""
+        ...
+
+
+def _tables(betas: np.ndarray) -> NoiseSchedule:
+    log_abar = np.cumsum(np.log1p(-betas))
+    return NoiseSchedule(
+        signal=np.exp(0.5 * log_abar), noise=np.sqrt(-np.expm1(log_abar))
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearBetas:
     """beta_t linear in t, the schedule of DDPM (Ho et al. 2020).
 
-    alpha_t = 1 - beta_t, s_t^2 = prod_{i<=t} alpha_i, v_t^2 = 1 - s_t^2.
+    Attributes:
+      steps: T.
+      start, end: beta_0 and beta_{T-1}.
     """
 
     steps: int = 1000
@@ -71,17 +88,57 @@ class LinearBetas:
     def __post_init__(self) -> None:
         if self.steps < 2 or not 0 < self.start <= self.end < 1:
             raise ValueError(
-                "a linear schedule needs steps >= 2 and 0 < start <= end < 1, found "
-                f"steps={self.steps}, start={self.start}, end={self.end}"
+                f"{type(self).__name__} needs steps >= 2 and 0 < start <= end < 1, "
+                f"found steps={self.steps}, start={self.start}, end={self.end}"
             )
 
     def tables(self) -> NoiseSchedule:
-        """The float64 tables of this schedule."""
-        betas = np.linspace(self.start, self.end, self.steps, dtype=np.float64)
-        log_abar = np.cumsum(np.log1p(-betas))
-        return NoiseSchedule(
-            signal=np.exp(0.5 * log_abar), noise=np.sqrt(-np.expm1(log_abar))
-        )
+        return _tables(np.linspace(self.start, self.end, self.steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledLinearBetas(LinearBetas):
+    """sqrt(beta_t) linear in t, the schedule of latent diffusion (Rombach et al. 2022).
+
+    "scaled_linear" in diffusers.
+    """
+
+    start: float = 0.00085
+    end: float = 0.012
+
+    def tables(self) -> NoiseSchedule:
+        roots = np.linspace(self.start**0.5, self.end**0.5, self.steps)
+        return _tables(roots**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineBetas:
+    """The schedule of Nichol & Dhariwal 2021; "squaredcos_cap_v2" in diffusers.
+
+    beta_t = min(1 - f((t + 1) / T) / f(t / T), cap) with
+    f(u) = cos(pi / 2 (u + offset) / (1 + offset))^2.
+
+    Attributes:
+      steps: T.
+      cap: bound of beta_t, which would reach 1 at the end.
+      offset: keeps beta_0 from being too small.
+    """
+
+    steps: int = 1000
+    cap: float = 0.999
+    offset: float = 0.008
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or not 0 < self.cap < 1 or self.offset < 0:
+            raise ValueError(
+                "CosineBetas needs steps >= 2, 0 < cap < 1 and offset >= 0, found "
+                f"steps={self.steps}, cap={self.cap}, offset={self.offset}"
+            )
+
+    def tables(self) -> NoiseSchedule:
+        u = np.arange(self.steps + 1) / self.steps
+        f = np.cos(np.pi / 2 * (u + self.offset) / (1 + self.offset)) ** 2
+        return _tables(np.minimum(1 - f[1:] / f[:-1], self.cap))
 
 
 def lookup(table: np.ndarray | Array, t: Array) -> Array:

@@ -13,7 +13,14 @@ from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import BadDiffusion, Solver, VillanDiffusion
 from puredif_jax.data import FashionMNIST, NpzImages
 from puredif_jax.detection import Detector
-from puredif_jax.diffusion import DDIM, DDPM, LinearBetas, Sampler
+from puredif_jax.diffusion import (
+    DDIM,
+    DDPM,
+    CosineBetas,
+    LinearBetas,
+    Sampler,
+    ScaledLinearBetas,
+)
 from puredif_jax.inversion import Descent
 from puredif_jax.objectives import (
     DenoisingConsistency,
@@ -194,7 +201,7 @@ class Experiment:
     audit: Audit | None = None
     evaluation: Evaluation = Evaluation()
     data: FashionMNIST | NpzImages = FashionMNIST()
-    schedule: LinearBetas = LinearBetas()
+    schedule: LinearBetas | ScaledLinearBetas | CosineBetas = LinearBetas()
     mesh: Mesh = Mesh()
     seed: int = 0
     chunk: int = 20

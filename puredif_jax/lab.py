@@ -20,7 +20,7 @@ from puredif_jax import attacks, checkpoint, data, metrics, parallel
 from puredif_jax import features as garment_net
 from puredif_jax.attacks import Attack, Solver
 from puredif_jax.detection import Features, features
-from puredif_jax.diffusion import LinearBetas, Sampler, sample
+from puredif_jax.diffusion import Betas, Sampler, sample
 from puredif_jax.objectives import Hypothesis
 from puredif_jax.report import progress
 from puredif_jax.run import Run, RunError
@@ -114,7 +114,7 @@ class Lab:
         self,
         run: Run,
         model: UNet,
-        schedule: LinearBetas,
+        schedule: Betas,
         batch: int,
         seed: int,
         chunk: int,

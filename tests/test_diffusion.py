@@ -16,8 +16,10 @@ import pytest
 from puredif_jax.diffusion import (
     DDIM,
     DDPM,
+    CosineBetas,
     LinearBetas,
     NoiseSchedule,
+    ScaledLinearBetas,
     diffuse,
     grid,
     lookup,
@@ -30,6 +32,20 @@ SCHEDULE = LinearBetas().tables()
 GOLDEN_T = [0, 100, 500, 700, 900, 999]
 GOLDEN_NOISE = [0.0100, 0.3238, 0.9603, 0.9966, 0.9999, 1.0000]
 GOLDEN_ONE_MINUS_SIGNAL = [0.0001, 0.0539, 0.7211, 0.9171, 0.9836, 0.9936]
+DIFFUSERS_ABAR = {
+    LinearBetas(): [
+        0.999899983,
+        0.895141363,
+        0.0777966529,
+        0.00686827861,
+        2.70244491e-4,
+    ]
+    + [4.03583035e-5],
+    ScaledLinearBetas(): [0.999149978, 0.894223154, 0.276332468, 0.0825208127]
+    + [0.0141511327, 0.0046600951],
+    CosineBetas(): [0.999958694, 0.971575618, 0.492285043, 0.201868892, 0.0236161072]
+    + [2.42873499e-9],
+}
 SAMPLERS = [
     DDPM(steps=40),
     DDIM(steps=40),
@@ -126,6 +142,31 @@ def test_tables_are_the_products_of_one_minus_beta(steps, start, end):
     np.testing.assert_allclose(schedule.noise, noise, rtol=1e-11)
 
 
+@pytest.mark.parametrize("steps, start, end", [(1000, 0.00085, 0.012), (7, 0.01, 0.3)])
+def test_roots_of_scaled_betas_are_linear(steps, start, end):
+    alpha = ScaledLinearBetas(steps, start, end).tables().alpha
+    roots = np.sqrt(1 - alpha)
+    assert roots[0] ** 2 == pytest.approx(start) and roots[-1] ** 2 == pytest.approx(
+        end
+    )
+    np.testing.assert_allclose(np.diff(roots), (roots[-1] - roots[0]) / (steps - 1))
+
+
+def test_cosine_betas_have_a_cosine_as_signal_until_the_cap():
+    schedule = CosineBetas().tables()
+    angle = [math.pi / 2 * ((t + 1) / 1000 + 0.008) / 1.008 for t in range(999)]
+    wanted = np.cos(angle) / math.cos(math.pi / 2 * 0.008 / 1.008)
+    np.testing.assert_allclose(schedule.signal[:-1], wanted, rtol=1e-9)
+    assert 1 - schedule.alpha[-1] == pytest.approx(0.999)
+
+
+@pytest.mark.parametrize("betas", DIFFUSERS_ABAR, ids=lambda b: type(b).__name__)
+def test_tables_are_those_of_diffusers(betas):
+    """`alphas_cumprod` of diffusers 0.42.1, which is computed in float32."""
+    abar = betas.tables().signal[GOLDEN_T] ** 2
+    np.testing.assert_allclose(abar, DIFFUSERS_ABAR[betas], rtol=1e-4, atol=1e-8)
+
+
 def test_tables_match_the_published_numbers():
     np.testing.assert_allclose(SCHEDULE.noise[GOLDEN_T], GOLDEN_NOISE, atol=6e-5)
     np.testing.assert_allclose(
@@ -147,9 +188,16 @@ def test_alpha_is_one_minus_beta_and_previous_is_shifted():
     "changes",
     [{"steps": 1}, {"start": 0.0}, {"start": 0.03}, {"end": 1.0}, {"start": -1.0}],
 )
-def test_a_schedule_that_is_none_is_refused(changes):
-    with pytest.raises(ValueError, match="linear schedule needs.*found"):
-        LinearBetas(**changes)
+@pytest.mark.parametrize("kind", [LinearBetas, ScaledLinearBetas])
+def test_a_schedule_that_is_none_is_refused(kind, changes):
+    with pytest.raises(ValueError, match=f"{kind.__name__} needs.*found"):
+        kind(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 1}, {"cap": 1.0}, {"offset": -0.1}])
+def test_a_cosine_schedule_that_is_none_is_refused(changes):
+    with pytest.raises(ValueError, match="CosineBetas needs.*found"):
+        CosineBetas(**changes)
 
 
 @pytest.mark.parametrize("signal, noise", [((3,), (4,)), ((2, 2), (2, 2))])
