@@ -82,6 +82,9 @@ class UNet:
                     f"{name}_block_types needs {levels} names out of "
                     f"{', '.join(valid)}, found {found}"
                 )
+        for name in ("in_channels", "layers_per_block", "norm_num_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(

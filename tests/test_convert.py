@@ -1,0 +1,323 @@
+"""diffusers folders: there and back, old names, shards, and hostile input."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import struct
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from test_unet import TINY, golden_shapes, maker
+
+from puredif_jax import convert
+from puredif_jax.convert import ConvertError, Model, Scheduling
+from puredif_jax.diffusion import CosineBetas, LinearBetas, ScaledLinearBetas
+from puredif_jax.unet import UNet
+
+SCHEDULINGS = [
+    Scheduling(),
+    Scheduling(LinearBetas(100, 1e-3, 0.1), clip=None, steps_offset=1),
+    Scheduling(ScaledLinearBetas(), "v_prediction", timestep_spacing="trailing"),
+    Scheduling(CosineBetas(), variance_type="fixed_large", clip=2.0),
+]
+
+
+def random_params(unet: UNet, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(unet.init, jax.random.key(0))
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+
+
+MODEL = Model(TINY, random_params(TINY), Scheduling())
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    """A folder of `MODEL`, as we write it."""
+    convert.write_folder(tmp_path / "model", MODEL)
+    return tmp_path / "model"
+
+
+def assert_same(params) -> None:
+    jax.tree.map(np.testing.assert_array_equal, params, MODEL.params)
+
+
+def weights_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(folder / "unet" / convert.WEIGHTS)
+
+
+def put_weights(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file(tensors, folder / "unet" / convert.WEIGHTS)
+
+
+def change_json(path: pathlib.Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", maker.CONFIGS)
+def test_names_and_shapes_are_those_of_diffusers(name) -> None:
+    unet = UNet(**maker.CONFIGS[name])
+    ours = {k: v.shape for k, v in convert.to_torch(random_params(unet)).items()}
+    assert ours == golden_shapes(name)
+
+
+@pytest.mark.parametrize("scheduling", SCHEDULINGS)
+def test_a_folder_comes_back_bit_for_bit(tmp_path, scheduling) -> None:
+    convert.write_folder(tmp_path, dataclasses.replace(MODEL, scheduling=scheduling))
+    found = convert.read_folder(tmp_path)
+    assert (found.unet, found.scheduling) == (TINY, scheduling)
+    assert_same(found.params)
+
+
+@pytest.mark.parametrize("name", maker.CONFIGS)
+def test_a_configuration_comes_back(name) -> None:
+    unet = UNet(**maker.CONFIGS[name])
+    text = json.dumps(convert.write_unet(unet))
+    assert convert.read_unet(json.loads(text)) == unet
+
+
+def test_a_silent_configuration_means_the_defaults_of_diffusers() -> None:
+    unet = convert.read_unet({"_class_name": "UNet2DModel", "sample_size": 32})
+    assert unet.block_out_channels == (224, 448, 672, 896)
+    assert unet.attention_head_dim == 8 and unet.norm_eps == 1e-5
+    assert convert.read_scheduling({}) == Scheduling()
+
+
+def test_old_names_of_attention_at_the_top_of_the_folder(tmp_path) -> None:
+    """The layout and the names of diffusers before 0.12."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, value in convert.to_torch(MODEL.params).items():
+        for new, before in old.items():
+            if f".{new}." in name:
+                name = name.replace(new, before)
+                value = value[..., None, None] if value.ndim == 2 else value
+        tensors[name] = value
+    assert any("proj_attn" in name for name in tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / convert.WEIGHTS)
+    (tmp_path / "config.json").write_text(json.dumps(convert.write_unet(TINY)))
+    scheduler = convert.write_scheduling(Scheduling())
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
+    found = convert.read_folder(tmp_path)
+    assert found.unet == TINY
+    assert_same(found.params)
+
+
+def shard(folder: pathlib.Path) -> dict[str, str]:
+    """Splits the weights over two files; returns the index's map."""
+    tensors = weights_of(folder)
+    names = sorted(tensors)
+    (folder / "unet" / convert.WEIGHTS).unlink()
+    places = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"part-{i}.safetensors"
+        chosen = {name: tensors[name] for name in part}
+        safetensors.numpy.save_file(chosen, folder / "unet" / file)
+        places |= dict.fromkeys(part, file)
+    index = folder / "unet" / convert.INDEX
+    index.write_text(json.dumps({"weight_map": places}))
+    return places
+
+
+def test_shards_are_read_together(folder) -> None:
+    shard(folder)
+    assert_same(convert.read_folder(folder).params)
+
+
+def test_missing_and_surplus_names_are_told_apart(folder) -> None:
+    tensors = weights_of(folder)
+    tensors["extra.weight"] = tensors.pop("conv_in.weight")
+    put_weights(folder, tensors)
+    with pytest.raises(ConvertError, match=r"-conv_in\.weight; \+extra\.weight"):
+        convert.read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "option,value",
+    [
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("class_embed_type", "timestep"),
+        ("time_embedding_type", "fourier"),
+        ("act_fn", "gelu"),
+        ("add_attention", False),
+        ("center_input_sample", True),
+        ("mid_block_scale_factor", 1.4),
+        ("downsample_type", "resnet"),
+        ("down_block_types", ["SkipDownBlock2D"]),
+        ("out_channels", 5),
+        ("sample_size", None),
+        ("block_out_channels", [7]),
+        ("norm_num_groups", 0),
+        ("surprise", 1),
+        ("_class_name", "UNet2DConditionModel"),
+    ],
+)
+def test_unsupported_networks_are_refused_by_name(folder, option, value) -> None:
+    """Before the weights are opened."""
+    change_json(folder / "unet" / "config.json", **{option: value})
+    (folder / "unet" / convert.WEIGHTS).unlink()
+    named = "UNet2DConditionModel" if option == "_class_name" else option
+    with pytest.raises(ConvertError, match=named):
+        convert.read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "option,value",
+    [
+        ("prediction_type", "sample"),
+        ("variance_type", "learned_range"),
+        ("timestep_spacing", "karras"),
+        ("beta_schedule", "sigmoid"),
+        ("trained_betas", [0.1, 0.2]),
+        ("thresholding", True),
+        ("rescale_betas_zero_snr", True),
+        ("beta_end", "much"),
+        ("num_train_timesteps", 1),
+    ],
+)
+def test_unsupported_schedulers_are_refused_by_name(folder, option, value) -> None:
+    change_json(folder / "scheduler" / "scheduler_config.json", **{option: value})
+    named = {"beta_end": "much", "num_train_timesteps": "steps=1"}.get(option, option)
+    with pytest.raises(ConvertError, match=named):
+        convert.read_folder(folder)
+
+
+class Bomb:
+    """Touches a file when unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def pickled(folder: pathlib.Path) -> bytes:
+    import pickle
+
+    return pickle.dumps(Bomb(str(folder / "executed")))
+
+
+def truncated(folder):
+    path = folder / "unet" / convert.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def terabytes(folder):
+    header = json.dumps(
+        {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    ).encode()
+    path = folder / "unet" / convert.WEIGHTS
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def endless_header(folder):
+    path = folder / "unet" / convert.WEIGHTS
+    path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
+
+
+def wrong_dtype(folder):
+    tensors = weights_of(folder)
+    tensors["conv_in.bias"] = tensors["conv_in.bias"].astype(np.float16)
+    put_weights(folder, tensors)
+
+
+def wrong_shape(folder):
+    tensors = weights_of(folder)
+    tensors["conv_in.bias"] = np.zeros(3, np.float32)
+    put_weights(folder, tensors)
+
+
+def not_a_number(folder):
+    tensors = weights_of(folder)
+    tensors["conv_in.bias"][0] = np.nan
+    put_weights(folder, tensors)
+
+
+def pickle_as_safetensors(folder):
+    (folder / "unet" / convert.WEIGHTS).write_bytes(pickled(folder))
+
+
+def pickle_as_bin(folder):
+    (folder / "unet" / convert.WEIGHTS).unlink()
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    path.write_bytes(pickled(folder))
+
+
+def path_outside(folder):
+    places = shard(folder)
+    places["conv_in.bias"] = "../../secret.safetensors"
+    (folder / "unet" / convert.INDEX).write_text(json.dumps({"weight_map": places}))
+
+
+def symlink_loop(folder):
+    path = folder / "unet" / convert.WEIGHTS
+    path.unlink()
+    path.symlink_to(path)
+
+
+def folder_loop(folder):
+    (folder / "unet").rename(folder / "before")
+    (folder / "unet").symlink_to(folder / "unet")
+
+
+def deep_json(folder):
+    (folder / "unet" / "config.json").write_text("[" * 100_000)
+
+
+def json_list(folder):
+    (folder / "unet" / "config.json").write_text("[]")
+
+
+def large_json(folder):
+    (folder / "unet" / "config.json").write_text(" " * (convert.LARGEST_JSON + 1))
+
+
+HOSTILE = {
+    truncated: "not a safetensors file",
+    terabytes: "not a safetensors file",
+    endless_header: "not a safetensors file",
+    wrong_dtype: "F16",
+    wrong_shape: r"\[3\], expected F32\[8\]",
+    not_a_number: "NaN",
+    pickle_as_safetensors: "not a safetensors file",
+    pickle_as_bin: "is a pickle",
+    path_outside: "outside its folder",
+    symlink_loop: "has neither",
+    folder_loop: "has no unet/config.json",
+    deep_json: "JSON",
+    json_list: "no JSON object",
+    large_json: "larger than",
+}
+
+
+@pytest.mark.parametrize("spoil,words", HOSTILE.items(), ids=lambda x: str(x)[:24])
+def test_hostile_input_is_one_sentence_and_nothing_runs(folder, spoil, words) -> None:
+    spoil(folder)
+    with pytest.raises(ConvertError, match=words) as raised:
+        convert.read_folder(folder)
+    assert "\n" not in str(raised.value)
+    assert not (folder / "executed").exists()
+
+
+def test_a_folder_that_is_none() -> None:
+    with pytest.raises(ConvertError, match="no/such is not a folder"):
+        convert.read_folder("no/such")
+
+
+def test_diffusers_loads_our_folder_and_predicts_the_same(folder) -> None:
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
+    x = np.random.default_rng(1).normal(size=(2, *TINY.image_shape)).astype(np.float32)
+    t = np.array([3, 700], np.int32)
+    with torch.no_grad():
+        wanted = pipeline.unet(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t))
+    found = TINY(MODEL.params, x, t)
+    wanted = wanted.sample.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(
+        found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max()
+    )
