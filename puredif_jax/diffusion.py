@@ -9,7 +9,7 @@ constants where they meet an image.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import chex
 import jax
@@ -164,6 +164,10 @@ class Sampler(Protocol):
     @property
     def steps(self) -> int: ...
 
+    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+        """(t, t_prev) of each step, from high t to low, int32 `[n]`; -1 is clean."""
+        ...
+
     def step(
         self,
         schedule: NoiseSchedule,
@@ -177,17 +181,40 @@ class Sampler(Protocol):
         ...
 
 
-def grid(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """The timesteps of a strided sampler, rising: 0, k, 2k, ... with k = T // steps.
+Spacing = Literal["leading", "linspace", "trailing"]
 
-    This is the "leading" spacing of DDPM and DDIM in diffusers. int32 `[steps]`.
+
+def grid(
+    schedule: NoiseSchedule, steps: int, spacing: Spacing = "leading", offset: int = 0
+) -> np.ndarray:
+    """The timesteps of a strided sampler, rising, int32 `[steps]`.
+
+    The three spacings of diffusers (Lin et al. 2024, table 2), for n steps out of T:
+    leading: 0, k, 2k, ... with k = T // n, plus offset; linspace: n from 0 to T - 1,
+    rounded; trailing: down from T - 1 by T / n, rounded.
 
     Raises:
-      ValueError: steps is not in 1..T.
+      ValueError: steps is not in 1..T, or a timestep is not in 0..T-1.
     """
-    if not 1 <= steps <= schedule.steps:
-        raise ValueError(f"a sampler needs 1 to {schedule.steps} steps, found {steps}")
-    return (np.arange(steps) * (schedule.steps // steps)).astype(np.int32)
+    total = schedule.steps
+    if not 1 <= steps <= total:
+        raise ValueError(f"a sampler needs 1 to {total} steps, found {steps}")
+    found: np.ndarray
+    if spacing == "leading":
+        found = np.arange(steps) * (total // steps) + offset
+    elif spacing == "linspace":
+        found = np.linspace(0, total - 1, steps).round()
+    elif spacing == "trailing":
+        found = np.round(total - np.arange(steps) * (total / steps))[::-1] - 1
+    else:
+        valid = ", ".join(get_args(Spacing))
+        raise ValueError(f"spacing must be one of {valid}, found {spacing!r}")
+    if not 0 <= found[0] <= found[-1] < total:
+        raise ValueError(
+            f"timesteps must lie in 0..{total - 1}, found {found[0]:g} to "
+            f"{found[-1]:g} by steps={steps}, spacing={spacing!r}, offset={offset}"
+        )
+    return found.astype(np.int32)
 
 
 def _endpoints(
@@ -213,17 +240,29 @@ def _bounded_x0(x: Array, eps: Array, s: Array, v: Array, clip: float | None) ->
 class DDPM:
     """Ancestral sampling (Ho et al. 2020), on all T timesteps or strided.
 
-    With a = (s_t / s_n)^2 for the step from t to n:
-    x_n = [s_n (1 - a) x0hat + sqrt(a) v_n^2 x_t] / v_t^2 + sqrt(v_n^2 (1 - a)) / v_t z.
-    The variance is that of the true posterior ("fixed small").
+    With a = (s_t / s_n)^2 and w = v_t^2 - a v_n^2 for the step from t to n:
+    x_n = [s_n w x0hat + sqrt(a) v_n^2 x_t] / v_t^2 + sqrt(v_n^2 w) / v_t z.
+    That is the variance of the true posterior, "fixed_small"; "fixed_large" has w. (w
+    is 1 - a, but for the digits that 1 - a loses in float32 where little is added.)
 
     Attributes:
       steps: number of model evaluations, spaced by `grid`.
       clip: bound of |x0hat|, or None. A bound weakens or removes most backdoors.
+      spacing, offset: of `grid`.
+      variance: one of the two.
     """
 
     steps: int = 1000
     clip: float | None = None
+    spacing: Spacing = "leading"
+    offset: int = 0
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+
+    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+        """Each step leads to the next timestep of the grid, the last to clean."""
+        rising = grid(schedule, self.steps, self.spacing, self.offset)
+        before = np.concatenate([[-1], rising[:-1]]).astype(np.int32)
+        return rising[::-1], before[::-1]
 
     def step(
         self,
@@ -237,8 +276,12 @@ class DDPM:
         s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
         x0 = _bounded_x0(x, eps, s, v, self.clip)
         a = (s / s_n) ** 2
-        mean = (s_n * (1 - a) * x0 + jnp.sqrt(a) * v_n**2 * x) / v**2
-        std = v_n * jnp.sqrt(1 - a) / v
+        w = v**2 - a * v_n**2
+        mean = (s_n * w * x0 + jnp.sqrt(a) * v_n**2 * x) / v**2
+        if self.variance == "fixed_small":
+            std = v_n * jnp.sqrt(w) / v
+        else:
+            std = jnp.where(t > 0, jnp.sqrt(w), 0.0)
         return mean + std * jax.random.normal(key, x.shape, x.dtype)
 
 
@@ -247,17 +290,30 @@ class DDIM:
     """Deterministic sampling (Song et al. 2021), with an optional share of noise.
 
     x_n = s_n x0hat + sqrt(v_n^2 - c^2) eps + c z,
-    c = eta sqrt(v_n^2 (1 - (s_t / s_n)^2)) / v_t.
+    c = eta sqrt(v_n^2 w) / v_t, w = v_t^2 - (s_t / s_n)^2 v_n^2.
 
     Attributes:
       steps: number of model evaluations, spaced by `grid`.
       eta: 0 for a deterministic map, 1 for the variance of DDPM.
       clip: bound of |x0hat|, or None. A bound weakens or removes most backdoors.
+      spacing, offset: of `grid`.
+      to_clean: steps below 0 lead to the clean image; otherwise to t = 0
+        ("set_alpha_to_one" in diffusers).
     """
 
     steps: int = 50
     eta: float = 0.0
     clip: float | None = None
+    spacing: Spacing = "leading"
+    offset: int = 0
+    to_clean: bool = True
+
+    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+        """Each step leads T // n timesteps down, as in diffusers."""
+        falling = grid(schedule, self.steps, self.spacing, self.offset)[::-1]
+        before = falling - schedule.steps // self.steps
+        end = -1 if self.to_clean else 0
+        return falling, np.where(before < 0, end, before).astype(np.int32)
 
     def step(
         self,
@@ -273,7 +329,7 @@ class DDIM:
         if self.eta == 0.0:
             del key
             return s_n * x0 + v_n * eps
-        c = self.eta * v_n * jnp.sqrt(1 - (s / s_n) ** 2) / v
+        c = self.eta * v_n * jnp.sqrt(v**2 - (s / s_n) ** 2 * v_n**2) / v
         noise = jax.random.normal(key, x.shape, x.dtype)
         return s_n * x0 + jnp.sqrt(jnp.maximum(v_n**2 - c**2, 0)) * eps + c * noise
 
@@ -306,9 +362,7 @@ def trajectory(
       The images `[B, H, W, C]`, unclipped, and the estimate x0hat (unbounded) at each
       step, `[n, B, H, W, C]`, from high t to low.
     """
-    rising = grid(schedule, sampler.steps)
-    t_all = jnp.asarray(rising[::-1])
-    n_all = jnp.asarray(np.concatenate([[-1], rising[:-1]])[::-1].astype(np.int32))
+    t_all, n_all = map(jnp.asarray, sampler.path(schedule))
 
     def body(x: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
         t, t_prev = pair

@@ -33,7 +33,6 @@ from puredif_jax.diffusion import (
     NoiseSchedule,
     Sampler,
     diffuse,
-    grid,
     lookup,
     trajectory,
 )
@@ -317,7 +316,7 @@ class DenoisingConsistency:
         hypothesis: Hypothesis,
         shard: Shard = unsharded,
     ) -> Objective:
-        falling = grid(schedule, self.sampler.steps)[::-1]
+        falling, _ = self.sampler.path(schedule)
         s2, v2 = schedule.signal[falling] ** 2, schedule.noise[falling] ** 2
         weights = s2 / (s2 + v2 / 10)
         weights = np.asarray(weights / weights.sum(), np.float32)

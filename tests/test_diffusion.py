@@ -421,6 +421,9 @@ class Trace:
 
     steps: int
 
+    def path(self, schedule):
+        return DDPM(self.steps).path(schedule)
+
     def step(self, schedule, eps, x, t, t_prev, key):
         row = t // (schedule.steps // self.steps)
         seen = jnp.stack([t, t_prev]).astype(jnp.float32)
@@ -457,6 +460,10 @@ class Still:
     """A sampler that does nothing."""
 
     steps: int = 3
+
+    def path(self, schedule):
+        del schedule
+        return np.array([2, 1, 0]), np.array([1, 0, -1])
 
     def step(self, schedule, eps, x, t, t_prev, key):
         del schedule, eps, t, t_prev, key

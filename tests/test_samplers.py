@@ -1,0 +1,106 @@
+"""Every sampler, spacing and schedule against ten steps of diffusers' schedulers."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puredif_jax.diffusion import (
+    DDIM,
+    DDPM,
+    CosineBetas,
+    LinearBetas,
+    ScaledLinearBetas,
+    grid,
+    sample,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load_maker():
+    spec = importlib.util.spec_from_file_location("maker", GOLDEN / "make_samplers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+maker = load_maker()
+BETAS = {
+    "linear": LinearBetas(),
+    "scaled": ScaledLinearBetas(),
+    "cosine": CosineBetas(),
+}
+SPACINGS = {
+    "leading": {},
+    "offset": {"offset": 1},
+    "linspace": {"spacing": "linspace"},
+    "trailing": {"spacing": "trailing"},
+}
+SAMPLERS = {
+    "small": functools.partial(DDPM, maker.STEPS),
+    "large": functools.partial(DDPM, maker.STEPS, clip=1.0, variance="fixed_large"),
+    "ddim": functools.partial(DDIM, maker.STEPS),
+    "bounded": functools.partial(DDIM, maker.STEPS, clip=1.0, to_clean=False),
+}
+
+
+@functools.cache
+def golden():
+    with np.load(GOLDEN / "samplers.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("name", maker.CASES)
+def test_each_step_is_that_of_diffusers(name) -> None:
+    betas, spacing, kind = maker.CASES[name]
+    schedule, sampler = BETAS[betas].tables(), SAMPLERS[kind](**SPACINGS[spacing])
+    times, before = sampler.path(schedule)
+    states, stds = golden()[f"{name}_x"], golden()[f"{name}_std"]
+    np.testing.assert_array_equal(times, golden()[f"{name}_t"])
+    key = jax.random.key(3)
+    z = np.asarray(jax.random.normal(key, states[0].shape))
+    step = jax.jit(functools.partial(sampler.step, schedule))
+    for i, (t, t_prev) in enumerate(zip(times, before, strict=True)):
+        x = jnp.asarray(states[i])
+        eps = maker.predict(jnp, x, float(t))
+        found = step(eps, x, jnp.int32(t), jnp.int32(t_prev), key)
+        wanted = states[i + 1] + stds[i] * z
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in maker.CASES if n.endswith(("ddim", "bounded"))]
+)
+def test_deterministic_trajectories_are_those_of_diffusers(name) -> None:
+    betas, spacing, kind = maker.CASES[name]
+    sampler = SAMPLERS[kind](**SPACINGS[spacing])
+
+    def model(params, x, t):
+        del params
+        return maker.predict(jnp, x, t[0].astype(jnp.float32))
+
+    start = jnp.asarray(maker.start())
+    key = jax.random.key(0)
+    found = sample(model, {}, BETAS[betas].tables(), sampler, start, key)
+    wanted = golden()[f"{name}_x"][-1]
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ((1000, "leading", 1), "0..999"),
+        ((10, "karras"), "leading, linspace, trailing"),
+        ((0,), "1 to 1000"),
+    ],
+)
+def test_bad_grids_are_refused(arguments, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        grid(LinearBetas().tables(), *arguments)
