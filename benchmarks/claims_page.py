@@ -192,7 +192,7 @@ def main() -> None:
     attacks = [success_row(name, report) for name, report in backdoored.items()]
     parts = [
         "# The claims, measured",
-        "Written by `benchmarks/claims_page.py` from the runs of `configs/claims.py` "
+        "Written by `benchmarks/claims_page.py` from the runs of `configs/claims.py`"
         f", `configs/ablation.py` and `configs/speedup.py`: {len(backdoored)} "
         f"backdoored models, {len(clean)} clean ones, {len(ablation)} runs of the "
         f"ablation, {len(speedup)} short trainings.",
