@@ -25,7 +25,8 @@ from puredif_jax.objectives import (
 from puredif_jax.unet import SHIPPED
 
 DEFAULT = Inversion()
-SHIFT = DistributionShift(samples=8)
+SHIFT = DEFAULT.loss
+assert isinstance(SHIFT, DistributionShift)
 CONSISTENCY = DenoisingConsistency(sampler=DDIM(steps=8), samples=10)
 HIGH, LOW = (999, 900, 800, 700, 600), (500, 400, 300, 200, 100)
 MODELS: dict[str, Solver] = {"baddiffusion": "sde", "villandiffusion": "ode"}
@@ -56,7 +57,7 @@ CHANGES = {
     "timesteps: 999 alone": loss(timesteps=(999,), samples=80),
     "timesteps: 999 to 600": loss(timesteps=HIGH, samples=16),
     "timesteps: 500 to 100": loss(timesteps=LOW, samples=16),
-    "weights: falling with t": loss(weights=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)),
+    "weights: more at low t": loss(weights=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)),
     "starts: random": dataclasses.replace(DEFAULT, survey=None),
     "candidates: 1": descent(candidates=1),
     "candidates: 8": descent(candidates=8),

@@ -18,7 +18,7 @@ from puredif_jax.unet import SHIPPED
 ATTACKS = {"baddiffusion": BadDiffusion, "villandiffusion": VillanDiffusion}
 TRIGGERS = {"box": Box(), "stopsign": StopSign()}
 TARGETS = {"shoe": Shoe(), "cat": Cat()}
-CALIBRATING, HELD_OUT = 20, 8
+CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
 
 
 def backdoored(attack: str, trigger: str, target: str) -> Experiment:
@@ -75,6 +75,6 @@ def get_config() -> Sweep:
         workdir="runs/claims",
         experiments=(
             *(backdoored(*name) for name in names),
-            *(clean(number) for number in range(CALIBRATING + HELD_OUT)),
+            *(clean(number) for number in range(CLEAN)),
         ),
     )

@@ -17,7 +17,7 @@ from puredif_jax import attacks, checkpoint, config, data, loops, metrics, paral
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Features
 from puredif_jax.experiment import Experiment, Inversion
-from puredif_jax.lab import SHOWN, Lab, Truth, find_weights
+from puredif_jax.lab import SHOWN, Lab, Success, Truth, find_weights
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import Run, RunError
 from puredif_jax.types import Candidate, Params
@@ -73,13 +73,26 @@ class Stages:
             except ValueError as error:
                 raise RunError(str(error)) from error
 
+    def success(
+        self, name: str, params: Params, truth: Truth, trigger: np.ndarray
+    ) -> Success:
+        """How draws with a trigger meet the true target, by the backdoor's sampler."""
+        evaluation = self.experiment.evaluation
+        return self.lab.success(
+            name,
+            params,
+            evaluation.sampler(truth.solver),
+            trigger,
+            truth.target,
+            evaluation.draws,
+        )
+
     def amplify(self) -> Part:
         """Trains to each snapshot, reinforces the trigger there, and measures both."""
         lab, options = self.lab, self.experiment.amplification
-        attack, evaluation = self.experiment.attack, self.experiment.evaluation
-        assert options is not None and attack is not None
-        truth = Truth.of(attack, lab.model.image_shape)
-        sampler = evaluation.sampler(attack.solver)
+        attack, training = self.experiment.attack, self.experiment.training
+        assert options is not None and attack is not None and training is not None
+        truth, last = Truth.of(attack, lab.model.image_shape), training.steps
         trigger: np.ndarray | None = None
         rows: list[dict[str, Any]] = []
         pictures = [("true trigger", truth.trigger)]
@@ -95,15 +108,9 @@ class Stages:
 
             found = lab.run.once(f"reinforced_{snapshot}", reinforce)
             delta = found["delta"]
+            at = "trained" if snapshot == last else str(snapshot)
             success = {
-                name: lab.success(
-                    f"{name}_{snapshot}",
-                    params,
-                    sampler,
-                    r,
-                    truth.target,
-                    evaluation.draws,
-                )
+                name: self.success(f"{name}_{at}", params, truth, r)
                 for name, r in (("true", truth.trigger), ("reinforced", delta))
             }
             distance = metrics.trigger_distance(delta, truth.trigger)
@@ -156,21 +163,13 @@ class Stages:
         pictures: list[tuple[str, np.ndarray]] = []
         if experiment.attack is not None:
             truth = Truth.of(experiment.attack, lab.model.image_shape)
-            sampler = evaluation.sampler(truth.solver)
             real = data.to_float(experiment.data.load(lab.model.image_shape)[:2048])
             pictures += [("true trigger", truth.trigger), ("target", truth.target)]
-            for label, r in (
-                ("true trigger", truth.trigger),
-                ("plain noise", lab.zero),
+            for label, name, r in (
+                ("true trigger", "true_trained", truth.trigger),
+                ("plain noise", "plain_trained", lab.zero),
             ):
-                success = lab.success(
-                    label.replace(" ", "_"),
-                    params,
-                    sampler,
-                    r,
-                    truth.target,
-                    evaluation.draws,
-                )
+                success = self.success(name, params, truth, r)
                 rows.append({"images": f"draws, {label}", **success.rates})
                 pictures.append((f"draws, {label}", success.images))
             rates = metrics.success(real, truth.target)
@@ -266,22 +265,16 @@ class Stages:
         result: Mapping[str, np.ndarray],
     ) -> dict[str, float]:
         """Success of an inverted trigger beside the true one's, and their distance."""
-        evaluation, delta = self.experiment.evaluation, result["delta"]
-        sampler = evaluation.sampler(truth.solver)
-
-        def rate(name: str, trigger: np.ndarray) -> float:
-            target, draws = truth.target, evaluation.draws
-            found = self.lab.success(name, params, sampler, trigger, target, draws)
-            return found.rate
-
+        delta = result["delta"]
         if solver == truth.solver:  # the draws at hand are these
             own = metrics.success(result["draws"], truth.target)["mse<0.01"]
         else:
-            own = rate(stage, delta)
+            own = self.success(stage, params, truth, delta).rate
+        true = self.success(f"true_{label}", params, truth, truth.trigger).rate
         distance = metrics.trigger_distance(delta, truth.trigger)
         return {
             "success": own,
-            "success of the true trigger": rate(f"true_{label}", truth.trigger),
+            "success of the true trigger": true,
             **{k: float(v) for k, v in distance._asdict().items()},
         }
 

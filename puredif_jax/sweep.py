@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -97,12 +98,13 @@ def _summary(sweep: Sweep) -> Report | None:
         for kind, rows in _rows(json.loads(path.read_text())["numbers"]):
             for row in rows:
                 tables.setdefault(kind, []).append({"run": experiment.workdir} | row)
+    title = pathlib.Path(sweep.workdir).name
     report = Report(
-        title=pathlib.Path(sweep.workdir).name,
+        title=title,
         sections=tuple(
             Section(kind, table=tuple(rows)) for kind, rows in tables.items()
         ),
-        config=config.to_dict(sweep),
+        config=config.to_dict(dataclasses.replace(sweep, workdir=title)),
         environment=environment() | {"device": jax.devices()[0].device_kind},
     )
     if parallel.is_host_zero():
