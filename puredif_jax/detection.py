@@ -7,7 +7,8 @@ attack. Scores are compared with those of clean models only.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,86 +141,93 @@ def features(
     )
 
 
+Outcome = Literal["clean", "backdoored", "could not tell"]
+
+
 class Verdict(NamedTuple):
     """The judgement on a model.
 
-    backdoored: the score is above that of clean models.
-    score: how far below clean models the best hypothesis lies, in units of log10.
-    p_value: share of clean models that would score so high, (1 + #{>=}) / (n + 1).
+    outcome: in a word or three.
+    score: log10 of how many times the best trigger lowers the error on its image.
+    p_value: share of clean models that would score so high, (1 + #{>=}) / (n + 1); the
+      n clean models that calibrate cannot give less than 1 / (n + 1).
     hypothesis: the kind of backdoor that fits best.
     reason: one sentence.
     """
 
-    backdoored: bool
+    outcome: Outcome
     score: float
     p_value: float
     hypothesis: Solver
     reason: str
 
     @property
-    def word(self) -> str:
-        """The verdict in a word or two."""
-        return "BACKDOORED" if self.backdoored else "not backdoored"
+    def backdoored(self) -> bool:
+        return self.outcome == "backdoored"
 
 
 @dataclasses.dataclass(frozen=True)
 class Detector:
-    """Judges by the held-out error of the shift equation.
+    """Judges by `Features.gain`: does a trigger unlock an image that is not known else?
 
-    The score of a hypothesis is log10(clean / shift): how many times less the shift
-    equation errs than on the best fitted of the clean models that calibrate it. The
-    score of a model is the larger of its hypotheses'.
+    The score of a hypothesis is -log10(gain), that of a model the larger of its
+    hypotheses'. It is compared with the scores of clean models, of mean m and standard
+    deviation d: above m + alarm d the model is called backdoored, below m + doubt d
+    clean, and between them the detector could not tell.
 
     Attributes:
-      clean_sde, clean_ode: held-out `Features.shift` of clean models after the default
-        inversion; the default is the shipped clean model alone.
-      threshold: least score that is called backdoored.
+      clean: scores of clean models after the default inversion; the default are the
+        calibrating models of configs/claims.py.
+      doubt, alarm: in standard deviations of `clean`.
     """
 
-    clean_sde: tuple[float, ...] = (0.0141,)
-    clean_ode: tuple[float, ...] = (0.0272,)
-    threshold: float = 0.7
+    clean: tuple[float, ...] = (0.1292, 0.0, 0.1767, 0.161, 0.1572)
+    doubt: float = 3.0
+    alarm: float = 6.0
 
     def __post_init__(self) -> None:
-        if not self.clean_sde or len(self.clean_sde) != len(self.clean_ode):
+        if len(self.clean) < 2:
             raise ValueError(
-                "a detector needs the errors of at least one clean model under both "
-                f"hypotheses, found {self.clean_sde} and {self.clean_ode}"
+                "a detector needs the scores of two clean models or more, found "
+                f"{self.clean}"
+            )
+        if not 0 <= self.doubt <= self.alarm:
+            raise ValueError(
+                f"doubt must lie in 0..alarm={self.alarm}, found {self.doubt}"
             )
 
-    def score(self, shift: dict[Solver, float]) -> dict[Solver, float]:
-        """log10(least clean error / error) of each hypothesis."""
-        clean = {"sde": min(self.clean_sde), "ode": min(self.clean_ode)}
-        return {k: float(np.log10(clean[k] / max(v, 1e-12))) for k, v in shift.items()}
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The scores above which one cannot tell, and above which one can."""
+        mean, deviation = np.mean(self.clean), np.std(self.clean, ddof=1)
+        return (
+            float(mean + self.doubt * deviation),
+            float(mean + self.alarm * deviation),
+        )
 
-    def judge(self, found: dict[Solver, Features]) -> Verdict:
+    def score(self, found: Features) -> float:
+        """-log10(gain), one hypothesis; -inf where it is not a number above 0."""
+        gain = float(found.gain)
+        return float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf
+
+    def judge(self, found: Mapping[Solver, Features]) -> Verdict:
         """The verdict on a model from the features of each hypothesis."""
-        scores = self.score({k: float(v.shift) for k, v in found.items()})
+        scores = {solver: self.score(features) for solver, features in found.items()}
         best = max(scores, key=lambda k: scores[k])
-        count = len(self.clean_sde)
-        beaten = sum(
-            max(self.score({"sde": a, "ode": b}).values()) >= scores[best]
-            for a, b in zip(self.clean_sde, self.clean_ode, strict=True)
-        )
-        backdoored = scores[best] >= self.threshold
-        ratio = 10 ** abs(scores[best])
-        clean = "that of the one clean model that calibrates"
-        if count > 1:
-            clean = f"the least of {count} clean models"
+        score, (doubt, alarm) = scores[best], self.bounds
+        beaten = sum(clean >= score for clean in self.clean)
+        p_value = (1 + beaten) / (1 + len(self.clean))
         kind = "ancestral" if best == "sde" else "deterministic"
-        if backdoored:
-            reason = (
-                f"a trigger of {kind} sampling was found that the model answers as a "
-                f"backdoor does, with an error of {float(found[best].shift):.3g}, "
-                f"{ratio:.1f} times below {clean}"
-            )
-        else:
-            side = "below" if scores[best] > 0 else "above"
-            reason = (
-                f"no trigger was found that the model answers as a backdoor does: the "
-                f"best error, {float(found[best].shift):.3g} under {kind} sampling, is "
-                f"{ratio:.1f} times {side} {clean}"
-            )
-        return Verdict(
-            backdoored, scores[best], (1 + beaten) / (1 + count), best, reason
+        if not np.isfinite(score):
+            reason = "the inversion ended in numbers that are not finite"
+            return Verdict("could not tell", score, p_value, best, reason)
+        outcome: Outcome = "clean"
+        if score > doubt:
+            outcome = "backdoored" if score > alarm else "could not tell"
+        factor, usual = 10**score, 10 ** max(self.clean)
+        reason = (
+            f"the best trigger, of {kind} sampling, lowers the model's error on its "
+            f"image {factor:.2g} times; the most on {len(self.clean)} clean models was "
+            f"{usual:.2g}, and {10**doubt:.2g} to {10**alarm:.2g} is doubtful"
         )
+        return Verdict(outcome, score, p_value, best, reason)

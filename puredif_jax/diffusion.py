@@ -158,6 +158,27 @@ def predict_x0(schedule: NoiseSchedule, x: Array, eps: Array, t: Array) -> Array
     return (x - lookup(schedule.noise, t) * eps) / lookup(schedule.signal, t)
 
 
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+@dataclasses.dataclass(frozen=True)
+class VPrediction:
+    """The noise model of a network that predicts v = s_t eps - v_t x_0.
+
+    eps = s_t v(x, t) + v_t x (Salimans & Ho 2022), of a variance-preserving schedule.
+    """
+
+    model: NoiseModel
+    schedule: NoiseSchedule
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        v = self.model(params, x, t)
+        signal, noise = (
+            lookup(table, t) for table in (self.schedule.signal, self.schedule.noise)
+        )
+        return signal * v + noise * x
+
+
 class Sampler(Protocol):
     """A reverse process on a grid of timesteps."""
 

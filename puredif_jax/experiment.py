@@ -18,6 +18,7 @@ from puredif_jax.diffusion import (
     DDPM,
     CosineBetas,
     LinearBetas,
+    Prediction,
     Sampler,
     ScaledLinearBetas,
 )
@@ -83,6 +84,16 @@ class Inversion:
         values += after * (descent.steps - descent.scout)
         survey = 0 if self.survey is None else self.survey.evaluations
         return 3 * values * self.loss.evaluations + survey
+
+    @property
+    def images(self) -> int:
+        """Most images that the network may see at once."""
+        judged = DistributionShift(samples=self.heldout).evaluations
+        signs = 0
+        if self.survey is not None:
+            signed = DistributionShift(samples=self.survey.draws).evaluations
+            signs = self.descent.candidates * signed
+        return max(self.descent.candidates * self.loss.evaluations, judged, signs)
 
 
 Baseline = Literal["elijah", "elijah, equal evaluations"]
@@ -187,6 +198,7 @@ class Experiment:
       evaluation: how models are measured.
       data: images to train on.
       schedule: forward process of the model.
+      prediction: what the network predicts, by the name that diffusers has for it.
       mesh: devices.
       seed: root of all randomness.
       chunk: steps of a loop between two checkpoints.
@@ -202,6 +214,7 @@ class Experiment:
     evaluation: Evaluation = Evaluation()
     data: FashionMNIST | NpzImages = FashionMNIST()
     schedule: LinearBetas | ScaledLinearBetas | CosineBetas = LinearBetas()
+    prediction: Prediction = "epsilon"
     mesh: Mesh = Mesh()
     seed: int = 0
     chunk: int = 20
@@ -221,6 +234,18 @@ class Experiment:
                 "audit.weights names 'trained', but the run has no training: give a "
                 "shipped model or a path"
             )
+
+    @property
+    def images(self) -> int:
+        """Most images that are sampled or inverted at once."""
+        most = [self.evaluation.batch]
+        if self.amplification:
+            most.append(self.amplification.reinforcement.objective.samples)
+        if self.audit:
+            for solver in self.audit.hypotheses:
+                methods = self.audit.methods(solver).values()
+                most += [inversion.images for inversion in methods]
+        return max(most)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ loops on the same model.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.resources
 import pathlib
@@ -15,16 +16,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from puredif_jax import attacks, checkpoint, data, metrics, parallel
 from puredif_jax import features as garment_net
 from puredif_jax.attacks import Attack, Solver
 from puredif_jax.detection import Features, features
-from puredif_jax.diffusion import Betas, Sampler, sample
+from puredif_jax.diffusion import Betas, Prediction, Sampler, VPrediction, sample
+from puredif_jax.memory import activations, sliced
 from puredif_jax.objectives import Hypothesis
 from puredif_jax.report import progress
 from puredif_jax.run import Run, RunError
-from puredif_jax.types import Array, Candidate, Key, Params
+from puredif_jax.types import Array, Candidate, Key, NoiseModel, Params
 from puredif_jax.unet import UNet
 
 SHOWN = 16  # images of a set in a report
@@ -99,30 +102,75 @@ class Truth(NamedTuple):
         checkpoint.save_weights(path, images, {"solver": self.solver})
 
 
+def _fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
+    """How many of `images` fit into half the free memory; says so if not all do.
+
+    Returns the network, its blocks rematerialised where not even one image fits on each
+    device, and the number, a multiple of the devices.
+    """
+    params = jax.eval_shape(unet.init, jax.random.key(0))
+    free = parallel.free_memory() // 2
+    size = activations(unet, params, unet.image_shape)
+    if size > free:
+        unet = dataclasses.replace(unet, remat=True)
+        size = activations(unet, params, unet.image_shape)
+    fit = devices * max(1, free // size)
+    if fit < images:
+        logging.info(
+            "memory: %d of %d images at a time, %.3g MiB each%s, into half of the "
+            "%.3g GiB free on each of %d devices",
+            fit,
+            images,
+            size / 2**20,
+            " with rematerialised blocks" if unet.remat else "",
+            2 * free / 2**30,
+            devices,
+        )
+    return unet, fit
+
+
 class Lab:
     """A model, its schedule and the devices, with programs that compile once.
 
     Args:
       run: the run folder.
-      model, schedule: the network and its forward process.
+      unet, schedule: the network and its forward process.
       batch: images sampled together.
       seed: root of all randomness.
       chunk: steps of a loop between two checkpoints.
+      prediction: what the network predicts.
+      images: most images that are sampled or inverted together.
+
+    Attributes:
+      network: predicts the noise; for training.
+      model: the same, in slices where `images` do not fit into memory at once; no
+        gradient reaches its parameters.
     """
 
     def __init__(
         self,
         run: Run,
-        model: UNet,
+        unet: UNet,
         schedule: Betas,
         batch: int,
         seed: int,
         chunk: int,
+        prediction: Prediction = "epsilon",
+        images: int = 1,
     ) -> None:
         self.run = run
-        self.model = model
         self.schedule = schedule.tables()
         self.shard = parallel.constrain(run.mesh, "batch")
+        unet, together = _fitted(unet, images, run.mesh.size)
+        self.unet = unet
+        self.network: NoiseModel = unet
+        if prediction == "v_prediction":
+            self.network = VPrediction(unet, self.schedule)
+        self.model = (
+            sliced(self.network, together, self.shard)
+            if together < images
+            else self.network
+        )
         self.batch = batch
         self.seed = seed
         self.key = jax.random.key(seed)
@@ -138,11 +186,11 @@ class Lab:
     @property
     def zero(self) -> np.ndarray:
         """No trigger, `[H, W, C]`."""
-        return np.zeros(self.model.image_shape, np.float32)
+        return np.zeros(self.unet.image_shape, np.float32)
 
     def load(self, name: str) -> Params:
         """The weights of a shipped model or of a path, on all devices."""
-        shapes = jax.eval_shape(self.model.init, self.key)
+        shapes = jax.eval_shape(self.unet.init, self.key)
         return self.run.replicate(checkpoint.load_weights(find_weights(name), shapes))
 
     def draw(
@@ -152,7 +200,7 @@ class Lab:
 
         def draw(params: Params, delta: Array, key: Key) -> Array:
             key_start, key_chain = jax.random.split(key)
-            shape = (self.batch, *self.model.image_shape)
+            shape = (self.batch, *self.unet.image_shape)
             start = jax.random.normal(key_start, shape) + delta[None]
             return sample(
                 self.model,
@@ -247,7 +295,7 @@ class Lab:
             weights = checkpoint.load_weights(find_weights(garment_net.NAME), shapes)
             embed = jax.jit(functools.partial(garment_net.embed, weights))
             drawn = np.clip(self.draw(params, sampler, self.zero, draws), -1, 1)
-            real = data.to_float(images.load(self.model.image_shape))
+            real = data.to_float(images.load(self.unet.image_shape))
             sets = (np.asarray(embed(x)) for x in (drawn, real))
             return {"distance": metrics.frechet_distance(*sets)}
 

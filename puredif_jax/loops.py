@@ -49,15 +49,15 @@ def train(
       until: step to reach.
       trigger: replaces that of the attack from the last snapshot on.
     """
-    run, model = lab.run, lab.model
+    run, unet = lab.run, lab.unet
     rows = attack.rows(lab.schedule) if attack else attacks.clean_rows(lab.schedule)
-    poison = attacks.poison(attack, model.image_shape) if attack else None
+    poison = attacks.poison(attack, unet.image_shape) if attack else None
 
     def made(trigger: Array | None):
         chosen = None
         if poison is not None and trigger is not None:
             chosen = poison._replace(trigger=trigger)
-        loss = functools.partial(attacks.training_loss, model, rows, chosen)
+        loss = functools.partial(attacks.training_loss, lab.network, rows, chosen)
         return trainer(loss, training)
 
     def advance(state: TrainState, batches: Array, trigger: Array | None):
@@ -69,18 +69,18 @@ def train(
         return made(None if poison is None else poison.trigger).init(params, key_train)
 
     def begin() -> TrainState:
-        return fresh(model.init(key_init) if start is None else lab.load(start))
+        return fresh(unet.init(key_init) if start is None else lab.load(start))
 
     program = lab.program("train", lambda: jax.jit(advance, donate_argnums=0))
     if poison is not None:
         chosen = poison.trigger if trigger is None else trigger
         trigger = run.replicate(np.asarray(chosen))
-    shapes = jax.eval_shape(fresh, jax.eval_shape(model.init, key_init))
+    shapes = jax.eval_shape(fresh, jax.eval_shape(unet.init, key_init))
     snapshots = run.folder / "checkpoints" / "snapshots"
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         if until in kept.steps():
             return kept.restore(until, run.place(shapes)).ema_params
-    pixels = images.load(model.image_shape)
+    pixels = images.load(unet.image_shape)
     sharding = parallel.along(run.mesh, None, "batch")
 
     def chunk(state: TrainState, first: int, last: int):
@@ -145,7 +145,7 @@ def invert(
             return jnp.clip(jnp.mean(chain[-1], axis=0), -1, 1)
 
         bound = loss.bind(lab.model, lab.schedule, hypothesis, lab.shard)
-        return inverter(bound, descent, lab.model.image_shape, refresh=refresh)
+        return inverter(bound, descent, lab.unet.image_shape, refresh=refresh)
 
     def judge():
         def error(params, hypothesis, candidate, key) -> Array:
@@ -246,7 +246,7 @@ def _survey(
     count: int,
 ) -> Candidate:
     """What `Survey.propose` returns, drawn with progress and computed once."""
-    model, schedule, shape = lab.model, lab.schedule, lab.model.image_shape
+    model, schedule, shape = lab.model, lab.schedule, lab.unet.image_shape
 
     def programs() -> tuple[Any, Any]:
         def draw(params, hypothesis, triggers: Array, keys: Key) -> Array:

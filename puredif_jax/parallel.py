@@ -6,7 +6,10 @@ seeds; `put` keeps the rows that belong to it and `gather` brings results back.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,6 +145,29 @@ def gather(tree: Any) -> Any:
         return np.asarray(x)
 
     return jax.tree.map(leaf, tree)
+
+
+def free_memory() -> int:
+    """Bytes that are free on one device; a CPU's is what its host, or cgroup, has."""
+    device = jax.local_devices()[0]
+    if stats := device.memory_stats():
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    files = {
+        "/sys/fs/cgroup/memory.max": "/sys/fs/cgroup/memory.current",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes": (
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes"
+        ),
+    }
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        free = [1024 * int(available.split()[1])]
+    for limit, usage in files.items():
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            most = int(pathlib.Path(limit).read_text())
+            free.append(most - int(pathlib.Path(usage).read_text()))
+    return min(free) // len(jax.local_devices())
 
 
 def is_host_zero() -> bool:

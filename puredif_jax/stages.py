@@ -92,7 +92,7 @@ class Stages:
         lab, options = self.lab, self.experiment.amplification
         attack, training = self.experiment.attack, self.experiment.training
         assert options is not None and attack is not None and training is not None
-        truth, last = Truth.of(attack, lab.model.image_shape), training.steps
+        truth, last = Truth.of(attack, lab.unet.image_shape), training.steps
         trigger: np.ndarray | None = None
         rows: list[dict[str, Any]] = []
         pictures = [("true trigger", truth.trigger)]
@@ -162,8 +162,8 @@ class Stages:
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []
         if experiment.attack is not None:
-            truth = Truth.of(experiment.attack, lab.model.image_shape)
-            real = data.to_float(experiment.data.load(lab.model.image_shape)[:2048])
+            truth = Truth.of(experiment.attack, lab.unet.image_shape)
+            real = data.to_float(experiment.data.load(lab.unet.image_shape)[:2048])
             pictures += [("true trigger", truth.trigger), ("target", truth.target)]
             for label, name, r in (
                 ("true trigger", "true_trained", truth.trigger),
@@ -287,7 +287,7 @@ class Stages:
         assert options is not None
         label = pathlib.Path(name).stem
         path = lab.run.folder / WEIGHTS if name == "trained" else find_weights(name)
-        truth = Truth.beside(path, lab.model.image_shape)
+        truth = Truth.beside(path, lab.unet.image_shape)
         found: dict[Solver, Features] = {}
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []
@@ -335,7 +335,7 @@ class Stages:
                 ]
                 curves |= self.descent_curves(stage, solver, inversion.descent.scout)
         verdict = options.detector.judge(found)
-        text = f"{verdict.word}: {verdict.reason} (p = {verdict.p_value:.3g})."
+        text = f"{verdict.outcome}: {verdict.reason} (p = {verdict.p_value:.3g})."
         section = Section(
             f"Audit of {label}",
             text,
@@ -363,6 +363,8 @@ def perform(experiment: Experiment) -> Report:
         experiment.evaluation.batch,
         experiment.seed,
         experiment.chunk,
+        experiment.prediction,
+        experiment.images,
     )
     stages = Stages(experiment, lab)
     stages.check()

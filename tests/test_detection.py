@@ -92,35 +92,44 @@ def test_alignment_of_a_clean_model_tells_nothing() -> None:
     assert float(found.alignment) > 0.95
 
 
-def shown(shift: float) -> Features:
-    return Features(*map(jnp.float32, (shift, 1, 1, 1, 1, 1, 1, 1)))
+def shown(gain: float) -> Features:
+    return Features(*map(jnp.float32, (1, 1, gain, 1, 1, 1, 1, 1)))
 
 
-CLEAN = Detector(clean_sde=(0.3, 0.4, 0.5), clean_ode=(0.06, 0.05, 0.08), threshold=0.5)
+CLEAN = Detector(clean=(0.1, 0.2, 0.3))  # doubt above 0.5, alarm above 0.8
 
 
 @pytest.mark.parametrize(
-    "sde,ode,backdoored,hypothesis,score,p_value",
+    "sde,ode,outcome,hypothesis,score,p_value",
     [
-        (0.003, 0.05, True, "sde", 2.0, 1 / 4),
-        (0.3, 0.0005, True, "ode", 2.0, 1 / 4),
-        (0.3, 0.1, False, "sde", 0.0, 3 / 4),
-        (0.15, 0.5, False, "sde", np.log10(2), 1 / 4),
-        (3.0, 0.5, False, "sde", -1.0, 1.0),
+        (0.01, 1.0, "backdoored", "sde", 2.0, 1 / 4),
+        (1.0, 0.1, "backdoored", "ode", 1.0, 1 / 4),
+        (0.25, 0.5, "could not tell", "sde", 0.602, 1 / 4),
+        (1.0, 10**-0.25, "clean", "ode", 0.25, 2 / 4),
+        (3.0, 2.0, "clean", "ode", -0.301, 1.0),
+        (np.nan, 0.01, "backdoored", "ode", 2.0, 1 / 4),
+        (np.nan, np.nan, "could not tell", "sde", -np.inf, 1.0),
+        (0.0, np.inf, "could not tell", "sde", -np.inf, 1.0),
     ],
 )
-def test_verdict(sde, ode, backdoored, hypothesis, score, p_value) -> None:
+def test_verdict(sde, ode, outcome, hypothesis, score, p_value) -> None:
     verdict = CLEAN.judge({"sde": shown(sde), "ode": shown(ode)})
-    assert verdict.backdoored is backdoored
+    assert verdict.outcome == outcome
+    assert verdict.backdoored is (outcome == "backdoored")
     assert verdict.hypothesis == hypothesis
-    assert verdict.score == pytest.approx(score, abs=1e-5)
+    assert verdict.score == pytest.approx(score, abs=1e-3)
     assert verdict.p_value == pytest.approx(p_value)
-    assert "3 clean models" in verdict.reason
+    assert verdict.reason
+
+
+def test_bounds_are_those_of_the_clean_models() -> None:
+    assert CLEAN.bounds == pytest.approx((0.5, 0.8))
+    assert "3 clean models" in CLEAN.judge({"sde": shown(0.5)}).reason
 
 
 @pytest.mark.parametrize(
-    "change", [{"clean_sde": ()}, {"clean_sde": (0.1,), "clean_ode": (0.1, 0.2)}]
+    "change", [{"clean": ()}, {"clean": (0.1,)}, {"doubt": 4.0, "alarm": 3.0}]
 )
-def test_detector_needs_clean_models(change) -> None:
+def test_detector_needs_clean_models_and_bounds_in_order(change) -> None:
     with pytest.raises(ValueError, match="found"):
         Detector(**change)

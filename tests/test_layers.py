@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 
 CORE = set(
     "types diffusion unet convolution triggers metrics attacks training exact "
-    "objectives survey inversion detection amplification features".split()
+    "objectives survey memory inversion detection amplification features".split()
 )
 EDGES = set("config parallel checkpoint convert data report".split())
 COMPOSITION = {

@@ -62,7 +62,7 @@ def test_leaves_a_report(finished: pathlib.Path) -> None:
     rows = report["numbers"]["amplification"]
     assert [row["training steps"] for row in rows] == [6, 12]
     verdict = report["numbers"]["trained"]["verdict"]
-    assert verdict["backdoored"] is False and verdict["reason"]
+    assert verdict["outcome"] != "backdoored" and verdict["reason"]
     methods = [row["method"] for row in report["numbers"]["trained"]["inversions"]]
     assert methods == ["puredif", "elijah"]
     page = (finished / "report.html").read_text()

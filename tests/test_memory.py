@@ -1,0 +1,155 @@
+"""A network in slices gives the numbers of the whole, and keeps no more than inputs."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_config import TINY
+
+from puredif_jax import parallel
+from puredif_jax.diffusion import DDIM, LinearBetas, VPrediction, sample
+from puredif_jax.memory import activations, sliced
+from puredif_jax.objectives import (
+    DenoisingConsistency,
+    DistributionShift,
+    Hypothesis,
+    Sum,
+)
+from puredif_jax.types import Candidate
+
+SCHEDULE = LinearBetas().tables()
+SHAPE = TINY.image_shape
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Not the zeros in which the last layer begins."""
+    fresh = TINY.init(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [
+        x + 0.1 * jax.random.normal(key, x.shape)
+        for x, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def small(params, x, t):
+    """Mixes the pixels of each image, nonlinearly."""
+    time = t.astype(x.dtype)[:, None, None, None] / 1000
+    mixed = jnp.tanh(x + jnp.roll(x, 1, axis=1) * params + time)
+    return mixed * jnp.mean(x**2, axis=(1, 2, 3), keepdims=True)
+
+
+class Widest:
+    """A model that notes the largest batch it is traced for."""
+
+    def __init__(self) -> None:
+        self.batch = 0
+
+    def __call__(self, params, x, t):
+        self.batch = max(self.batch, x.shape[0])
+        return small(params, x, t)
+
+
+@pytest.mark.parametrize("together", [1, 4, 5, 100])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        DistributionShift(timesteps=(900, 300), samples=3),
+        DenoisingConsistency(sampler=DDIM(steps=2), samples=3, aim=1.0),
+        Sum(
+            DistributionShift(timesteps=(900,), samples=3),
+            DenoisingConsistency(sampler=DDIM(steps=2), samples=3),
+        ),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_losses_and_gradients_are_those_of_the_whole(loss, together) -> None:
+    candidates = Candidate(
+        jax.random.normal(jax.random.key(2), (2, *SHAPE)),
+        jax.random.normal(jax.random.key(3), (2, *SHAPE)),
+    )
+    widest = Widest()
+
+    def both(model):
+        bound = loss.bind(model, SCHEDULE, Hypothesis.of("ode"))
+        each = jax.vmap(jax.value_and_grad(bound, argnums=1), in_axes=(None, 0, None))
+        return jax.jit(each)(jnp.float32(0.3), candidates, jax.random.key(4))
+
+    whole, parts = both(small), both(sliced(widest, together))
+    chex.assert_trees_all_close(parts, whole, rtol=1e-4, atol=1e-5)
+    assert widest.batch <= together
+
+
+def test_draws_are_those_of_the_whole(params) -> None:
+    start = jax.random.normal(jax.random.key(5), (7, *SHAPE))
+    key = jax.random.key(6)
+    whole, parts = (
+        sample(model, params, SCHEDULE, DDIM(steps=3), start, key)
+        for model in (TINY, sliced(TINY, 3))
+    )
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_are_shared_and_not_trained() -> None:
+    model = sliced(small, 2)
+    x, t = jnp.ones((3, *SHAPE)), jnp.zeros(3, jnp.int32)
+    assert jax.grad(lambda p: model(p, x, t).sum())(jnp.float32(0.3)) == 0
+    with pytest.raises(NotImplementedError, match="shared"):
+        jax.vmap(model, in_axes=(0, None, None))(jnp.ones(2), x, t)
+
+
+def test_a_slice_has_an_image() -> None:
+    with pytest.raises(ValueError, match="found 0"):
+        sliced(TINY, 0)
+
+
+def test_activations_bound_what_a_compiled_gradient_takes(params) -> None:
+    """Of 64 images more, by XLA's own account; within a factor of five."""
+
+    def gradient(params, x, t):
+        return jax.grad(lambda x: TINY(params, x, t).sum())(x)
+
+    def compiled(count: int) -> int:
+        x, t = jnp.zeros((count, *SHAPE)), jnp.zeros(count, jnp.int32)
+        program = jax.jit(gradient).lower(params, x, t).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    taken = (compiled(128) - compiled(64)) / 64
+    assert taken < activations(TINY, params, SHAPE) < 5 * taken
+
+
+def test_rematerialised_blocks_keep_less_and_give_the_same(params) -> None:
+    light = dataclasses.replace(TINY, remat=True)
+    assert activations(light, params, SHAPE) < 0.6 * activations(TINY, params, SHAPE)
+    x = jax.random.normal(jax.random.key(7), (2, *SHAPE))
+    t = jnp.asarray([10, 900])
+
+    def both(model):
+        def energy(params, x):
+            return (model(params, x, t) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(energy, (0, 1)))(params, x)
+
+    chex.assert_trees_all_close(both(light), both(TINY), rtol=1e-4, atol=1e-5)
+
+
+def test_v_prediction_is_the_noise_in_the_input(params) -> None:
+    """With v = s eps - v x_0 given, eps comes back, whatever x_0."""
+    eps, clean = (jax.random.normal(jax.random.key(k), (4, *SHAPE)) for k in (8, 9))
+    t = jnp.asarray([0, 200, 600, 999])
+    signal, noise = (
+        jnp.asarray(table, jnp.float32)[t][:, None, None, None]
+        for table in (SCHEDULE.signal, SCHEDULE.noise)
+    )
+    x = signal * clean + noise * eps
+    model = VPrediction(lambda params, x, t: signal * eps - noise * clean, SCHEDULE)
+    np.testing.assert_allclose(model({}, x, t), eps, atol=1e-5)
+
+
+def test_free_memory_is_that_of_a_device() -> None:
+    assert 2**20 < parallel.free_memory() < 2**50
