@@ -9,7 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=["puredif_jax"],
-    package_data={"puredif_jax": ["assets/*"]},
+    package_data={"puredif_jax": ["assets/*", "assets/zoo/*/*", "assets/zoo/*/*/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -24,6 +24,7 @@ setup(
         "pillow>=10",
     ],
     extras_require={
+        "hub": ["huggingface_hub>=0.30"],
         "test": ["pytest>=8"],
         "torch": ["torch==2.13.0", "diffusers>=0.36"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.15"],

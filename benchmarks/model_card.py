@@ -2,7 +2,8 @@
 
     python benchmarks/model_card.py
 
-Half a minute on two CPU cores. Writes puredif_jax/assets/clean.md and docs/clean.png.
+Half a minute on two CPU cores. Writes the README.md of the shipped model `clean` and
+docs/clean.png.
 """
 
 import pathlib
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from puredif_jax import checkpoint, data
+from puredif_jax import convert, data
 from puredif_jax.diffusion import DDIM, LinearBetas, diffuse, sample
-from puredif_jax.lab import ASSETS, find_weights
+from puredif_jax.lab import ZOO
 from puredif_jax.unet import SHIPPED
 
 TIMESTEPS = (0, 10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
@@ -39,8 +40,7 @@ Denoising loss, mean || M(x_t, t) - eps ||^2 per pixel, on the 2,000 test images
 
 def main() -> None:
     schedule = LinearBetas().tables()
-    shapes = jax.eval_shape(SHIPPED.init, jax.random.key(0))
-    params = checkpoint.load_weights(find_weights("clean"), shapes)
+    params = convert.read_folder(ZOO / "clean").params
     images = data.to_float(data.FashionMNIST("test").load(SHIPPED.image_shape))
 
     @jax.jit
@@ -56,7 +56,7 @@ def main() -> None:
         for t in TIMESTEPS
     ]
     count = sum(x.size for x in jax.tree.leaves(params))
-    (ASSETS / "clean.md").write_text(CARD.format(count=count, rows="\n".join(rows)))
+    (ZOO / "clean/README.md").write_text(CARD.format(count=count, rows="\n".join(rows)))
 
     @jax.jit
     def draw(params, key):

@@ -3,7 +3,7 @@
     python -m puredif_jax.main --config=configs/pretrain.py
 
 Hardware: two CPU cores. Duration: 45 minutes on two busy cores. Expected: final
-loss 0.037 (docs/models.md); the model card is puredif_jax/assets/clean.md.
+loss 0.037 (docs/models.md); the model card is puredif_jax/assets/zoo/clean/README.md.
 """
 
 from puredif_jax.experiment import Evaluation, Experiment

@@ -2,30 +2,41 @@
 
 A folder holds `unet/config.json` and `unet/diffusion_pytorch_model.safetensors`, in one
 file or in shards with an index, and `scheduler/scheduler_config.json`; older ones hold
-the same files at their top. Only safetensors and JSON are read: nothing is executed.
+the same files at their top. Nothing in a folder is executed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from puredif_jax.diffusion import CosineBetas, LinearBetas, ScaledLinearBetas
+from puredif_jax.diffusion import (
+    CosineBetas,
+    LinearBetas,
+    Prediction,
+    ScaledLinearBetas,
+    Spacing,
+    Variance,
+)
 from puredif_jax.types import InputError, Params
 from puredif_jax.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+PICKLE = "diffusion_pytorch_model.bin"
 LARGEST_JSON = 10_000_000  # bytes
 
 # Fields of UNet2DModel's configuration that ours has too; "sample_size" is apart.
@@ -100,10 +111,10 @@ class Scheduling:
     """
 
     betas: LinearBetas | ScaledLinearBetas | CosineBetas = LinearBetas()
-    prediction_type: str = "epsilon"
-    variance_type: str = "fixed_small"
+    prediction_type: Prediction = "epsilon"
+    variance_type: Variance = "fixed_small"
     clip: float | None = 1.0
-    timestep_spacing: str = "leading"
+    timestep_spacing: Spacing = "leading"
     steps_offset: int = 0
 
 
@@ -123,15 +134,59 @@ def read_folder(folder: str | os.PathLike[str]) -> Model:
       ConvertError: something is missing, damaged, of another kind or unsupported; one
         sentence that names it. Configurations are judged before weights are opened.
     """
+    unet, scheduling = read_configs(folder)
+    return Model(unet, read_weights(folder, unet), scheduling)
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder with the configuration of a network in it."""
+    top = pathlib.Path(path)
+    return any((home / "config.json").is_file() for home in (top / "unet", top))
+
+
+def read_configs(folder: str | os.PathLike[str]) -> tuple[UNet, Scheduling]:
+    """What a folder says of its network and its schedule; raises as `read_folder`."""
     top = pathlib.Path(folder)
     if not top.is_dir():
         raise ConvertError(f"{folder} is not a folder of a diffusers model")
-    home = _part(top, "unet", "config.json")
-    unet = read_unet(_read_json(home / "config.json"), str(home / "config.json"))
-    schedule = _part(top, "scheduler", "scheduler_config.json")
-    path = schedule / "scheduler_config.json"
-    scheduling = read_scheduling(_read_json(path), str(path))
-    return Model(unet, read_weights(home, unet), scheduling)
+    path = _part(top, "unet", "config.json") / "config.json"
+    unet = read_unet(_read_json(path), str(path))
+    name = "scheduler_config.json"
+    path = _part(top, "scheduler", name) / name
+    return unet, read_scheduling(_read_json(path), str(path))
+
+
+def find_folder(name: str, offline: bool = False) -> pathlib.Path:
+    """A local path, or the folder of a model of the Hub, downloaded if need be.
+
+    Args:
+      name: a path, or "owner/name" where there is no such path.
+      offline: take what has been downloaded before.
+
+    Raises:
+      ConvertError: there is neither, huggingface_hub is not installed, or the Hub
+        cannot be reached.
+    """
+    path = pathlib.Path(name)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ConvertError(
+            f"there is no {name}; to get it from the Hub, install the extra 'hub'"
+        ) from error
+    files = ["*.json", f"*{WEIGHTS}", "*diffusion_pytorch_model-*.safetensors"]
+    try:
+        found = snapshot_download(
+            name, allow_patterns=[*files, f"*{PICKLE}"], local_files_only=offline
+        )
+    except Exception as error:  # of many kinds, by what is wrong with the network
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise ConvertError(
+            f"there is no {name} here, and the Hub does not give it ({reason})"
+        ) from error
+    return pathlib.Path(found)
 
 
 def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
@@ -140,8 +195,9 @@ def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
     (top / "unet").mkdir(parents=True, exist_ok=True)
     (top / "scheduler").mkdir(exist_ok=True)
     tensors = to_torch(model.params)
-    path = top / "unet" / WEIGHTS
-    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+    partial = top / "unet" / f"{WEIGHTS}.partial"
+    partial.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+    partial.replace(top / "unet" / WEIGHTS)
     _write_json(top / "unet" / "config.json", write_unet(model.unet))
     scheduler = write_scheduling(model.scheduling)
     _write_json(top / "scheduler" / "scheduler_config.json", scheduler)
@@ -219,9 +275,9 @@ def read_scheduling(
         if config.get(option):
             raise ConvertError(f"{where} sets {option}, which is not supported")
     choices = {
-        "prediction_type": ("epsilon", "v_prediction"),
-        "variance_type": ("fixed_small", "fixed_large"),
-        "timestep_spacing": ("leading", "linspace", "trailing"),
+        "prediction_type": typing.get_args(Prediction),
+        "variance_type": typing.get_args(Variance),
+        "timestep_spacing": typing.get_args(Spacing),
         "beta_schedule": (*_SCHEDULES, "squaredcos_cap_v2"),
     }
     found = {k: config.get(k, valid[0]) for k, valid in choices.items()}
@@ -273,45 +329,109 @@ def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
     return written | ends | {"beta_schedule": rule}
 
 
-def read_weights(folder: pathlib.Path, unet: UNet) -> Params:
+def read_weights(folder: str | os.PathLike[str], unet: UNet) -> Params:
     """The parameters of `unet` in `folder`, one safetensors file or indexed shards.
 
-    Headers are compared before any array is read.
+    Headers are compared before any array is read. A folder that has nothing but a
+    pickle is read by PyTorch's weights-only loading, which executes nothing and takes
+    arrays only; this needs the extra "torch".
 
     Raises:
       ConvertError: a file is missing or damaged, or names, shapes, dtypes or values are
         not those of the network: "-" names what is missing, "+" what is too many.
     """
+    home = _part(pathlib.Path(folder), "unet", "config.json")
     wanted = {torch_name(path): leaf for path, leaf in _leaves(unet)}
-    files: dict[str, pathlib.Path] = {}
-    raw: dict[str, str] = {}
-    for path in _shards(folder):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                files[_new_name(name)], raw[_new_name(name)] = path, name
-    missing = [f"-{name}" for name in wanted if name not in files]
-    surplus = [f"+{name}" for name in files if name not in wanted]
-    if missing or surplus:
-        both = "; ".join(_some(names) for names in (missing, surplus) if names)
-        raise ConvertError(f"{folder} does not have the weights expected: {both}")
-    tensors: dict[str, np.ndarray] = {}
-    for path in sorted(set(files.values())):
-        with _open(path) as file:
-            for name in (name for name in wanted if files[name] == path):
-                entry = file.get_slice(raw[name])
-                has = (entry.get_dtype(), tuple(entry.get_shape()))
-                need = ("F32", _torch_shape(wanted[name].shape))
-                # Old attention layers were 1x1 convolutions.
-                if has != need and has != ("F32", (*need[1], 1, 1)):
-                    raise ConvertError(
-                        f"{path} has {raw[name]} as {has[0]}{list(has[1])}, expected "
-                        f"{need[0]}{list(need[1])}"
-                    )
-                value = file.get_tensor(raw[name]).reshape(need[1])
-                if not np.isfinite(value).all():
-                    raise ConvertError(f"{path} has NaN or infinity in {raw[name]}")
-                tensors[name] = value
+    entries: dict[str, _Entry] = {}
+    with contextlib.ExitStack() as files:
+        if not any((home / name).is_file() for name in (WEIGHTS, INDEX)):
+            entries = _pickled(home)
+        else:
+            for path in _shards(home):
+                entries |= _stored(files.enter_context(_open(path)), path)
+        missing = [f"-{name}" for name in wanted if name not in entries]
+        surplus = [f"+{name}" for name in entries if name not in wanted]
+        if missing or surplus:
+            both = "; ".join(_some(names) for names in (missing, surplus) if names)
+            raise ConvertError(f"{home} does not have the weights expected: {both}")
+        for name, leaf in wanted.items():
+            entry, need = entries[name], _torch_shape(leaf.shape)
+            # Old attention layers were 1x1 convolutions.
+            if entry.dtype != "F32" or entry.shape not in (need, (*need, 1, 1)):
+                raise ConvertError(
+                    f"{entry.file} has {entry.name} as {entry.dtype}"
+                    f"{list(entry.shape)}, expected F32{list(need)}"
+                )
+        tensors: dict[str, np.ndarray] = {}
+        for name, leaf in wanted.items():
+            entry = entries[name]
+            value = entry.read().reshape(_torch_shape(leaf.shape))
+            if not np.isfinite(value).all():
+                raise ConvertError(f"{entry.file} has NaN or infinity in {entry.name}")
+            tensors[name] = value
     return from_torch(tensors, unet)
+
+
+class _Entry(NamedTuple):
+    """An array in a file, not read yet; `name` is that in the file."""
+
+    file: pathlib.Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def _stored(file: Any, path: pathlib.Path) -> dict[str, _Entry]:
+    """The arrays of an open safetensors file, by the names of today."""
+    entries = {}
+    for name in file.keys():  # noqa: SIM118
+        head = file.get_slice(name)
+        read = functools.partial(file.get_tensor, name)
+        shape = tuple(head.get_shape())
+        entries[_new_name(name)] = _Entry(path, name, head.get_dtype(), shape, read)
+    return entries
+
+
+def _pickled(folder: pathlib.Path) -> dict[str, _Entry]:
+    """The arrays of a pickle, if PyTorch finds nothing else in it."""
+    path = folder / PICKLE
+    if not path.is_file():
+        others = sorted(p.name for p in folder.glob("*.bin"))
+        raise ConvertError(
+            f"{folder} has none of {WEIGHTS}, {INDEX} and {PICKLE}"
+            + (f"; {others[0]} is a pickle of another name" if others else "")
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise ConvertError(
+            f"{path} is a pickle: to read its arrays and nothing else, install the "
+            f"extra 'torch', or store it as {WEIGHTS}"
+        ) from error
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, by what the pickle tries
+        reason = str(error).strip().splitlines()[0]
+        raise ConvertError(
+            f"{path} is not a pickle of arrays alone, and is not read ({reason})"
+        ) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor)
+        for name, value in found.items()
+    ):
+        raise ConvertError(f"{path} is not a pickle of named arrays")
+    kinds = {torch.float32: "F32"}
+    return {
+        _new_name(name): _Entry(
+            path,
+            name,
+            kinds.get(value.dtype, str(value.dtype)),
+            tuple(value.shape),
+            value.numpy,
+        )
+        for name, value in found.items()
+    }
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], unet: UNet) -> Params:
@@ -372,12 +492,6 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
     """The safetensors files of a network; an index may name files of its folder."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        others = sorted(p.name for p in folder.glob("*.bin"))
-        raise ConvertError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}"
-            + (f", and {others[0]} is a pickle, which is not read" if others else "")
-        )
     names = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ConvertError(f"{folder / INDEX} has no weight_map")

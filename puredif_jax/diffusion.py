@@ -203,6 +203,7 @@ class Sampler(Protocol):
 
 
 Spacing = Literal["leading", "linspace", "trailing"]
+Variance = Literal["fixed_small", "fixed_large"]
 
 
 def grid(
@@ -277,7 +278,7 @@ class DDPM:
     clip: float | None = None
     spacing: Spacing = "leading"
     offset: int = 0
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    variance: Variance = "fixed_small"
 
     def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
         """Each step leads to the next timestep of the grid, the last to clean."""

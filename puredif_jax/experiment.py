@@ -279,3 +279,43 @@ class Sweep:
             for e in self.experiments
             if fnmatch.fnmatchcase(e.workdir, self.only)
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """Models in diffusers' format, each audited in a folder of its own.
+
+    Started again, or several times at once, each call goes on with what nobody has
+    done or is doing; the table of all is written anew after each model.
+
+    Attributes:
+      workdir: folder of the scan.
+      model: folders of models, folders of such folders, text files that name one a
+        line, or names "owner/name" of the Hub.
+      audit: how each is inverted and judged; names no weights.
+      steps: of sampling, strided.
+      draws: images sampled from each trigger.
+      offline: take from the Hub only what has been downloaded before.
+      mesh: devices.
+      seed: root of all randomness.
+      chunk: steps of a loop between two checkpoints.
+    """
+
+    workdir: str
+    model: tuple[str, ...]
+    audit: Audit = Audit(weights=())
+    steps: int = 50
+    draws: int = 64
+    offline: bool = False
+    mesh: Mesh = Mesh()
+    seed: int = 0
+    chunk: int = 20
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("a scan needs a model: give --config.model=FOLDER")
+        if self.audit.weights:
+            raise ValueError(
+                f"the weights of a scan are those of its models, found "
+                f"audit.weights={self.audit.weights}"
+            )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from puredif_jax import attacks, checkpoint, data, metrics, parallel
+from puredif_jax import attacks, checkpoint, convert, data, metrics, parallel
 from puredif_jax import features as garment_net
 from puredif_jax.attacks import Attack, Solver
 from puredif_jax.detection import Features, features
@@ -32,17 +32,18 @@ from puredif_jax.unet import UNet
 
 SHOWN = 16  # images of a set in a report
 ASSETS = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
+ZOO = ASSETS / "zoo"  # models that ship, as diffusers folders
 
 
 def find_weights(name: str) -> pathlib.Path:
-    """The file of a shipped model's name, or of a path.
+    """The folder of a shipped model's name, or a path.
 
     Raises:
       RunError: there is neither.
     """
-    shipped = sorted(p.stem for p in ASSETS.glob("*.safetensors") if "." not in p.stem)
+    shipped = sorted(path.name for path in ZOO.iterdir())
     if name in shipped:
-        return ASSETS / f"{name}.safetensors"
+        return ZOO / name
     if not pathlib.Path(name).exists():
         raise RunError(
             f"no weights {name!r}: give a path, or a shipped model "
@@ -84,8 +85,8 @@ class Truth(NamedTuple):
     def beside(
         cls, weights: pathlib.Path, image_shape: tuple[int, int, int]
     ) -> Truth | None:
-        """What the truth file beside weights tells; None without one."""
-        path = weights.with_suffix(".truth.safetensors")
+        """What the truth file beside weights, or in their folder, tells, if any."""
+        path = _truth_path(weights)
         if not path.is_file():
             return None
         image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
@@ -96,10 +97,15 @@ class Truth(NamedTuple):
         return cls(solver, found["trigger"], found["target"])
 
     def save(self, weights: pathlib.Path) -> None:
-        """Writes the truth file beside weights."""
+        """Writes the truth file beside weights, or into their folder."""
         images = {"trigger": self.trigger, "target": self.target}
-        path = weights.with_suffix(".truth.safetensors")
-        checkpoint.save_weights(path, images, {"solver": self.solver})
+        checkpoint.save_weights(_truth_path(weights), images, {"solver": self.solver})
+
+
+def _truth_path(weights: pathlib.Path) -> pathlib.Path:
+    if weights.is_dir():
+        return weights / "truth.safetensors"
+    return weights.with_suffix(".truth.safetensors")
 
 
 def _fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
@@ -143,6 +149,7 @@ class Lab:
 
     Attributes:
       network: predicts the noise; for training.
+      together: images that fit into memory at once.
       model: the same, in slices where `images` do not fit into memory at once; no
         gradient reaches its parameters.
     """
@@ -161,14 +168,13 @@ class Lab:
         self.run = run
         self.schedule = schedule.tables()
         self.shard = parallel.constrain(run.mesh, "batch")
-        unet, together = _fitted(unet, images, run.mesh.size)
-        self.unet = unet
-        self.network: NoiseModel = unet
+        self.unet, self.together = _fitted(unet, images, run.mesh.size)
+        self.network: NoiseModel = self.unet
         if prediction == "v_prediction":
-            self.network = VPrediction(unet, self.schedule)
+            self.network = VPrediction(self.unet, self.schedule)
         self.model = (
-            sliced(self.network, together, self.shard)
-            if together < images
+            sliced(self.network, self.together, self.shard)
+            if self.together < images
             else self.network
         )
         self.batch = batch
@@ -190,8 +196,11 @@ class Lab:
 
     def load(self, name: str) -> Params:
         """The weights of a shipped model or of a path, on all devices."""
+        path = find_weights(name)
+        if convert.is_folder(path):
+            return self.run.replicate(convert.read_weights(path, self.unet))
         shapes = jax.eval_shape(self.unet.init, self.key)
-        return self.run.replicate(checkpoint.load_weights(find_weights(name), shapes))
+        return self.run.replicate(checkpoint.load_weights(path, shapes))
 
     def draw(
         self, params: Params, sampler: Sampler, delta: Any, count: int
@@ -292,7 +301,8 @@ class Lab:
 
         def compute() -> Mapping[str, Any]:
             shapes = jax.eval_shape(garment_net.init, self.key)
-            weights = checkpoint.load_weights(find_weights(garment_net.NAME), shapes)
+            path = ASSETS / f"{garment_net.NAME}.safetensors"
+            weights = checkpoint.load_weights(path, shapes)
             embed = jax.jit(functools.partial(garment_net.embed, weights))
             drawn = np.clip(self.draw(params, sampler, self.zero, draws), -1, 1)
             real = data.to_float(images.load(self.unet.image_shape))

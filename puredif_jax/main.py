@@ -8,7 +8,7 @@ import sys
 from absl import app, flags, logging
 
 from puredif_jax import config, parallel
-from puredif_jax.experiment import Sweep
+from puredif_jax.experiment import Scan, Sweep
 from puredif_jax.types import InputError
 
 
@@ -21,8 +21,12 @@ def parse(argv: list[str]):
 
 
 def main(parsed) -> None:
-    """Does the configured run or sweep; bad input ends it with one sentence."""
+    """Does what is configured; bad input ends it with one sentence and status 1.
+
+    A scan ends with its own status: 0 clean, 1 error, 2 could not tell, 3 backdoored.
+    """
     wanted, _ = parsed
+    status = 0
     try:
         parallel.initialize(os.environ)
         # Imported after the devices are initialised.
@@ -30,6 +34,10 @@ def main(parsed) -> None:
             from puredif_jax.sweep import perform_sweep
 
             report = perform_sweep(wanted)
+        elif isinstance(wanted, Scan):
+            from puredif_jax.scan import perform_scan
+
+            report, status = perform_scan(wanted)
         else:
             from puredif_jax.stages import perform
 
@@ -42,6 +50,7 @@ def main(parsed) -> None:
         logging.info("%s", report.verdict or "done")
         print(report.verdict)
         print(f"report: {wanted.workdir}/report.html")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puredif_jax import attacks, checkpoint, config, data, loops, metrics, parallel
+from puredif_jax import (
+    attacks,
+    checkpoint,
+    config,
+    convert,
+    data,
+    loops,
+    metrics,
+    parallel,
+)
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Features
 from puredif_jax.experiment import Experiment, Inversion
@@ -23,6 +32,7 @@ from puredif_jax.run import Run, RunError
 from puredif_jax.types import Candidate, Params
 
 WEIGHTS = "weights.safetensors"
+FOLDER = "diffusers"
 
 
 class Part(NamedTuple):
@@ -86,6 +96,18 @@ class Stages:
             truth.target,
             evaluation.draws,
         )
+
+    def export(self, params: Params) -> None:
+        """Writes the model as a folder that diffusers loads, too."""
+        experiment = self.experiment
+        folder = self.lab.run.folder / FOLDER
+        scheduling = convert.Scheduling(
+            experiment.schedule, experiment.prediction, clip=None
+        )
+        model = convert.Model(experiment.model, params, scheduling)
+        convert.write_folder(folder, model)
+        if experiment.attack is not None:
+            Truth.of(experiment.attack, experiment.model.image_shape).save(folder)
 
     def amplify(self) -> Part:
         """Trains to each snapshot, reinforces the trigger there, and measures both."""
@@ -383,6 +405,7 @@ def perform(experiment: Experiment) -> Report:
             if experiment.attack is not None:
                 truth = Truth.of(experiment.attack, experiment.model.image_shape)
                 truth.save(run.folder / WEIGHTS)
+            stages.export(host)
         parts.append(stages.measure(trained))
     elif experiment.weights is not None:
         parts.append(stages.measure(lab.load(experiment.weights)))
@@ -400,7 +423,12 @@ def perform(experiment: Experiment) -> Report:
         verdict=" ".join(verdicts),
         sections=tuple(part.section for part in parts),
         config=config.to_dict(placeless),
-        environment=environment() | {"device": device, "devices": mesh.size},
+        environment=environment()
+        | {
+            "device": device,
+            "devices": mesh.size,
+            "images at a time": min(lab.together, experiment.images),
+        },
         numbers={k: v for part in parts for k, v in part.numbers.items()},
     )
     if parallel.is_host_zero():

@@ -15,7 +15,7 @@ import jax
 from absl import logging
 
 from puredif_jax import config, parallel
-from puredif_jax.experiment import Sweep
+from puredif_jax.experiment import Experiment, Sweep
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import is_run
 from puredif_jax.stages import perform
@@ -34,30 +34,23 @@ def perform_sweep(sweep: Sweep) -> Report | None:
     Raises:
       InputError: some runs had wrong input; names each of them.
     """
-    jax.config.update(
-        "jax_compilation_cache_dir",
-        os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{sweep.workdir}/compiled",
-    )
+    keep_programs(sweep.workdir)
     failed: dict[str, str] = {}
     chosen, began = sweep.chosen(), time.monotonic()
     done = 0
     for i, experiment in enumerate(chosen):
         folder = pathlib.Path(experiment.workdir)
-        with _claim(folder) as claimed:
+        with claim(folder) as claimed:
             if not claimed:
                 continue
             try:
-                known = is_run(folder, config.to_dict(experiment))
-                if known and (folder / "report.json").exists():
-                    continue
                 logging.info("run %d of %d: %s", i + 1, len(chosen), folder)
-                perform(experiment)
+                perform_once(experiment)
             except InputError as error:
                 failed[experiment.workdir] = str(error)
         done += 1
         minutes = (time.monotonic() - began) / 60
         logging.info("%d runs in %.0f minutes by this process", done, minutes)
-        jax.clear_caches()
     if failed:
         first = next(iter(failed))
         raise InputError(
@@ -67,8 +60,30 @@ def perform_sweep(sweep: Sweep) -> Report | None:
     return _summary(sweep)
 
 
+def keep_programs(workdir: str) -> None:
+    """Compiled programs go into a folder there, unless the environment names one."""
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{workdir}/compiled",
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def perform_once(experiment: Experiment) -> None:
+    """Does a run that has no report yet, and forgets its programs.
+
+    Raises:
+      InputError: its input is wrong, or its folder holds another run.
+    """
+    folder = pathlib.Path(experiment.workdir)
+    known = is_run(folder, config.to_dict(experiment))
+    if not (known and (folder / "report.json").exists()):
+        perform(experiment)
+        jax.clear_caches()
+
+
 @contextlib.contextmanager
-def _claim(folder: pathlib.Path) -> Iterator[bool]:
+def claim(folder: pathlib.Path) -> Iterator[bool]:
     """Whether the run in a folder is ours; a dead process claims nothing.
 
     The processes of one program on several hosts share every run.

@@ -7,7 +7,9 @@ import jax
 import pytest
 
 from puredif_jax import config
-from puredif_jax.experiment import Experiment, Sweep
+from puredif_jax.experiment import Experiment, Scan, Sweep
+from puredif_jax.lab import ZOO
+from puredif_jax.scan import as_experiment
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -20,6 +22,8 @@ def test_config(path: pathlib.Path) -> None:
     text = path.read_text()
     assert f"python -m puredif_jax.main --config=configs/{path.name}" in text
     assert "Hardware:" in text and "Duration" in text
+    if isinstance(wanted, Scan):
+        wanted = as_experiment(wanted, "clean", ZOO / "clean")
     experiments = wanted.chosen() if isinstance(wanted, Sweep) else (wanted,)
     for experiment in experiments:
         assert isinstance(experiment, Experiment)

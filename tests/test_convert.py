@@ -286,7 +286,7 @@ HOSTILE = {
     pickle_as_safetensors: "not a safetensors file",
     pickle_as_bin: "is a pickle",
     path_outside: "outside its folder",
-    symlink_loop: "has neither",
+    symlink_loop: "has none of",
     folder_loop: "has no unet/config.json",
     deep_json: "JSON",
     json_list: "no JSON object",

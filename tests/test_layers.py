@@ -22,6 +22,7 @@ COMPOSITION = {
     "experiment",
     "stages",
     "sweep",
+    "scan",
     "main",
     "__init__",
     "__main__",
@@ -118,8 +119,8 @@ def violations(sources: dict[str, str]) -> list[str]:
         if module in EDGES:
             others = (EDGES | COMPOSITION) - {module}
             problems |= {f"edge imports {t}" for t in targets & others}
-        if module not in {"main", "stages", "sweep"}:
-            top = {"experiment", "stages", "sweep"}
+        if module not in {"main", "stages", "sweep", "scan"}:
+            top = {"experiment", "stages", "sweep", "scan"}
             problems |= {f"imports {t}" for t in targets & top}
         if module != "checkpoint" and "orbax" in {root(n) for n in names}:
             problems.add("imports orbax")

@@ -1,0 +1,173 @@
+"""Scan: from folders to verdicts, a table of all, and an exit status."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_config
+from tiny_config import TINY
+
+from puredif_jax import convert, scan
+from puredif_jax.detection import Detector
+from puredif_jax.diffusion import LinearBetas, ScaledLinearBetas
+from puredif_jax.experiment import Audit, Inversion, Mesh, Scan
+from puredif_jax.lab import ZOO
+from puredif_jax.types import InputError
+
+AUDIT = tiny_config.get_config().audit
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+INVERSION = dataclasses.replace(AUDIT.inversion, survey=None)
+CALM = Detector(clean=(9.0, 9.0))  # a score that no random network reaches
+
+
+@pytest.fixture(autouse=True)
+def compilation_cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.getbasetemp() / "compiled"  # of all tests here
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+
+
+def params(seed: int):
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), shapes
+    )
+
+
+def write(folder: pathlib.Path, seed: int = 0, **scheduling) -> pathlib.Path:
+    model = convert.Model(TINY, params(seed), convert.Scheduling(**scheduling))
+    convert.write_folder(folder, model)
+    return folder
+
+
+def plan(workdir: pathlib.Path, *models, **changes) -> Scan:
+    audit = Audit(weights=(), hypotheses=("ode",), inversion=INVERSION, detector=CALM)
+    options = {"audit": audit, "steps": 2, "draws": 8} | changes
+    return Scan(str(workdir), tuple(map(str, models)), **options)
+
+
+def table(workdir: pathlib.Path) -> dict[str, dict]:
+    sections = json.loads((workdir / "report.json").read_text())["sections"]
+    return {row["model"]: row for row in sections[0]["table"]}
+
+
+def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
+    folder, home = write(tmp_path / "model"), tmp_path / "scan"
+    wanted = plan(home, folder)
+    report, status = scan.perform_scan(wanted)
+    assert status == 0 and report.verdict.startswith("clean: ")
+    row = table(home)["model"]
+    assert row["network evaluations"] == INVERSION.evaluations
+    assert row["seconds"] > 0 and 0 < row["p"] <= 1 and row["reason"]
+    assert (home / row["report"]).exists()
+    path = home / "model" / "report.json"
+    for outcome, expected in {"could not tell": 2, "backdoored": 3}.items():
+        found = json.loads(path.read_text())
+        found["numbers"]["model"]["verdict"]["outcome"] = outcome
+        path.write_text(json.dumps(found))
+        report, status = scan.perform_scan(wanted)
+        assert status == expected and report.verdict.startswith(outcome)
+    write(folder, seed=5)
+    _, status = scan.perform_scan(wanted)
+    assert status == 1 and "another version" in table(home)["model"]["reason"]
+
+
+def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None:
+    write(tmp_path / "models" / "a", clip=None)
+    write(
+        tmp_path / "models" / "b",
+        betas=ScaledLinearBetas(),
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+    (tmp_path / "models" / "notes").mkdir()
+    other = write(tmp_path / "other" / "a", seed=1)
+    broken = write(tmp_path / "broken")
+    (broken / "unet" / convert.WEIGHTS).write_bytes(b"nothing")
+    names = tmp_path / "list.txt"
+    names.write_text(f"# two of them\n{other}\n\n{broken}\n")
+    wanted = plan(tmp_path / "scan", tmp_path / "models", names)
+    assert list(scan.find_models(wanted)) == ["a", "b", "a-2", "broken"]
+    report, status = scan.perform_scan(wanted)
+    rows = table(tmp_path / "scan")
+    assert {k: row["verdict"] for k, row in rows.items()} == {
+        "a": "clean",
+        "b": "clean",
+        "a-2": "clean",
+        "broken": "error",
+    }
+    assert "not a safetensors file" in rows["broken"]["reason"]
+    assert status == 1 and report.verdict == "4 models: 3 clean, 1 error"
+    assert rows["a"]["score"] != rows["a-2"]["score"] != rows["b"]["score"]
+    before = (tmp_path / "scan/a/report.json").stat().st_mtime_ns
+    write(broken, seed=2)
+    _, status = scan.perform_scan(wanted)
+    assert status == 0
+    assert (tmp_path / "scan/a/report.json").stat().st_mtime_ns == before
+
+
+def test_what_the_folder_says_is_what_is_done(tmp_path) -> None:
+    folder = write(
+        tmp_path,
+        betas=LinearBetas(500),
+        clip=2.0,
+        timestep_spacing="linspace",
+        variance_type="fixed_large",
+        prediction_type="v_prediction",
+    )
+    wanted = plan(tmp_path, folder, steps=40, mesh=Mesh(batch=1), seed=4)
+    found = scan.as_experiment(wanted, "model", folder)
+    assert found.model == TINY and found.schedule == LinearBetas(500)
+    assert found.prediction == "v_prediction" and found.seed == 4
+    for sampler in (found.evaluation.ancestral, found.evaluation.deterministic):
+        assert (sampler.steps, sampler.clip, sampler.spacing) == (40, 2.0, "linspace")
+    assert found.evaluation.ancestral.variance == "fixed_large"
+    assert found.audit.inversion == INVERSION
+
+
+def test_the_audit_of_a_scan_is_the_default_one() -> None:
+    assert Scan("scan", ("zoo",)).audit == Audit(weights=())
+    assert Audit().inversion == Inversion()
+
+
+def test_the_zoo_is_found_by_name() -> None:
+    models = scan.find_models(Scan("scan", ("zoo",)))
+    assert set(models) >= {"clean", "baddiffusion", "villandiffusion"}
+    assert all(ZOO in folder.parents for folder in models.values())
+    assert sum(f.stat().st_size for f in ZOO.rglob("*") if f.is_file()) < 12e6
+    assert all((folder / "README.md").is_file() for folder in models.values())
+
+
+@pytest.mark.parametrize("make", [None, pathlib.Path.mkdir, pathlib.Path.touch])
+def test_what_holds_no_model_is_said(tmp_path, make) -> None:
+    path = tmp_path / "thing"
+    if make:
+        make(path)
+    with pytest.raises(InputError, match="thing is no model: give"):
+        scan.perform_scan(plan(tmp_path / "scan", path))
+
+
+def test_a_scan_names_models_and_no_weights() -> None:
+    with pytest.raises(ValueError, match="--config.model=FOLDER"):
+        Scan("scan", ())
+    with pytest.raises(ValueError, match="clean"):
+        Scan("scan", ("zoo",), Audit(weights=("clean",)))
+
+
+def test_a_model_that_another_process_is_at_is_left_to_it(tmp_path) -> None:
+    import fcntl
+
+    folder = write(tmp_path / "model")
+    home = tmp_path / "scan" / "model"
+    home.mkdir(parents=True)
+    with (home / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _, status = scan.perform_scan(plan(tmp_path / "scan", folder))
+    assert status == 2
+    assert table(tmp_path / "scan")["model"]["verdict"] == "not done yet"
+    shutil.rmtree(tmp_path / "scan")
