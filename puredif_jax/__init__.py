@@ -10,6 +10,7 @@ from puredif_jax.attacks import VillanDiffusion as VillanDiffusion
 from puredif_jax.detection import Detector as Detector
 from puredif_jax.diffusion import DDIM as DDIM
 from puredif_jax.diffusion import DDPM as DDPM
+from puredif_jax.diffusion import DPMSolver as DPMSolver
 from puredif_jax.diffusion import LinearBetas as LinearBetas
 from puredif_jax.exact import ExactDenoiser as ExactDenoiser
 from puredif_jax.inversion import Descent as Descent

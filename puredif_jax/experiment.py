@@ -17,6 +17,7 @@ from puredif_jax.diffusion import (
     DDIM,
     DDPM,
     CosineBetas,
+    DPMSolver,
     LinearBetas,
     Prediction,
     Sampler,
@@ -51,7 +52,7 @@ class Evaluation:
     draws: int = 256
     batch: int = 64
     ancestral: DDPM = DDPM(steps=100)
-    deterministic: DDIM = DDIM(steps=50)
+    deterministic: DDIM | DPMSolver = DDIM(steps=50)
     frechet_draws: int = 0
 
     def sampler(self, solver: Solver) -> Sampler:

@@ -16,7 +16,9 @@ import pytest
 from puredif_jax.diffusion import (
     DDIM,
     DDPM,
+    Before,
     CosineBetas,
+    DPMSolver,
     LinearBetas,
     NoiseSchedule,
     ScaledLinearBetas,
@@ -51,9 +53,10 @@ SAMPLERS = [
     DDIM(steps=40),
     DDIM(steps=40, eta=0.5),
     DDIM(steps=40, eta=1.0),
+    DPMSolver(steps=40),
 ]
 over_samplers = pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
-SHORT = [DDPM(steps=7), DDIM(steps=7), DDIM(steps=7, eta=0.5)]
+SHORT = [DDPM(steps=7), DDIM(steps=7), DDIM(steps=7, eta=0.5), DPMSolver(steps=7)]
 over_short_samplers = pytest.mark.parametrize("sampler", SHORT, ids=repr)
 
 
@@ -267,6 +270,13 @@ def test_grid_refuses_a_number_of_steps(steps):
         grid(SCHEDULE, steps)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_multistep_grids_need_a_step_more(spacing):
+    assert len(DPMSolver(999, spacing).path(SCHEDULE)[0]) == 999
+    with pytest.raises(ValueError, match="1 to 999 steps, found 1000"):
+        DPMSolver(1000, spacing).path(SCHEDULE)
+
+
 # --- One step ------------------------------------------------------------------------
 
 STEPS = [(999, 998), (500, 499), (50, 49), (1, 0), (980, 960), (20, 0), (0, -1)]
@@ -370,7 +380,7 @@ def test_ddim_of_a_gaussian_is_a_known_linear_map(steps):
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS[:3], ids=repr)
+@pytest.mark.parametrize("sampler", [*SAMPLERS[:3], SAMPLERS[4]], ids=repr)
 def test_a_single_image_is_returned_and_estimated_at_every_step(sampler):
     y = jnp.linspace(-1, 1, 12).reshape(1, 2, 2, 3)
     run = (point_mass, y, SCHEDULE, sampler, normal(8, 4, 2, 2, 3), quick_key(9))
@@ -380,7 +390,7 @@ def test_a_single_image_is_returned_and_estimated_at_every_step(sampler):
         np.testing.assert_allclose(found, jnp.broadcast_to(y, found.shape), atol=1e-3)
 
 
-@over_short_samplers
+@pytest.mark.parametrize("sampler", SHORT[:3], ids=repr)
 def test_clip_bounds_the_predicted_image(sampler):
     x = jnp.linspace(-1, 1, 9).reshape(1, 3, 3, 1)
     eps, key = -50 * x, quick_key(9)  # x0hat = 1.5 x at t = 0, 13,000 x at 999
@@ -403,12 +413,15 @@ def test_trajectory_is_a_loop_over_steps(sampler):
     key = quick_key(10)
     x = start = normal(11, 2, 3, 3, 1)
     params, estimates = jnp.float32(1.5), []
-    for t, n in pairs(7):
+    before = Before(jnp.zeros_like(x), jnp.int32(-1))
+    for t, n in zip(*sampler.path(SCHEDULE), strict=True):
         eps = nonlinear(params, x, jnp.full((2,), t))
         s, v, _, _ = coefficients(t, n)
         estimates.append((x - v * eps) / s)
         step_key = jax.random.fold_in(key, t)
-        x = sampler.step(SCHEDULE, eps, x, jnp.int32(t), jnp.int32(n), step_key)
+        now, then = jnp.int32(t), jnp.int32(n)
+        x = sampler.step(SCHEDULE, eps, x, now, then, step_key, before)
+        before = Before(estimates[-1], now)
     run = (nonlinear, params, SCHEDULE, sampler, start, key)
     images, found = trajectory(*run)
     np.testing.assert_allclose(images, x, rtol=1e-4, atol=1e-4)
@@ -424,7 +437,7 @@ class Trace:
     def path(self, schedule):
         return DDPM(self.steps).path(schedule)
 
-    def step(self, schedule, eps, x, t, t_prev, key):
+    def step(self, schedule, eps, x, t, t_prev, key, before=None):
         row = t // (schedule.steps // self.steps)
         seen = jnp.stack([t, t_prev]).astype(jnp.float32)
         seen = jnp.concatenate([seen, eps[0, 0, :1, 0], jax.random.normal(key, (1,))])
@@ -465,8 +478,8 @@ class Still:
         del schedule
         return np.array([2, 1, 0]), np.array([1, 0, -1])
 
-    def step(self, schedule, eps, x, t, t_prev, key):
-        del schedule, eps, t, t_prev, key
+    def step(self, schedule, eps, x, t, t_prev, key, before=None):
+        del schedule, eps, t, t_prev, key, before
         return x
 
 

@@ -13,6 +13,7 @@ from puredif_jax.diffusion import (
     DDIM,
     DDPM,
     CosineBetas,
+    DPMSolver,
     LinearBetas,
     ScaledLinearBetas,
     grid,
@@ -46,6 +47,7 @@ SAMPLERS = {
     "large": functools.partial(DDPM, maker.STEPS, clip=1.0, variance="fixed_large"),
     "ddim": functools.partial(DDIM, maker.STEPS),
     "bounded": functools.partial(DDIM, maker.STEPS, clip=1.0, to_clean=False),
+    "solver": functools.partial(DPMSolver, maker.STEPS),
 }
 
 
@@ -55,7 +57,11 @@ def golden():
         return dict(arrays)
 
 
-@pytest.mark.parametrize("name", maker.CASES)
+ONE_STEP = [name for name in maker.CASES if not name.endswith("solver")]
+DETERMINISTIC = [n for n in maker.CASES if n.endswith(("ddim", "bounded", "solver"))]
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
 def test_each_step_is_that_of_diffusers(name) -> None:
     betas, spacing, kind = maker.CASES[name]
     schedule, sampler = BETAS[betas].tables(), SAMPLERS[kind](**SPACINGS[spacing])
@@ -74,12 +80,12 @@ def test_each_step_is_that_of_diffusers(name) -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in maker.CASES if n.endswith(("ddim", "bounded"))]
-)
+@pytest.mark.parametrize("name", DETERMINISTIC)
 def test_deterministic_trajectories_are_those_of_diffusers(name) -> None:
     betas, spacing, kind = maker.CASES[name]
-    sampler = SAMPLERS[kind](**SPACINGS[spacing])
+    sampler = SAMPLERS[kind](**({"spacing": "leading"} | SPACINGS[spacing]))
+    times, _ = sampler.path(BETAS[betas].tables())
+    np.testing.assert_array_equal(times, golden()[f"{name}_t"])
 
     def model(params, x, t):
         del params
