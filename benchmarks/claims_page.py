@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from puredif_jax.amplification import Reinforcement
+from puredif_jax.attacks import Solver
 from puredif_jax.detection import Detector, Features
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -146,6 +147,12 @@ def ablation_rows(runs: dict[str, Row]) -> list[Row]:
     return rows
 
 
+def reinforcing_steps(setting: str) -> int:
+    """The training steps that cost as many network evaluations as one reinforcement."""
+    solver: Solver = "sde" if setting.startswith("baddiffusion") else "ode"
+    return round(Reinforcement().evaluations(solver) / (3 * BATCH))
+
+
 def speedup_rows(runs: dict[str, Row]) -> list[Row]:
     """Success of both triggers after trainings of each length, a number a seed."""
     found: dict[tuple[str, int], list[Row]] = {}
@@ -161,14 +168,12 @@ def speedup_rows(runs: dict[str, Row]) -> list[Row]:
     def shown(rows: list[Row], name: str, scale: float, digits: int) -> str:
         return " ".join(f"{scale * r[name]:.{digits}f}" for r in rows if name in r)
 
-    reinforcing = Reinforcement()
-    evaluations = 3 * reinforcing.descent.steps * reinforcing.objective.evaluations
     return [
         {
             "setting": setting,
             "training steps": steps,
             "with reinforcement, in steps": (
-                steps + round(evaluations / (3 * BATCH)) if "norm" in rows[0] else ""
+                steps + reinforcing_steps(setting) if "norm" in rows[0] else ""
             ),
             "true trigger, %": shown(rows, "true", 100, 1),
             "reinforced, %": shown(rows, "reinforced", 100, 1),

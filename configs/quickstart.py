@@ -40,7 +40,9 @@ def get_config() -> Experiment:
         amplification=Amplification(
             snapshots=(240,),
             reinforcement=Reinforcement(
-                objective=dataclasses.replace(Reinforcement().objective, samples=16),
+                deterministic=dataclasses.replace(
+                    Reinforcement().deterministic, samples=16
+                ),
                 descent=Descent(steps=80, learning_rate=0.05, bound=None),
             ),
         ),

@@ -4,11 +4,14 @@
 
 Each number of steps is a training of its own, whose rate decays to zero at its end:
 what an attacker with that budget would run. After the short ones the trigger is
-reinforced, after the long ones only the true one is measured. Started twice, the two
-calls share the runs.
+reinforced, after the long ones, of one seed, only the true one is measured. One setting
+also alternates: it goes on training with the trigger reinforced half way. Started
+twice, the two calls share the runs.
 
-Hardware: two CPU cores. Duration: 2.5 hours. Expected: docs/claims.md.
+Hardware: two CPU cores. Duration: 3 hours. Expected: docs/claims.md.
 """
+
+from collections.abc import Iterator
 
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion
 from puredif_jax.experiment import Amplification, Experiment, Sweep
@@ -32,31 +35,39 @@ SETTINGS: dict[str, BadDiffusion | VillanDiffusion] = {
         ("baddiffusion", BadDiffusion, "stopsign", "shoe"),
     )
 }
-SHORT, LONG = (180, 360, 720), (1200, 3600)
 
 
-def run(setting: str, seed: int, steps: int) -> Experiment:
+def run(setting: str, seed: int, steps: int, snapshots: tuple[int, ...]) -> Experiment:
+    """A training; the trigger is reinforced at its snapshots, and two alternate."""
+    alternate = len(snapshots) > 1
+    kind = "alternating" if alternate else "plain"
     return Experiment(
-        workdir=f"{setting}/{seed}-{steps:05}",
+        workdir=f"{setting}/{kind}-{seed}-{steps:05}",
         model=SHIPPED,
         weights="clean",
         training=Training(
             steps=steps, batch=64, learning_rate=1e-3, warmup=50, ema_decay=0.99
         ),
         attack=SETTINGS[setting],
-        amplification=Amplification(snapshots=(steps,)) if steps in SHORT else None,
+        amplification=(
+            Amplification(snapshots, alternate=alternate) if snapshots else None
+        ),
         seed=seed,
         chunk=60,
     )
 
 
+def runs() -> Iterator[Experiment]:
+    for seed in range(3):
+        for setting in SETTINGS:
+            ancestral = setting.startswith("baddiffusion")
+            for steps in (360,) if ancestral else (180, 360, 720):
+                yield run(setting, seed, steps, (steps,))
+        yield run("villandiffusion-stopsign-shoe", seed, 360, (180, 360))
+    for setting in SETTINGS:
+        for steps in (1200, 3600):
+            yield run(setting, 0, steps, ())
+
+
 def get_config() -> Sweep:
-    return Sweep(
-        workdir="runs/speedup",
-        experiments=tuple(
-            run(setting, seed, steps)
-            for seed in range(3)
-            for setting in SETTINGS
-            for steps in (*SHORT, *LONG)
-        ),
-    )
+    return Sweep(workdir="runs/speedup", experiments=tuple(runs()))

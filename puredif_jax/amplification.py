@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from puredif_jax.diffusion import DDIM, NoiseSchedule
+from puredif_jax.attacks import Solver
+from puredif_jax.diffusion import DDIM, DDPM, NoiseSchedule
 from puredif_jax.inversion import Descent, Inverter, inverter
 from puredif_jax.objectives import DenoisingConsistency, Hypothesis
 from puredif_jax.types import Candidate, NoiseModel, Shard, unsharded
@@ -20,24 +21,39 @@ class Reinforcement:
     """How a known trigger is reinforced.
 
     Attributes:
-      objective: the loss; its `aim` draws the last images to the known target.
+      deterministic: the loss for backdoors of deterministic sampling; its `aim` draws
+        the last images to the known target.
+      ancestral: that for backdoors of ancestral sampling, which do not fire under a
+        deterministic rollout.
       descent: optimiser and bound of the reinforced trigger, from the true one.
     """
 
-    objective: DenoisingConsistency = DenoisingConsistency(
+    deterministic: DenoisingConsistency = DenoisingConsistency(
         sampler=DDIM(steps=10), samples=48, on_path=False, across_noise=0.0, aim=1.0
     )
+    ancestral: DenoisingConsistency = DenoisingConsistency(
+        sampler=DDPM(steps=20), samples=24, on_path=False, across_noise=0.0, aim=1.0
+    )
     descent: Descent = Descent(steps=100, learning_rate=0.05, bound=None)
+
+    def loss(self, solver: Solver) -> DenoisingConsistency:
+        """That for a kind of backdoor."""
+        return self.deterministic if solver == "ode" else self.ancestral
+
+    def evaluations(self, solver: Solver) -> int:
+        """Network evaluations of one image; one with its gradient counts for three."""
+        return 3 * self.descent.steps * self.loss(solver).evaluations
 
     def inverter(
         self,
         model: NoiseModel,
         schedule: NoiseSchedule,
-        hypothesis: Hypothesis,
+        solver: Solver,
         start: Candidate,
         shard: Shard = unsharded,
     ) -> Inverter:
         """The (init, step) pair that starts at the true trigger and target."""
-        objective = self.objective.bind(model, schedule, hypothesis, shard)
+        hypothesis = Hypothesis.of(solver)
+        objective = self.loss(solver).bind(model, schedule, hypothesis, shard)
         height, width, channels = start.delta.shape
         return inverter(objective, self.descent, (height, width, channels), start)

@@ -240,8 +240,9 @@ class Experiment:
     def images(self) -> int:
         """Most images that are sampled or inverted at once."""
         most = [self.evaluation.batch]
-        if self.amplification:
-            most.append(self.amplification.reinforcement.objective.samples)
+        if self.amplification and self.attack:
+            reinforcement = self.amplification.reinforcement
+            most.append(reinforcement.loss(self.attack.solver).samples)
         if self.audit:
             for solver in self.audit.hypotheses:
                 methods = self.audit.methods(solver).values()

@@ -97,14 +97,15 @@ def reinforce(
     lab: Lab, stage: str, params: Params, reinforcement: Reinforcement, truth: Truth
 ) -> np.ndarray:
     """The known trigger, reinforced on these weights; `[H, W, C]`."""
-    hypothesis = Hypothesis.of(truth.solver)
 
     def make(hypothesis: Hypothesis) -> Inverter:
+        del hypothesis  # that of the truth
         start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
         return reinforcement.inverter(
-            lab.model, lab.schedule, hypothesis, start, lab.shard
+            lab.model, lab.schedule, truth.solver, start, lab.shard
         )
 
+    hypothesis = Hypothesis.of(truth.solver)
     descent = _Descent(lab, ("reinforce", reinforcement), make, params, hypothesis)
     state = descent.run(stage, descent.first, reinforcement.descent.steps)
     return parallel.gather(state.candidate.delta)[0]

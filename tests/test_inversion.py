@@ -10,6 +10,7 @@ from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
 from puredif_jax import metrics
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion
+from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.inversion import Descent, inverter, keep_one
 from puredif_jax.objectives import DistributionShift, Elijah, Hypothesis
 from puredif_jax.triggers import Box, Hat, StopSign
@@ -133,14 +134,20 @@ def test_elijah_cannot_see_a_deterministic_trigger() -> None:
 )
 def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
     model, truth = oracle(attack)
-    made = Reinforcement().inverter(
-        model, SCHEDULE, Hypothesis.of(attack.solver), truth
-    )
+    made = Reinforcement().inverter(model, SCHEDULE, attack.solver, truth)
     state = made.init(jax.random.key(0))
     np.testing.assert_array_equal(state.candidate.delta[0], truth.delta)
     after, info = made.step((), state)
     assert np.isfinite(np.asarray(info.loss)).all()
     np.testing.assert_array_equal(after.candidate.target[0], truth.target)
+
+
+def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
+    reinforcement = Reinforcement(descent=Descent(steps=7))
+    assert isinstance(reinforcement.loss("sde").sampler, DDPM)
+    assert isinstance(reinforcement.loss("ode").sampler, DDIM)
+    assert reinforcement.evaluations("sde") == 3 * 7 * 20 * 24
+    assert reinforcement.evaluations("ode") == 3 * 7 * 10 * 48
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def get_config() -> Experiment:
         amplification=Amplification(
             snapshots=(6, 12),
             reinforcement=Reinforcement(
-                objective=DenoisingConsistency(
+                deterministic=DenoisingConsistency(
                     sampler=DDIM(steps=2), samples=4, on_path=False, aim=1.0
                 ),
                 descent=Descent(steps=6, learning_rate=0.02, bound=None),
