@@ -18,11 +18,16 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 
+from puredif_jax import checkpoint, metrics
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Detector, Features
+from puredif_jax.unet import SHIPPED
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CALIBRATING = 20
@@ -82,23 +87,29 @@ def success_row(name: str, report: Row) -> Row:
     return row
 
 
-def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> tuple[list[Row], str]:
-    """Verdicts on the held-out models, and the calibrated detector in words."""
+def scores(report: Row, detector: Detector) -> dict[str, float]:
+    """The score of each hypothesis."""
+    return {k: detector.score(features(row)) for k, row in inversions(report).items()}
+
+
+def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
+    """Calibrates on some clean models and judges the others; paragraphs."""
     names = sorted(clean)
     calibrating, held_out = names[:CALIBRATING], names[CALIBRATING:]
-    errors = {
-        solver: tuple(inversions(clean[n])[solver]["shift"] for n in calibrating)
-        for solver in ("sde", "ode")
-    }
-    detector = Detector(clean_sde=errors["sde"], clean_ode=errors["ode"])
-    rows = []
+    calibrated = Detector(
+        clean=tuple(
+            round(max(scores(clean[n], Detector()).values()), 3) for n in calibrating
+        )
+    )
+    rows, outcomes = [], {}
     for name, report in [*backdoored.items(), *((n, clean[n]) for n in held_out)]:
         found = {k: features(row) for k, row in inversions(report).items()}
-        verdict = detector.judge(found)
+        verdict = calibrated.judge(found)
+        outcomes[name] = verdict
         rows.append(
             {
                 "model": name,
-                "verdict": verdict.word,
+                "verdict": verdict.outcome,
                 "score": f"{verdict.score:.2f}",
                 "p": f"{verdict.p_value:.3f}",
                 "hypothesis": verdict.hypothesis,
@@ -108,11 +119,64 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> tuple[list[Row]
             rows[-1][f"Elijah {solver}: uniformity, variation"] = (
                 f"{row['uniformity']:.2f}, {row['variation']:.2f}"
             )
-    about = (
-        f"{len(calibrating)} clean models calibrate; threshold {detector.threshold} on "
-        "log10 of the least clean error over the model's."
-    )
-    return rows, about
+    doubt, alarm = calibrated.bounds
+    right = {
+        "backdoored": [outcomes[n].outcome == "backdoored" for n in backdoored],
+        "clean": [outcomes[n].outcome == "clean" for n in held_out],
+    }
+    shown = []
+    for kind, correct in right.items():
+        low, high = metrics.share_interval(sum(correct), len(correct))
+        shown.append(
+            f"{sum(correct)} of {len(correct)} {kind} models right (95 % interval "
+            f"{percent(low)} to {percent(high)})"
+        )
+    ranges = []
+    groups = {
+        f"{len(calibrating)} calibrating": [clean[n] for n in calibrating],
+        f"{len(held_out)} held-out clean": [clean[n] for n in held_out],
+        f"{len(backdoored)} backdoored": list(backdoored.values()),
+    }
+    for name in Features._fields:
+        low_is_bad = name not in ("alignment", "kl_mean", "kl_variance")
+        best = min if low_is_bad else max
+        values = {
+            group: [best(row[name] for row in inversions(r).values()) for r in found]
+            for group, found in groups.items()
+        }
+        sign = -1 if low_is_bad else 1
+        positive = [sign * x for x in [*values.values()][2]]
+        negative = [sign * x for group in [*values.values()][:2] for x in group]
+        ranges.append(
+            {"feature": f"{name}, {'lower' if low_is_bad else 'higher'} of two"}
+            | {k: f"{min(v):.3g} to {max(v):.3g}" for k, v in values.items()}
+            | {"AUC": f"{metrics.auc(positive, negative):.3f}"}
+        )
+    for name in ("uniformity", "variation"):
+        low = {
+            group: [
+                -min(row[name] for row in inversions(r, "elijah").values())
+                for r in found
+            ]
+            for group, found in groups.items()
+        }
+        calibration, held, positive = low.values()
+        ranges.append(
+            {"feature": f"Elijah's {name}, lower of two"}
+            | {k: f"{-max(v):.3g} to {-min(v):.3g}" for k, v in low.items()}
+            | {"AUC": f"{metrics.auc(positive, calibration + held):.3f}"}
+        )
+    return [
+        f"The score is -log10 of `gain`, the larger of two hypotheses. "
+        f"{len(calibrating)} clean models calibrate: {list(calibrated.clean)}; a score "
+        f"above {doubt:.2f} (their mean and {calibrated.doubt:g} standard deviations) "
+        f"is doubtful, above {alarm:.2f} ({calibrated.alarm:g}) backdoored. No "
+        f"p-value can be below 1/{len(calibrating) + 1}. " + "; ".join(shown) + ".",
+        table(rows),
+        "Why `gain`: the range of every feature over the models, and the area under "
+        "the ROC curve between the backdoored and all clean ones.",
+        table(ranges),
+    ]
 
 
 def ablation_rows(runs: dict[str, Row]) -> list[Row]:
@@ -155,15 +219,18 @@ def reinforcing_steps(setting: str) -> int:
 
 def speedup_rows(runs: dict[str, Row]) -> list[Row]:
     """Success of both triggers after trainings of each length, a number a seed."""
-    found: dict[tuple[str, int], list[Row]] = {}
+    found: dict[tuple[str, str, int], list[Row]] = {}
     for name, report in sorted(runs.items()):
         setting, _, rest = name.partition("/")
+        loop, _, steps = rest.split("-")
         rates = {r["images"]: r["mse<0.01"] for r in report["numbers"]["success"]}
         row = {"true": rates["draws, true trigger"]}
-        for amplified in report["numbers"].get("amplification", ()):
-            row["reinforced"] = amplified["success, reinforced"]
-            row["norm"] = amplified["norm ratio"]
-        found.setdefault((setting, int(rest.rpartition("-")[2])), []).append(row)
+        amplified = report["numbers"].get("amplification", ())
+        if amplified:
+            row["reinforced"] = amplified[-1]["success, reinforced"]
+            row["norm"] = amplified[-1]["norm ratio"]
+            row["times"] = len(amplified)
+        found.setdefault((setting, loop, int(steps)), []).append(row)
 
     def shown(rows: list[Row], name: str, scale: float, digits: int) -> str:
         return " ".join(f"{scale * r[name]:.{digits}f}" for r in rows if name in r)
@@ -171,16 +238,127 @@ def speedup_rows(runs: dict[str, Row]) -> list[Row]:
     return [
         {
             "setting": setting,
+            "loop": loop,
             "training steps": steps,
             "with reinforcement, in steps": (
-                steps + reinforcing_steps(setting) if "norm" in rows[0] else ""
+                steps + rows[0]["times"] * reinforcing_steps(setting)
+                if "times" in rows[0]
+                else ""
             ),
             "true trigger, %": shown(rows, "true", 100, 1),
             "reinforced, %": shown(rows, "reinforced", 100, 1),
             "norm ratio": shown(rows, "norm", 1, 2),
         }
-        for (setting, steps), rows in sorted(found.items())
+        for (setting, loop, steps), rows in sorted(found.items())
     ]
+
+
+def factors(rows: list[Row]) -> list[Row]:
+    """Steps that each trigger needs for a share of successes, and their quotient."""
+
+    def needed(setting: str, name: str, level: float) -> float:
+        """By means over seeds, linear in the logarithm of the steps; inf if never."""
+        points = [
+            (row["training steps"], np.mean([float(x) for x in row[name].split()]))
+            for row in rows
+            if row["setting"] == setting and row["loop"] == "plain" and row[name]
+        ]
+        before = None
+        for steps, success in points:
+            if success >= level:
+                if before is None:
+                    return steps
+                part = (level - before[1]) / (success - before[1])
+                return before[0] * (steps / before[0]) ** part
+            before = (steps, success)
+        return np.inf
+
+    found = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        longest = max(r["training steps"] for r in rows if r["setting"] == setting)
+        row: Row = {"setting": setting}
+        for level in (90, 95):
+            true = needed(setting, "true trigger, %", level)
+            reinforced = needed(setting, "reinforced, %", level)
+            cost = reinforced + reinforcing_steps(setting)
+            bound = "" if np.isfinite(true) else "> "
+            true = min(true, longest)
+            if np.isfinite(reinforced):
+                row[f"{level} %: steps, true"] = f"{bound}{true:.0f}"
+                row["reinforced" + " " * (level == 95)] = f"{reinforced:.0f}"
+                row[f"factor at {level} %"] = f"{bound}{true / reinforced:.1f}"
+                row[f"at {level} % with its cost"] = f"{bound}{true / cost:.1f}"
+            else:
+                row[f"{level} %: steps, true"] = f"{bound}{true:.0f}"
+                row["reinforced" + " " * (level == 95)] = "not reached"
+        found.append(row)
+    return found
+
+
+def pictures(folder: pathlib.Path, names: list[str]) -> None:
+    """docs/claims_triggers.png: a row a backdoored model."""
+    columns = ("true trigger", "inverted", "target", "estimated target")
+    figure, axes = plt.subplots(
+        len(names), 8, figsize=(8.5, 1.05 * len(names)), squeeze=False
+    )
+    for row, name in zip(axes, names, strict=True):
+        solver = "sde" if "baddiffusion" in name else "ode"
+        image = jax.ShapeDtypeStruct(SHIPPED.image_shape, jnp.float32)
+        truth = checkpoint.load_weights(
+            folder / name / "weights.truth.safetensors",
+            {"trigger": image, "target": image},
+        )
+        with np.load(folder / name / f"results/puredif_trained_{solver}.npz") as file:
+            found = dict(file)
+        images = [truth["trigger"], found["delta"], truth["target"], found["target"]]
+        for i, axis in enumerate(row):
+            shown = images[i] if i < 4 else found["draws"][i - 4]
+            axis.imshow(shown[..., 0], cmap="gray", vmin=-1, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if axis in axes[0]:
+                title = columns[i] if i < 4 else ("draws" if i == 4 else "")
+                axis.set_title(title, fontsize=7)
+        row[0].set_ylabel(
+            name.partition("/")[2].replace("-", "\n", 1),
+            fontsize=6,
+            rotation=0,
+            ha="right",
+            va="center",
+        )
+    figure.savefig(ROOT / "docs/claims_triggers.png", dpi=110, bbox_inches="tight")
+
+
+def curves(rows: list[Row]) -> None:
+    """docs/claims_speedup.png: success over the length of the training."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(settings), figsize=(3.2 * len(settings), 2.8), squeeze=False, sharey=True
+    )
+    for axis, setting in zip(axes[0], settings, strict=True):
+        for name, label in (
+            ("true trigger, %", "true"),
+            ("reinforced, %", "reinforced"),
+        ):
+            found = [
+                (row["training steps"], [float(x) for x in str(row[name]).split()])
+                for row in rows
+                if row["setting"] == setting and row[name] and row["loop"] == "plain"
+            ]
+            points = [(steps, x) for steps, each in found for x in each]
+            line = axis.plot(
+                [s for s, _ in found], [np.mean(x) for _, x in found], label=label
+            )
+            colour = line[0].get_color()
+            axis.plot(*zip(*points, strict=True), "o", markersize=3, color=colour)
+        axis.set_xscale("log")
+        axis.axhline(95, color="grey", linewidth=0.5)
+        axis.axhline(90, color="grey", linewidth=0.5)
+        axis.set_title(setting, fontsize=8)
+        axis.set_xlabel("training steps")
+    axes[0][0].set_ylabel("success at MSE < 1e-2, %")
+    axes[0][0].legend(frameon=False)
+    figure.savefig(ROOT / "docs/claims_speedup.png", dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
@@ -205,10 +383,11 @@ def main() -> None:
         "Success at MSE < 1e-2 in 256 draws under the attack's own sampler; Elijah's "
         "success and cosine beside it.",
         table(attacks),
+        "![triggers and draws](claims_triggers.png)",
     ]
+    pictures(arguments.claims, list(backdoored))
     if len(clean) > CALIBRATING:
-        verdicts, about = detect(clean, backdoored)
-        parts += ["## Detection", about, table(verdicts)]
+        parts += ["## Detection", *detect(clean, backdoored)]
     if speedup:
         parts += [
             "## Amplification",
@@ -216,7 +395,13 @@ def main() -> None:
             "whose rate decays to zero. The third column adds what reinforcement "
             "costs: its network evaluations as training steps.",
             table(speedup_rows(speedup)),
+            "The lengths at which the mean over seeds reaches 90 and 95 %, between the "
+            "measured ones by their logarithm, and their quotient, without and with "
+            "the cost of reinforcement:",
+            table(factors(speedup_rows(speedup))),
+            "![success over training](claims_speedup.png)",
         ]
+        curves(speedup_rows(speedup))
     if ablation:
         rows = ablation_rows(ablation)
         parts += ["## Ablation of the inversion", table(rows)]

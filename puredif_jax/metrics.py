@@ -145,3 +145,24 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     cross = np.linalg.eigvalsh(root @ cov_2 @ root)
     distance = np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2)
     return float(distance - 2 * np.sum(np.sqrt(np.maximum(cross, 0))))
+
+
+def auc(positive: ArrayLike, negative: ArrayLike) -> float:
+    """Area under the ROC curve: share of pairs in which the positive scores higher.
+
+    Ties count for a half (Mann-Whitney). positive `[n]`, negative `[m]`, scores of
+    backdoored and of clean models.
+    """
+    high, low = np.asarray(positive)[:, None], np.asarray(negative)[None]
+    return float(np.mean((high > low) + 0.5 * (high == low)))
+
+
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """95 % interval of Wilson (1927) for a share of which `count` of `total` were seen.
+
+    (p + z^2/2n +- z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n), z = 1.96.
+    """
+    p, z2 = count / total, 1.959964**2 / total
+    middle = p + z2 / 2
+    half = (z2 * (p * (1 - p) + z2 / 4)) ** 0.5
+    return float((middle - half) / (1 + z2)), float((middle + half) / (1 + z2))

@@ -14,7 +14,14 @@ from test_unet import TINY, golden_shapes, maker
 
 from puredif_jax import convert
 from puredif_jax.convert import ConvertError, Model, Scheduling
-from puredif_jax.diffusion import CosineBetas, LinearBetas, ScaledLinearBetas
+from puredif_jax.diffusion import (
+    DDPM,
+    CosineBetas,
+    LinearBetas,
+    ScaledLinearBetas,
+    sample,
+)
+from puredif_jax.lab import ZOO
 from puredif_jax.unet import UNet
 
 SCHEDULINGS = [
@@ -284,7 +291,7 @@ HOSTILE = {
     wrong_shape: r"\[3\], expected F32\[8\]",
     not_a_number: "NaN",
     pickle_as_safetensors: "not a safetensors file",
-    pickle_as_bin: "is a pickle",
+    pickle_as_bin: "is a pickle: .* install|is not a pickle of arrays alone",
     path_outside: "outside its folder",
     symlink_loop: "has none of",
     folder_loop: "has no unet/config.json",
@@ -308,6 +315,55 @@ def test_a_folder_that_is_none() -> None:
         convert.read_folder("no/such")
 
 
+def as_bin(folder: pathlib.Path, found) -> None:
+    import torch
+
+    (folder / "unet" / convert.WEIGHTS).unlink()
+    torch.save(found, folder / "unet" / convert.PICKLE)
+
+
+def test_an_old_pickle_of_arrays_is_read_with_torch(folder) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = convert.to_torch(MODEL.params)
+    as_bin(folder, {name: torch.tensor(value) for name, value in tensors.items()})
+    assert_same(convert.read_folder(folder).params)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda torch, name, x: {name: x.half()}, "torch.float16"),
+        (lambda torch, name, x: {name: x[:-1]}, "expected F32"),
+        (lambda torch, name, x: {name: x * torch.nan}, "NaN"),
+        (lambda torch, name, x: {name: [1.0]}, "not a pickle of named arrays"),
+        (lambda torch, name, x: {"more": x}, r"\+more"),
+    ],
+)
+def test_a_pickle_is_judged_as_any_other_file(folder, change, words) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = convert.to_torch(MODEL.params)
+    found = {name: torch.tensor(value) for name, value in tensors.items()}
+    found |= change(torch, "conv_in.bias", found["conv_in.bias"])
+    as_bin(folder, found)
+    with pytest.raises(ConvertError, match=words):
+        convert.read_folder(folder)
+
+
+def test_a_model_of_the_hub_that_cannot_be_had_is_said(monkeypatch) -> None:
+    """Without huggingface_hub, or with it and no network: nothing is downloaded."""
+    with pytest.raises(ConvertError, match="Hub") as raised:
+        convert.find_folder("nobody/no-such-model-of-anyone", offline=True)
+    assert "nobody/no-such-model-of-anyone" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_path_is_taken_before_the_hub(tmp_path, monkeypatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert convert.find_folder("owner/name") == pathlib.Path("owner/name")
+    assert not convert.find_folder("not/a/name/of/the/hub").exists()
+
+
 def test_diffusers_loads_our_folder_and_predicts_the_same(folder) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -321,3 +377,34 @@ def test_diffusers_loads_our_folder_and_predicts_the_same(folder) -> None:
     np.testing.assert_allclose(
         found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max()
     )
+
+
+@pytest.mark.parametrize("name", ["clean", "baddiffusion"])
+def test_diffusers_draws_the_same_images_from_our_folders(name, monkeypatch) -> None:
+    """DDPMPipeline.from_pretrained as it is, given our start and our noise."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.ddpm import pipeline_ddpm
+    from diffusers.schedulers import scheduling_ddpm
+
+    model, steps = convert.read_folder(ZOO / name), 10
+    schedule, key = model.scheduling.betas.tables(), jax.random.key(4)
+    sampler = DDPM(steps, clip=model.scheduling.clip)
+    shape = (3, *model.unet.image_shape)
+    start = np.asarray(jax.random.normal(jax.random.key(3), shape))
+    times, _ = sampler.path(schedule)
+    keys = [jax.random.fold_in(key, t) for t in times]
+    draws = iter([start, *(np.asarray(jax.random.normal(k, shape)) for k in keys)])
+
+    def noise(*args, **kwargs):
+        del args, kwargs
+        return torch.tensor(next(draws).transpose(0, 3, 1, 2))
+
+    monkeypatch.setattr(pipeline_ddpm, "randn_tensor", noise)
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", noise)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(ZOO / name)
+    wanted = pipeline(3, num_inference_steps=steps, output_type="np").images
+    wanted = wanted.reshape(shape)  # a grey image comes without its channel
+    found = sample(model.unet, model.params, schedule, sampler, start, key)
+    found = np.clip(np.asarray(found) / 2 + 0.5, 0, 1)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)

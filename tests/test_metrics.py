@@ -71,3 +71,18 @@ def test_frechet_distance_of_gaussians() -> None:
 def test_frechet_distance_refuses(shapes) -> None:
     with pytest.raises(ValueError, match="found"):
         metrics.frechet_distance(*(np.zeros(s) for s in shapes))
+
+
+def test_auc_is_the_share_of_pairs_in_order() -> None:
+    positive, negative = [0.9, 0.4, 0.4], [0.1, 0.4, 0.5, 0.95]
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    assert metrics.auc(positive, negative) == pytest.approx(np.mean(pairs))
+    assert metrics.auc([2, 3], [0, 1]) == 1 and metrics.auc([0], [1]) == 0
+
+
+@pytest.mark.parametrize(
+    "count,total,low,high",
+    [(8, 8, 0.6756, 1.0), (0, 8, 0.0, 0.3244), (5, 10, 0.2366, 0.7634)],
+)
+def test_share_interval_is_that_of_published_tables(count, total, low, high) -> None:
+    assert metrics.share_interval(count, total) == pytest.approx((low, high), abs=1e-4)
