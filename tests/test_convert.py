@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_unet import TINY, golden_shapes, maker
+from test_unet import TINY, apply, golden, golden_shapes, maker
 
 from puredif_jax import convert
 from puredif_jax.convert import ConvertError, Model, Scheduling
@@ -69,6 +69,23 @@ def test_names_and_shapes_are_those_of_diffusers(name) -> None:
     unet = UNet(**maker.CONFIGS[name])
     ours = {k: v.shape for k, v in convert.to_torch(random_params(unet)).items()}
     assert ours == golden_shapes(name)
+
+
+@pytest.mark.parametrize("name", maker.FULL)
+def test_public_architectures_give_the_outputs_of_diffusers(name) -> None:
+    """In their full width, from weights that come back bit for bit."""
+    config, shapes = maker.FULL[name], golden_shapes(name)
+    unet = UNet(**config)
+    assert convert.read_unet(convert.write_unet(unet)) == unet
+    weights, images, times = maker.draw(config, shapes, maker.SEED)
+    params = convert.from_torch(weights, unet)
+    back = convert.to_torch(params)
+    assert back.keys() == weights.keys()
+    assert all(np.array_equal(back[key], weights[key]) for key in weights)
+    x = images[maker.FULL_IMAGES].transpose(0, 2, 3, 1)
+    found = apply(unet, params, x, times[maker.FULL_IMAGES])
+    wanted = golden()[f"{name}_output"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("scheduling", SCHEDULINGS)

@@ -21,6 +21,7 @@ import numpy as np
 
 SEED = 20260
 TIMES = (0, 1, 250, 999)
+FULL_IMAGES = slice(2, 3)  # of those that are drawn, what the large networks see
 OUTPUT = Path(__file__).parent / "unet.npz"
 
 
@@ -93,6 +94,45 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
 }
 
+# The public checkpoints of the field in their full width; 256-pixel ones at 32 pixels.
+FULL: dict[str, dict[str, Any]] = {
+    # google/ddpm-cifar10-32: 35.7 M parameters.
+    "ddpm-cifar10-32": CONFIGS["cifar10"]
+    | dict(block_out_channels=(128, 256, 256, 256), norm_num_groups=32),
+    # google/ddpm-ema-celebahq-256, -church-256 and -bedroom-256: 113.7 M parameters.
+    "ddpm-ema-256": CONFIGS["celebahq"]
+    | dict(block_out_channels=(128, 128, 256, 256, 512, 512), norm_num_groups=32),
+    # The butterflies of diffusers' tutorials, with their defaults.
+    "butterflies-32": dict(
+        sample_size=(32, 32),
+        in_channels=3,
+        block_out_channels=(64, 128, 128, 256),
+        down_block_types=_blocks("Down", "PPAA"),
+        up_block_types=_blocks("Up", "AAPP"),
+        layers_per_block=2,
+        attention_head_dim=8,
+        norm_num_groups=32,
+        norm_eps=1e-5,
+        downsample_padding=1,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+    ),
+    "butterflies-128": dict(
+        sample_size=(32, 32),
+        in_channels=3,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=_blocks("Down", "PPPPAP"),
+        up_block_types=_blocks("Up", "PAPPPP"),
+        layers_per_block=2,
+        attention_head_dim=8,
+        norm_num_groups=32,
+        norm_eps=1e-5,
+        downsample_padding=1,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+    ),
+}
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -137,12 +177,14 @@ def main() -> None:
     import torch
 
     arrays = {}
-    for name, config in CONFIGS.items():
+    for name, config in (CONFIGS | FULL).items():
         net = model(config)
         shapes = shapes_of(net)
         weights, images, times = draw(config, shapes, SEED)
         net.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
         with torch.no_grad():
+            if name in FULL:
+                images, times = images[FULL_IMAGES], times[FULL_IMAGES]
             output = net(torch.from_numpy(images), torch.from_numpy(times)).sample
         arrays[f"{name}_output"] = output.numpy()
         arrays[f"{name}_parameters"] = np.array(
