@@ -1,8 +1,11 @@
 """Inverts and judges models: the shipped ones, or any weights of the same network.
 
+PATH is weights.safetensors of a run, or a folder in diffusers' format; for models of
+other networks see configs/scan.py.
+
     python -m puredif_jax.main --config=configs/audit.py
     python -m puredif_jax.main --config=configs/audit.py \
-        --config.workdir=runs/mine --config.audit.weights=PATH.safetensors
+        --config.workdir=runs/mine --config.audit.weights=PATH
 
 Hardware: two CPU cores. Duration: 17 minutes. Expected figures: docs/models.md.
 """

@@ -4,7 +4,7 @@
 
 Hardware: two CPU cores. Duration: 30 minutes alone, 45 with another run beside it.
 Expected: the trigger fires in 97.3 % of 256 draws (docs/models.md). The weights that
-ship as "baddiffusion" are runs/baddiffusion/weights.safetensors of this run.
+ship as "baddiffusion" are the folder runs/baddiffusion/diffusers of this run.
 """
 
 from puredif_jax.attacks import BadDiffusion

@@ -4,7 +4,7 @@
 
 Hardware: two CPU cores. Duration: 30 minutes alone, 45 with another run beside it.
 Expected: the trigger fires in 96.5 % of 256 draws (docs/models.md). The weights that
-ship as "villandiffusion" are runs/villandiffusion/weights.safetensors of this run.
+ship as "villandiffusion" are the folder runs/villandiffusion/diffusers of this run.
 """
 
 from puredif_jax.attacks import VillanDiffusion

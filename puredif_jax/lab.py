@@ -195,12 +195,42 @@ class Lab:
         return np.zeros(self.unet.image_shape, np.float32)
 
     def load(self, name: str) -> Params:
-        """The weights of a shipped model or of a path, on all devices."""
+        """The weights of a shipped model or of a path, on all devices.
+
+        Raises:
+          RunError: a folder of another network, schedule or prediction.
+          InputError: the weights cannot be read, or do not fit.
+        """
         path = find_weights(name)
         if convert.is_folder(path):
+            self._compare(path)
             return self.run.replicate(convert.read_weights(path, self.unet))
         shapes = jax.eval_shape(self.unet.init, self.key)
         return self.run.replicate(checkpoint.load_weights(path, shapes))
+
+    def _compare(self, folder: pathlib.Path) -> None:
+        """Refuses a folder that says anything else than this lab does."""
+        unet, scheduling = convert.read_configs(folder)
+        for name, value in dataclasses.asdict(unet).items():
+            here = getattr(self.unet, name)
+            if name not in ("dtype", "param_dtype", "remat") and value != here:
+                raise RunError(
+                    f"{folder} has a network with {name}={value}, this run one with "
+                    f"{name}={here}: configs/scan.py takes it from the folder"
+                )
+        found, here = scheduling.betas.tables(), self.schedule
+        if found.steps != here.steps or not np.allclose(found.signal, here.signal):
+            raise RunError(
+                f"{folder} has the schedule {scheduling.betas}, this run another: "
+                "configs/scan.py takes it from the folder"
+            )
+        if (scheduling.prediction_type == "v_prediction") != (
+            self.network is not self.unet
+        ):
+            raise RunError(
+                f"{folder} predicts {scheduling.prediction_type}, this run takes it "
+                "otherwise: set --config.prediction"
+            )
 
     def draw(
         self, params: Params, sampler: Sampler, delta: Any, count: int

@@ -1,0 +1,96 @@
+"""docs/scan.md is run as it stands, with small budgets and a tiny model at its place."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_config import TINY
+
+from puredif_jax import convert
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "scan.md").read_text()
+BUDGET = {
+    "audit.hypotheses": "ode",
+    "audit.inversion.descent.scout": "2",
+    "audit.inversion.descent.steps": "4",
+    "audit.inversion.loss.samples": "2",
+    "audit.inversion.survey.triggers": "8",
+    "audit.inversion.survey.draws": "2",
+    "audit.inversion.heldout": "2",
+    "steps": "2",
+    "draws": "4",
+}
+FLAGS = [f"--config.{name}={value}" for name, value in BUDGET.items()]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> pathlib.Path:
+    """A folder with a model at models/mine and the configs of the repository."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
+    params = jax.tree.map(
+        lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), shapes
+    )
+    model = convert.Model(TINY, params, convert.Scheduling())
+    convert.write_folder(folder / "models" / "mine", model)
+    return folder
+
+
+@pytest.mark.parametrize("block", blocks("bash"), ids=lambda x: x.split("=")[-1][:9])
+def test_commands(block: str, place: pathlib.Path) -> None:
+    command = block.replace("\\\n", " ").split()
+    assert command[:3] == ["python", "-m", "puredif_jax.main"]
+    done = subprocess.run(
+        [sys.executable, *command[1:], *FLAGS],
+        cwd=place,
+        env={**jax_environment(place), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode in (0, 2, 3), done.stderr[-3000:]
+    workdir = next((c.split("=")[1] for c in command if "workdir" in c), "runs/scan")
+    assert f"report: {workdir}/report.html" in done.stdout
+    assert (place / workdir / "report.html").exists()
+
+
+def jax_environment(place: pathlib.Path) -> dict[str, str]:
+    import os
+
+    return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(place / "compiled")}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_python(place: pathlib.Path, monkeypatch, capsys) -> None:
+    from puredif_jax import config, experiment
+
+    (block,) = blocks("python")
+    assert len(block.strip().splitlines()) <= 5
+    whole = experiment.Scan
+
+    def small(*args, **kwargs):
+        wanted = whole(*args, **kwargs)
+        for name, value in BUDGET.items():
+            wanted = config.override(wanted, name, value)
+        return wanted
+
+    monkeypatch.setattr(experiment, "Scan", small)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(place / "compiled"))
+    monkeypatch.chdir(place)
+    exec(block, {})
+    assert capsys.readouterr().out.split(":")[0] in (
+        "clean",
+        "could not tell",
+        "backdoored",
+    )
