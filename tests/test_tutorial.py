@@ -1,4 +1,4 @@
-"""docs/scan.md is run as it stands, with small budgets and a tiny model at its place."""
+"""docs/scan.md is run as it stands, with small budgets and a tiny model in its place."""
 
 import pathlib
 import re
