@@ -217,6 +217,11 @@ class DistributionShift:
         hypothesis: Hypothesis,
         shard: Shard = unsharded,
     ) -> Objective:
+        if max(self.timesteps) >= schedule.steps:
+            raise ValueError(
+                f"the timesteps of a schedule of {schedule.steps} lie in "
+                f"0..{schedule.steps - 1}, found {max(self.timesteps)}"
+            )
         shift_table = hypothesis.shift(schedule)
         response_table = hypothesis.response(schedule)
 

@@ -13,7 +13,7 @@ import jax
 from absl import logging
 
 from puredif_jax import config, convert, parallel
-from puredif_jax.diffusion import DDIM, DDPM
+from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
 from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.report import Report, Section, environment
@@ -53,8 +53,8 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
                 experiment = as_experiment(scan, name, folder)
                 _mark(home, folder)
                 perform_once(experiment)
-            except InputError as error:
-                errors[name] = str(error)
+            except (InputError, jax.errors.JaxRuntimeError, MemoryError) as error:
+                errors[name] = str(error).strip() or type(error).__name__
                 logging.error("%s: %s", name, error)
         report, status = _summary(scan, models, errors)
     return report, status
@@ -106,8 +106,13 @@ def as_experiment(scan: Scan, name: str, folder: pathlib.Path) -> Experiment:
       InputError: the configuration of the folder is not supported.
     """
     unet, scheduling = convert.read_configs(folder)
+    if scheduling.betas.steps != LinearBetas().steps:
+        raise RunError(
+            f"{folder} has {scheduling.betas.steps} timesteps: the losses of inversion "
+            f"are made for {LinearBetas().steps}"
+        )
     ancestral = DDPM(
-        min(scan.steps, scheduling.betas.steps),
+        scan.steps,
         clip=scheduling.clip,
         spacing=scheduling.timestep_spacing,
         offset=scheduling.steps_offset,
@@ -119,6 +124,11 @@ def as_experiment(scan: Scan, name: str, folder: pathlib.Path) -> Experiment:
         spacing=ancestral.spacing,
         offset=ancestral.offset,
     )
+    for sampler in (ancestral, deterministic):
+        try:
+            sampler.path(scheduling.betas.tables())
+        except ValueError as error:
+            raise RunError(f"{folder} cannot be sampled so: {error}") from error
     return Experiment(
         workdir=f"{scan.workdir}/{name}",
         model=unet,
@@ -144,7 +154,9 @@ def _mark(home: pathlib.Path, folder: pathlib.Path) -> None:
       RunError: the folder of the run holds one of other weights.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    kinds = (".json", ".safetensors", ".bin")
+    files = (p for p in folder.rglob("*") if p.suffix in kinds and p.is_file())
+    for path in sorted(files):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             while block := file.read(2**20):

@@ -399,3 +399,10 @@ def test_scale_rules() -> None:
     assert float(Analytic()(response, shift, delta)) == 0.5
     assert float(Calibrated(3.0)(response, shift, delta)) == 1.5
     assert float(LeastSquares()(response, shift, delta)) == 0.25
+
+
+def test_a_timestep_past_the_schedule_is_refused() -> None:
+    """An index out of range would be clamped in silence."""
+    short = LinearBetas(500).tables()
+    with pytest.raises(ValueError, match=r"0\.\.499, found 999"):
+        DistributionShift().bind(lambda params, x, t: x, short, Hypothesis())

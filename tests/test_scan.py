@@ -114,7 +114,7 @@ def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None
 def test_what_the_folder_says_is_what_is_done(tmp_path) -> None:
     folder = write(
         tmp_path,
-        betas=LinearBetas(500),
+        betas=LinearBetas(1000, 1e-3, 0.03),
         clip=2.0,
         timestep_spacing="linspace",
         variance_type="fixed_large",
@@ -122,12 +122,26 @@ def test_what_the_folder_says_is_what_is_done(tmp_path) -> None:
     )
     wanted = plan(tmp_path, folder, steps=40, mesh=Mesh(batch=1), seed=4)
     found = scan.as_experiment(wanted, "model", folder)
-    assert found.model == TINY and found.schedule == LinearBetas(500)
+    assert found.model == TINY and found.schedule == LinearBetas(1000, 1e-3, 0.03)
     assert found.prediction == "v_prediction" and found.seed == 4
     for sampler in (found.evaluation.ancestral, found.evaluation.deterministic):
         assert (sampler.steps, sampler.clip, sampler.spacing) == (40, 2.0, "linspace")
     assert found.evaluation.ancestral.variance == "fixed_large"
     assert found.audit.inversion == INVERSION
+
+
+@pytest.mark.parametrize(
+    "scheduling,steps,words",
+    [
+        ({"betas": LinearBetas(500)}, 2, "500 timesteps"),
+        ({"steps_offset": 1}, 1000, "cannot be sampled so: timesteps must lie in"),
+        ({}, 1001, "1 to 1000 steps"),
+    ],
+)
+def test_what_cannot_be_done_is_said_at_once(tmp_path, scheduling, steps, words):
+    folder = write(tmp_path / "model", **scheduling)
+    _, status = scan.perform_scan(plan(tmp_path / "scan", folder, steps=steps))
+    assert status == 1 and words in table(tmp_path / "scan")["model"]["reason"]
 
 
 def test_the_audit_of_a_scan_is_the_default_one() -> None:

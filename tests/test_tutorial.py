@@ -1,4 +1,4 @@
-"""docs/scan.md is run as it stands, with small budgets and a tiny model in its place."""
+"""docs/scan.md is run as it stands, on a tiny model and with small budgets."""
 
 import pathlib
 import re
