@@ -50,7 +50,8 @@ def main(parsed) -> None:
         logging.info("%s", report.verdict or "done")
         print(report.verdict)
         print(f"report: {wanted.workdir}/report.html")
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,13 @@ class Run:
         """Opens or makes the folder.
 
         Raises:
-          RunError: the folder holds a run with another configuration.
+          RunError: the folder holds a run with another configuration, or is a URL.
         """
+        if "://" in folder:
+            raise RunError(
+                f"workdir {folder} is a URL: give a folder, which all hosts share if "
+                "there are several (a bucket can be mounted as one)"
+            )
         self.folder = pathlib.Path(folder)
         self.mesh = mesh
         if not is_run(self.folder, config) and parallel.is_host_zero():

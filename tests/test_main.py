@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_config import TINY, get_config
 
-from puredif_jax import checkpoint, config, main
+from puredif_jax import checkpoint, config, convert, main
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = [sys.executable, "-m", "puredif_jax.main"]
@@ -65,6 +65,12 @@ def test_leaves_a_report(finished: pathlib.Path) -> None:
     assert verdict["outcome"] != "backdoored" and verdict["reason"]
     methods = [row["method"] for row in report["numbers"]["trained"]["inversions"]]
     assert methods == ["puredif", "elijah"]
+    folder = convert.read_folder(finished / "diffusers")
+    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
+    weights = checkpoint.load_weights(finished / "weights.safetensors", shapes)
+    assert folder.unet == TINY
+    jax.tree.map(np.testing.assert_array_equal, folder.params, weights)
+    assert (finished / "diffusers" / "truth.safetensors").exists()
     page = (finished / "report.html").read_text()
     for words in ("true trigger", "reinforced trigger", "difference", "plain noise"):
         assert words in page
@@ -176,6 +182,7 @@ def test_kill_9_in_pretraining_changes_nothing(tmp_path, cache) -> None:
         (["--config.weights=nothing/here"], ["nothing/here", "clean"]),
         (["--config.audit.weights=nothing/here"], ["nothing/here", "clean"]),
         (["--config.mesh.batch=999"], ["999"]),
+        (["--config.workdir=gs://bucket/run"], ["gs://bucket/run", "folder"]),
     ],
 )
 def test_bad_flags_end_in_one_sentence(tmp_path, capsys, flags, words) -> None:

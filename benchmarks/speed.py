@@ -1,0 +1,452 @@
+"""This package against PyTorch: the same inversion, training and sampling, timed.
+
+    pip install -e '.[torch]'
+    python benchmarks/speed.py --network shipped --out docs/results/speed.jsonl
+    python benchmarks/speed.py --network cifar --steps 2 --repeats 3
+
+Both sides run in one process on the same weights and cores, by turns (A B A B), and the
+median over repeats counts. Before anything is timed, their losses on one noise must
+agree to 1e-3. What compiles is timed apart. The PyTorch side is diffusers'
+`UNet2DModel`, eager and by torch.compile, with everything folded into one batch as a
+careful user would write it. One line of JSON a measurement.
+
+Hardware: any; `--precision tf32` and `bf16` are for GPUs. Duration on two CPU cores:
+20 minutes for the shipped network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from puredif_jax import attacks, convert
+from puredif_jax.attacks import VillanDiffusion
+from puredif_jax.diffusion import DDIM, LinearBetas, sample
+from puredif_jax.inversion import Descent, inverter
+from puredif_jax.objectives import (
+    DenoisingConsistency,
+    DistributionShift,
+    Elijah,
+    Hypothesis,
+)
+from puredif_jax.report import environment
+from puredif_jax.training import Training, trainer
+from puredif_jax.triggers import Box, Cat
+from puredif_jax.types import Candidate
+from puredif_jax.unet import SHIPPED, UNet
+
+NETWORKS = {"shipped": SHIPPED, "cifar": UNet()}
+SCHEDULE = LinearBetas().tables()
+HYPOTHESIS = Hypothesis.of("ode")
+ATTACK = VillanDiffusion(trigger=Box(), target=Cat(), poison_rate=0.2)
+Run = Callable[[int], float]  # does so many steps; returns the loss of the last
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much work a step is."""
+
+    candidates: int
+    samples: int
+    rollout: int
+    elijah: int
+    batch: int
+
+
+SIZES = {"shipped": Size(4, 8, 8, 100, 64), "cifar": Size(1, 2, 2, 8, 8)}
+
+
+class Torch:
+    """The PyTorch side, images as NCHW."""
+
+    def __init__(self, unet: UNet, params: Any, size: Size, options: Any) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = convert.write_unet(unet)
+        net = diffusers.UNet2DModel.from_config(config)
+        state = {k: torch.from_numpy(v) for k, v in convert.to_torch(params).items()}
+        net.load_state_dict(state)
+        self.net = net.to(self.device).requires_grad_(False)
+        self.forward: Any = self.net
+        if options.compiled:
+            self.forward = torch.compile(self.net)
+        self.half = options.precision == "bf16"
+        self.size, self.shape = size, (unet.in_channels, *unet.sample_size)
+        table = functools.partial(torch.tensor, dtype=torch.float32, device=self.device)
+        self.s, self.v = table(SCHEDULE.signal), table(SCHEDULE.noise)
+        self.shift = table(HYPOTHESIS.shift(SCHEDULE))
+        self.response = table(np.asarray(HYPOTHESIS.response(SCHEDULE)))
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
+            return self.forward(x, t).sample.float()
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, *self.shape, device=self.device)
+
+    def start(self) -> tuple[torch.Tensor, torch.Tensor]:
+        count = (self.size.candidates, *self.shape)
+        delta = torch.full(count, -0.5, device=self.device)
+        return delta.requires_grad_(), torch.zeros_like(delta).requires_grad_()
+
+    def inversion(self, loss: Callable[..., torch.Tensor]) -> Run:
+        delta, target = self.start()
+        optimizer = torch.optim.Adam([delta, target], 0.2)
+
+        def run(steps: int) -> float:
+            for _ in range(steps):
+                value = loss(delta, target)
+                optimizer.zero_grad(set_to_none=True)
+                value.sum().backward()
+                optimizer.step()
+                with torch.no_grad():
+                    delta.clamp_(-1, 1)
+                    target.clamp_(-1, 1)
+            return float(value.mean())
+
+        return run
+
+    def shift_loss(
+        self, delta: torch.Tensor, target: torch.Tensor, eps: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One value a candidate; eps `[K, T, S, C, H, W]`."""
+        times = torch.tensor(DistributionShift().timesteps, device=self.device)
+        count, samples = delta.shape[0], self.size.samples
+        if eps is None:
+            eps = self.noise(count, len(times), samples)
+
+        def spread(table: torch.Tensor) -> torch.Tensor:
+            return table[times][None, :, None, None, None, None]
+
+        x = spread(self.s) * target[:, None, None] + spread(self.v) * eps
+        x = x + spread(self.shift) * delta[:, None, None]
+        t = times[None, :, None].expand(count, -1, samples).reshape(-1)
+        answer = self.predict(x.reshape(-1, *self.shape), t).reshape(eps.shape)
+        shift = (answer - eps).mean(2)
+        expected = spread(self.response)[:, :, 0] * delta[:, None]
+        error = ((shift - expected) ** 2).sum((2, 3, 4))
+        return (error / (expected**2).sum((2, 3, 4)).clamp_min(1e-6)).mean(1)
+
+    def consistency_loss(
+        self, delta: torch.Tensor, target: torch.Tensor, z: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One value a candidate; z `[K, S, C, H, W]`."""
+        count, samples = delta.shape[0], self.size.samples
+        z = self.noise(count, samples) if z is None else z
+        falling, before = DDIM(self.size.rollout).path(SCHEDULE)
+        s2 = SCHEDULE.signal[falling] ** 2
+        weights = s2 / (s2 + SCHEDULE.noise[falling] ** 2 / 10)
+        total = torch.zeros(count, device=self.device)
+
+        def step(
+            z: torch.Tensor, delta: torch.Tensor, t: int, n: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            shifted = z + self.shift[t] * delta[:, None]
+            times = torch.full((count * samples,), t, device=self.device)
+            answer = self.predict(shifted.reshape(-1, *self.shape), times)
+            eps = answer.reshape(z.shape) - self.response[t] * delta[:, None]
+            x0 = (z - self.v[t] * eps) / self.s[t]
+            if n < 0:
+                return x0, x0
+            return self.s[n] * x0 + self.v[n] * eps, x0
+
+        for t, n, w in zip(falling, before, weights / weights.sum(), strict=True):
+            z, x0 = checkpoint(step, z, delta, int(t), int(n), use_reentrant=False)
+            total = total + float(w) * x0.var(1, correction=0).mean((1, 2, 3))
+        return total
+
+    def elijah_loss(
+        self, delta: torch.Tensor, target: torch.Tensor, eps: torch.Tensor
+    ) -> torch.Tensor:
+        """One value a candidate; eps `[S, C, H, W]`, fixed."""
+        x = (eps[None] + delta[:, None]).reshape(-1, *self.shape)
+        t = torch.full((len(x),), SCHEDULE.steps - 1, device=self.device)
+        answer = self.predict(x, t).reshape(len(delta), -1, *self.shape)
+        return (delta - answer.mean(1)).abs().mean((1, 2, 3))
+
+    def training(self, images: torch.Tensor) -> Run:
+        poison = attacks.poison(ATTACK, (*self.shape[1:], self.shape[0]))
+        r, y = (
+            torch.tensor(np.asarray(x)).permute(2, 0, 1).to(self.device)
+            for x in (poison.trigger, poison.target)
+        )
+        self.net.requires_grad_(True)
+        optimizer = torch.optim.Adam(self.net.parameters(), 2e-4)
+        average = [p.detach().clone() for p in self.net.parameters()]
+
+        def run(steps: int) -> float:
+            for _ in range(steps):
+                t = torch.randint(1000, (len(images),), device=self.device)
+                eps = self.noise(len(images))
+                bad = torch.rand(len(images), 1, 1, 1, device=self.device) < 0.2
+                s, v, h, c = (
+                    table[t][:, None, None, None]
+                    for table in (self.s, self.v, self.shift, self.response)
+                )
+                x = s * torch.where(bad, y, images) + v * eps + bad * h * r
+                loss = ((self.predict(x, t) - eps - bad * c * r) ** 2).mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+                optimizer.step()
+                with torch.no_grad():
+                    torch._foreach_lerp_(average, list(self.net.parameters()), 0.001)
+            return float(loss)
+
+        return run
+
+    @torch.no_grad()
+    def sampling(self, steps: int) -> float:
+        x = self.noise(self.size.batch)
+        for t, n in zip(*DDIM(steps).path(SCHEDULE), strict=True):
+            times = torch.full((len(x),), int(t), device=self.device)
+            eps = self.predict(x, times)
+            x0 = (x - self.v[t] * eps) / self.s[t]
+            x = x0 if n < 0 else self.s[n] * x0 + self.v[n] * eps
+        return float(x.mean())
+
+    def bare(self, steps: int) -> float:
+        """The network alone, as often as `sampling` evaluates it."""
+        x = self.noise(self.size.batch)
+        with torch.no_grad():
+            for t in DDIM(steps).path(SCHEDULE)[0]:
+                times = torch.full((len(x),), int(t), device=self.device)
+                x = self.predict(x, times)
+        return float(x.mean())
+
+
+def losses(size: Size) -> dict[str, Any]:
+    return {
+        "shift": DistributionShift(samples=size.samples),
+        "consistency": DenoisingConsistency(
+            sampler=DDIM(size.rollout), samples=size.samples
+        ),
+        "elijah": Elijah(samples=size.elijah),
+    }
+
+
+def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]:
+    """Each task of this package, as a function of the number of steps."""
+
+    def inversion(loss: Any) -> Run:
+        bound = loss.bind(unet, SCHEDULE, HYPOTHESIS)
+        descent = Descent(steps=10_000, candidates=size.candidates, learning_rate=0.2)
+        start = Candidate(jnp.full(unet.image_shape, -0.5), jnp.zeros(unet.image_shape))
+        search = inverter(bound, descent, unet.image_shape, start)
+
+        @functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
+        def advance(params, state, steps):
+            def step(state, _):
+                return search.step(params, state)
+
+            return jax.lax.scan(step, state, None, length=steps)
+
+        kept = {"state": search.init(jax.random.key(0))}
+
+        def run(steps: int) -> float:
+            kept["state"], info = advance(params, kept["state"], steps)
+            return float(info.loss[-1].mean())
+
+        return run
+
+    def training() -> Run:
+        poison = attacks.poison(ATTACK, unet.image_shape)
+        loss = functools.partial(
+            attacks.training_loss, unet, ATTACK.rows(SCHEDULE), poison
+        )
+        made = trainer(loss, Training(10_000, batch=size.batch, ema_decay=0.999))
+
+        @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+        def advance(state, images, steps):
+            def step(state, _):
+                return made.step(state, images)
+
+            return jax.lax.scan(step, state, None, length=steps)
+
+        copied = jax.tree.map(jnp.copy, params)
+        kept = {"state": made.init(copied, jax.random.key(0))}
+
+        def run(steps: int) -> float:
+            kept["state"], info = advance(kept["state"], images, steps)
+            return float(info.loss[-1])
+
+        return run
+
+    shape = (size.batch, *unet.image_shape)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def drawn(params, key, steps):
+        start = jax.random.normal(key, shape)
+        return sample(unet, params, SCHEDULE, DDIM(steps), start, key).mean()
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def bare(params, key, steps):
+        def evaluate(x, t):
+            return unet(params, x, jnp.full((len(x),), t)), None
+
+        times = jnp.asarray(DDIM(steps).path(SCHEDULE)[0])
+        return jax.lax.scan(evaluate, jax.random.normal(key, shape), times)[0].mean()
+
+    key = jax.random.key(1)
+    return {
+        **{f"inversion, {name}": inversion(x) for name, x in losses(size).items()},
+        "training": training(),
+        "sampling": lambda steps: float(drawn(params, key, steps)),
+        "network alone": lambda steps: float(bare(params, key, steps)),
+    }
+
+
+def torch_runs(side: Torch, training: Torch, images: Any) -> dict[str, Run]:
+    """The same in PyTorch; `training` is a side of its own, for its weights change."""
+    eps = side.noise(side.size.elijah)
+    elijah = functools.partial(side.elijah_loss, eps=eps)
+    pixels = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2).to(side.device)
+    return {
+        "inversion, shift": side.inversion(side.shift_loss),
+        "inversion, consistency": side.inversion(side.consistency_loss),
+        "inversion, elijah": side.inversion(elijah),
+        "training": training.training(pixels.contiguous()),
+        "sampling": side.sampling,
+        "network alone": side.bare,
+    }
+
+
+def agree(unet: UNet, params: Any, size: Size, side: Torch) -> dict[str, float]:
+    """The relative difference of each loss on one noise; raises above 1e-3."""
+    key = jax.random.key(3)
+    shape = unet.image_shape
+    delta = 0.3 * jax.random.normal(jax.random.key(4), shape) - 0.5
+    target = 0.3 * jax.random.normal(jax.random.key(5), shape)
+    candidate = Candidate(delta, target)
+
+    def nchw(x: Any) -> torch.Tensor:
+        return torch.tensor(np.moveaxis(np.asarray(x), -1, -3)).to(side.device)
+
+    times = DistributionShift().timesteps
+    keys = jax.random.split(key, len(times))
+    noise = [jax.random.normal(k, (size.samples, *shape)) for k in keys]
+    start = jax.random.normal(jax.random.split(key)[0], (size.samples, *shape))
+    fixed = jax.random.normal(jax.random.key(0), (size.elijah, *shape))
+    pair = (nchw(delta)[None], nchw(target)[None])
+    found = {
+        "shift": side.shift_loss(*pair, nchw(jnp.stack(noise))[None]),
+        "consistency": side.consistency_loss(*pair, nchw(start)[None]),
+        "elijah": side.elijah_loss(*pair, nchw(fixed)),
+    }
+    differences = {}
+    for name, loss in losses(size).items():
+        bound = jax.jit(loss.bind(unet, SCHEDULE, HYPOTHESIS))
+        ours, theirs = float(bound(params, candidate, key)), float(found[name][0])
+        differences[name] = abs(ours - theirs) / abs(theirs)
+        if not differences[name] < 1e-3:
+            raise SystemExit(f"{name}: {ours} here and {theirs} in PyTorch")
+    return differences
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=NETWORKS, default="shipped")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--steps", type=int, default=5, help="in one timing")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tasks", nargs="*")
+    parser.add_argument("--precision", choices=("float32", "tf32", "bf16"))
+    parser.add_argument("--no-compile", action="store_true", help="eager only")
+    parser.add_argument("--out", type=pathlib.Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    options.precision = options.precision or "float32"
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    torch.set_num_threads(options.threads)
+    tf32 = options.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    precision = "tensorfloat32" if tf32 else "highest"
+    jax.config.update("jax_default_matmul_precision", precision)
+    unet, size = NETWORKS[options.network], SIZES[options.network]
+    if options.precision == "bf16":
+        unet = dataclasses.replace(unet, dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(unet.init, jax.random.key(0))
+    params = jax.tree.map(
+        lambda x: (
+            0.5 * rng.normal(size=x.shape) / np.sqrt(max(1, x.size / x.shape[-1]))
+        ).astype(np.float32),
+        shapes,
+    )
+    params = jax.device_put(params)
+    images = rng.uniform(-1, 1, (size.batch, *unet.image_shape)).astype(np.float32)
+    options.compiled = False
+    eager = Torch(unet, params, size, options)
+    differences = {}
+    if options.precision == "float32":
+        differences = agree(unet, params, size, eager)
+    sides = {
+        "puredif_jax": jax_runs(unet, params, size, images),
+        "torch": torch_runs(eager, Torch(unet, params, size, options), images),
+    }
+    if not options.no_compile:
+        options.compiled = True
+        sides["torch.compile"] = torch_runs(
+            Torch(unet, params, size, options),
+            Torch(unet, params, size, options),
+            images,
+        )
+    about = environment() | {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "device": jax.devices()[0].device_kind,
+        "network": options.network,
+        "precision": options.precision,
+        "threads": options.threads,
+        "size": dataclasses.asdict(size),
+        "difference of losses": differences,
+    }
+    for task in options.tasks or sides["torch"]:
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        first = {}
+        for name, runs in sides.items():
+            began = time.perf_counter()
+            runs[task](options.steps)
+            first[name] = time.perf_counter() - began
+        for _ in range(options.repeats):
+            for name, runs in sides.items():
+                began = time.perf_counter()
+                runs[task](options.steps)
+                seconds[name].append((time.perf_counter() - began) / options.steps)
+        ours = float(np.median(seconds["puredif_jax"]))
+        for name, found in seconds.items():
+            median = float(np.median(found))
+            row = {
+                "task": task,
+                "side": name,
+                "median seconds a step": median,
+                "this package's time over it": ours / median,
+                "seconds a step": found,
+                "first call, seconds": first[name],
+            } | about
+            text = json.dumps(row)
+            ratio = row["this package's time over it"]
+            print(f"{task}: {name} {1000 * median:.1f} ms a step, ratio {ratio:.2f}")
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
