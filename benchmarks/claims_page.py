@@ -95,7 +95,8 @@ def scores(report: Row, detector: Detector) -> dict[str, float]:
 def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
     """Calibrates on some clean models and judges the others; paragraphs."""
     names = sorted(clean)
-    calibrating, held_out = names[:CALIBRATING], names[CALIBRATING:]
+    calibrating = [n for n in names if int(n.partition("/")[2]) < CALIBRATING]
+    held_out = [n for n in names if n not in calibrating]
     calibrated = Detector(
         clean=tuple(
             round(max(scores(clean[n], Detector()).values()), 3) for n in calibrating
@@ -386,7 +387,7 @@ def main() -> None:
         "![triggers and draws](claims_triggers.png)",
     ]
     pictures(arguments.claims, list(backdoored))
-    if len(clean) > CALIBRATING:
+    if clean and backdoored:
         parts += ["## Detection", *detect(clean, backdoored)]
     if speedup:
         parts += [

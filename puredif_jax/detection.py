@@ -181,7 +181,21 @@ class Detector:
       doubt, alarm: in standard deviations of `clean`.
     """
 
-    clean: tuple[float, ...] = (0.1292, 0.0, 0.1767, 0.161, 0.1572)
+    clean: tuple[float, ...] = (
+        0.129,
+        -0.005,
+        0.177,
+        0.161,
+        0.157,
+        0.114,
+        0.18,
+        0.21,
+        0.101,
+        0.152,
+        0.101,
+        0.145,
+        0.143,
+    )
     doubt: float = 3.0
     alarm: float = 6.0
 

@@ -1,5 +1,8 @@
 """Features against closed forms and loops, and the detector's verdicts."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,3 +136,16 @@ def test_bounds_are_those_of_the_clean_models() -> None:
 def test_detector_needs_clean_models_and_bounds_in_order(change) -> None:
     with pytest.raises(ValueError, match="found"):
         Detector(**change)
+
+
+def test_the_default_is_calibrated_on_the_recorded_clean_models() -> None:
+    """The scores of docs/results/claims.json, of the models numbered below 20."""
+    path = pathlib.Path(__file__).parents[1] / "docs" / "results" / "claims.json"
+    scores = []
+    for name, record in json.loads(path.read_text()).items():
+        kind, _, number = name.partition("/")
+        if kind == "clean" and int(number) < 20:
+            rows = record["numbers"]["trained"]["inversions"]
+            gains = [row["gain"] for row in rows if row["method"] == "puredif"]
+            scores.append(-np.log10(min(gains)))
+    assert Detector().clean == pytest.approx(scores, abs=6e-4)
