@@ -262,6 +262,7 @@ class Lab:
                 key = jax.random.fold_in(root, i)
                 drawn.append(parallel.gather(program(params, delta, key)))
                 bar.update()
+                parallel.safe_point()
         return np.concatenate(drawn)[:count]
 
     def features(

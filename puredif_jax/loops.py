@@ -275,6 +275,7 @@ def _survey(
                 drawn = draw(params, hypothesis, triggers[group], keys[group])
                 images.append(parallel.gather(drawn))
                 bar.update(survey.together)
+                parallel.safe_point()
         pool = lab.run.replicate(np.concatenate(images))
         found = parallel.gather(choose(params, hypothesis, triggers, pool, key_sign))
         return {"delta": found.delta, "target": found.target}

@@ -11,6 +11,8 @@ from puredif_jax import config, parallel
 from puredif_jax.experiment import Scan, Sweep
 from puredif_jax.types import InputError
 
+STOPPED = 143  # exit status after a SIGTERM, as a shell has it
+
 
 def parse(argv: list[str]):
     """The configuration, and what absl keeps of the command line."""
@@ -29,6 +31,7 @@ def main(parsed) -> None:
     status = 0
     try:
         parallel.initialize(os.environ)
+        parallel.stop_on_sigterm()
         # Imported after the devices are initialised.
         if isinstance(wanted, Sweep):
             from puredif_jax.sweep import perform_sweep
@@ -44,6 +47,9 @@ def main(parsed) -> None:
             report = perform(wanted)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except parallel.Stopped as stopped:
+        logging.warning("%s", stopped)
+        sys.exit(STOPPED)
     if report is None:
         logging.info("the rest is left to other processes, or to a call without only")
     elif parallel.is_host_zero():

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import pathlib
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,41 @@ from puredif_jax.types import Array, InputError, Shard
 
 AXES = ("candidate", "batch")
 EXPLICIT = ("PUREDIF_COORDINATOR", "PUREDIF_NUM_PROCESSES", "PUREDIF_PROCESS_ID")
+
+
+class Stopped(Exception):
+    """The program was told to end (SIGTERM), and all that was done is stored."""
+
+
+class _Stop:
+    """Whether a SIGTERM has come, and how often that was asked."""
+
+    signalled = False
+    asked = 0
+
+
+def stop_on_sigterm() -> None:
+    """From now on a SIGTERM lets the program reach its next safe point first."""
+
+    def note(number: int, frame: Any) -> None:
+        del number, frame
+        _Stop.signalled = True
+
+    signal.signal(signal.SIGTERM, note)
+
+
+def safe_point() -> None:
+    """Where a run may end without loss; all processes pass the same ones.
+
+    Raises:
+      Stopped: a SIGTERM came, to any of the processes.
+    """
+    _Stop.asked += 1
+    stop = _Stop.signalled
+    if jax.process_count() > 1:
+        stop = multihost_utils.reached_preemption_sync_point(_Stop.asked)
+    if stop:
+        raise Stopped("stopped by SIGTERM; the same command goes on from here")
 
 
 def initialize(environ: Mapping[str, str]) -> None:

@@ -91,6 +91,9 @@ class Run:
 
         Returns:
           The state at step `total`.
+
+        Raises:
+          Stopped: a SIGTERM came; what was done is stored.
         """
         with Checkpoints(self.folder / "checkpoints" / stage) as checkpoints:
             start = checkpoints.latest() or 0
@@ -114,6 +117,7 @@ class Run:
                         bar.set_postfix(loss=f"{float(np.min(means['loss'])):.4g}")
                     bar.update(stop - start)
                     start = stop
+                    parallel.safe_point()
         return state
 
     def once(

@@ -173,6 +173,26 @@ def test_kill_9_in_pretraining_changes_nothing(tmp_path, cache) -> None:
     check_kills(tmp_path / "run", flags, (("train", 12),), whole, cache)
 
 
+def test_sigterm_stores_what_was_done_and_says_so(tmp_path, finished, cache) -> None:
+    folder = tmp_path / "run"
+    command = [*COMMAND, *tiny(folder)]
+    process = subprocess.Popen(command, env=cache, stderr=subprocess.PIPE, text=True)
+    while reached(folder, "train") < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 143, said
+    assert "the same command goes on" in said and "Traceback" not in said
+    assert not (folder / "report.json").exists()
+    stored = {int(p.name) for p in (folder / "checkpoints/train").iterdir()}
+    assert max(stored) == reached(folder, "train")
+    subprocess.run(command, env=cache, check=True, timeout=300)
+    whole, resumed = arrays(finished), arrays(folder)
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize(
     "flags,words",
     [
