@@ -38,7 +38,12 @@ class _Stop:
 
 
 def stop_on_sigterm() -> None:
-    """From now on a SIGTERM lets the program reach its next safe point first."""
+    """From now on a SIGTERM lets the program reach its next safe point first.
+
+    With several processes JAX itself listens, and tells all of them.
+    """
+    if jax.process_count() > 1:
+        return
 
     def note(number: int, frame: Any) -> None:
         del number, frame

@@ -1,6 +1,7 @@
 """Two processes with two CPU devices each, over loopback: the edge as on a pod."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 120
 
 PROGRAM = """
-import os, sys
+import os, signal, sys, time
 import jax, numpy as np
 from puredif_jax import checkpoint, parallel
 
@@ -82,6 +83,21 @@ checkpoint.save_weights(os.path.join(directory, "w.safetensors"), whole, {})
 jax.experimental.multihost_utils.sync_global_devices("written")
 file = os.path.join(directory, "w.safetensors")
 np.testing.assert_array_equal(checkpoint.load_weights(file, {"w": x})["w"], x)
+
+# A SIGTERM to one process stops both, at the same safe point.
+parallel.stop_on_sigterm()
+for _ in range(3):
+    parallel.safe_point()
+if me == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+passed = 3
+try:
+    while passed < 600:
+        time.sleep(0.05)
+        parallel.safe_point()
+        passed += 1
+except parallel.Stopped:
+    print("process", me, "stopped after", passed)
 print("process", me, "is done")
 """
 
@@ -137,3 +153,5 @@ def test_two_processes(tmp_path):
     assert not timed_out and codes == [0, 0], f"timed out: {timed_out}, {codes}\n{both}"
     for i, log in enumerate(logs):
         assert f"process {i} is done" in log.read_text(), both
+    stops = re.findall(r"stopped after (\d+)", both)
+    assert len(stops) == 2 and stops[0] == stops[1], both
