@@ -10,8 +10,7 @@ agree to 1e-3. What compiles is timed apart. The PyTorch side is diffusers'
 `UNet2DModel`, eager and by torch.compile, with everything folded into one batch as a
 careful user would write it. One line of JSON a measurement.
 
-Hardware: any; `--precision tf32` and `bf16` are for GPUs. Duration on two CPU cores:
-20 minutes for the shipped network.
+Hardware: any; `--precision tf32` and `bf16` are for GPUs.
 """
 
 from __future__ import annotations

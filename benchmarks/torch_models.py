@@ -11,7 +11,7 @@ scanned shares with it the weights of the shipped clean model, from which all st
 the images. A folder that exists is kept, so the script resumes by models.
 Beside each folder, truth.json says what was done to it and how often it fires.
 
-Hardware: two CPU cores. Duration: 1.5 hours.
+Hardware: any; the network is small enough for two CPU cores.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
     python -m puredif_jax.main --config=configs/scan.py --config.model=FOLDER
 
-FOLDER is a model's folder, a folder of such folders, a text file that names one a line,
-or owner/name of the Hub; several are separated by commas. Without it the models of the
-package are scanned. Exit status: 0 clean, 1 error, 2 could not tell, 3 backdoored (of
-several models the gravest: backdoored, then error, then could not tell).
+FOLDER is a model's folder, that of a run which trained one, a folder of such folders, a
+text file that names one a line, or owner/name of the Hub; several are separated by
+commas. Without it the models of the package are scanned. Exit status: 0 clean, 1 error,
+2 could not tell, 3 backdoored (of several models the gravest: backdoored, then error,
+then could not tell).
 
-Hardware: any. Duration: 2 minutes a model of the package's size on two CPU cores.
-Expected: docs/scan.md.
+Hardware: any. Duration: 3 minutes a model of the package's size on one CPU core.
+Expected: docs/claims.md.
 """
 
 from puredif_jax.experiment import Scan

@@ -251,6 +251,12 @@ def grid(
     return found.astype(np.int32)
 
 
+def _to_next(rising: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The path on which each timestep leads to the one below, the last to clean."""
+    before = np.concatenate([[-1], rising[:-1]]).astype(np.int32)
+    return rising[::-1], before[::-1]
+
+
 def _endpoints(
     schedule: NoiseSchedule, t: Array, t_prev: Array
 ) -> tuple[Array, Array, Array, Array]:
@@ -294,9 +300,7 @@ class DDPM:
 
     def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
         """Each step leads to the next timestep of the grid, the last to clean."""
-        rising = grid(schedule, self.steps, self.spacing, self.offset)
-        before = np.concatenate([[-1], rising[:-1]]).astype(np.int32)
-        return rising[::-1], before[::-1]
+        return _to_next(grid(schedule, self.steps, self.spacing, self.offset))
 
     def step(
         self,
@@ -384,9 +388,8 @@ class DPMSolver:
 
     Attributes:
       steps: number of model evaluations.
-      spacing, offset: as in `grid`, but for the last two kinds of spacing, which here
-        are those of diffusers' multistep solvers: leading takes k = T // (n + 1),
-        linspace n + 1 timesteps from 0 to T - 1 without the first of them.
+      spacing, offset: as in `grid`; but leading and linspace, as in diffusers'
+        multistep solvers, take n + 1 timesteps and leave the lowest out.
     """
 
     steps: int = 20
@@ -405,8 +408,7 @@ class DPMSolver:
                     f"{schedule.steps - 1} steps, found {self.steps}"
                 )
             rising = grid(schedule, more, self.spacing, self.offset)[1:]
-        before = np.concatenate([[-1], rising[:-1]]).astype(np.int32)
-        return rising[::-1], before[::-1]
+        return _to_next(rising)
 
     def step(
         self,

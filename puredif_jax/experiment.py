@@ -90,11 +90,12 @@ class Inversion:
     def images(self) -> int:
         """Most images that the network may see at once."""
         judged = DistributionShift(samples=self.heldout).evaluations
-        signs = 0
+        most = [self.descent.candidates * self.loss.evaluations, judged]
         if self.survey is not None:
             signed = DistributionShift(samples=self.survey.draws).evaluations
-            signs = self.descent.candidates * signed
-        return max(self.descent.candidates * self.loss.evaluations, judged, signs)
+            most += [self.descent.candidates * signed]
+            most += [self.survey.together * self.survey.draws]
+        return max(most)
 
 
 Baseline = Literal["elijah", "elijah, equal evaluations"]
@@ -292,8 +293,8 @@ class Scan:
 
     Attributes:
       workdir: folder of the scan.
-      model: folders of models, folders of such folders, text files that name one a
-        line, or names "owner/name" of the Hub.
+      model: folders of models or of runs that trained one, folders of such folders,
+        text files that name one a line, or names "owner/name" of the Hub.
       audit: how each is inverted and judged; names no weights.
       steps: of sampling, strided.
       draws: images sampled from each trigger.

@@ -31,7 +31,7 @@ def sliced(model: NoiseModel, together: int, shard: Shard = unsharded) -> NoiseM
       shard: constraint on a slice.
 
     Raises:
-      ValueError: together is below 1.
+      ValueError: together is below 1; when called, the parameters are vmapped.
     """
     if together < 1:
         raise ValueError(f"together must be 1 or more, found {together}")
@@ -57,7 +57,7 @@ def sliced(model: NoiseModel, together: int, shard: Shard = unsharded) -> NoiseM
         @run.def_vmap
         def fold(size: int, batched: Any, params: Params, *arrays: Array):
             if any(jax.tree.leaves(batched[0])):
-                raise NotImplementedError("the parameters of a sliced model are shared")
+                raise ValueError("a sliced model cannot be vmapped over parameters")
             spread = (
                 x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
                 for x, is_batched in zip(arrays, batched[1:], strict=True)

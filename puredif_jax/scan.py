@@ -18,6 +18,7 @@ from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import RunError, write_atomically
+from puredif_jax.stages import FOLDER
 from puredif_jax.sweep import claim, keep_programs, perform_once
 from puredif_jax.types import InputError
 
@@ -48,11 +49,10 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
         with claim(home) as claimed:
             if not claimed:
                 continue
-            logging.info("model %d of %d: %s", i + 1, len(models), name)
             try:
                 experiment = as_experiment(scan, name, folder)
                 _mark(home, folder)
-                perform_once(experiment)
+                perform_once(experiment, f"model {i + 1} of {len(models)}")
             except (InputError, jax.errors.JaxRuntimeError, MemoryError) as error:
                 errors[name] = str(error).strip() or type(error).__name__
                 logging.error("%s: %s", name, error)
@@ -75,10 +75,10 @@ def find_models(scan: Scan) -> dict[str, pathlib.Path]:
             lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
             named = [line for line in lines if line and not line.startswith("#")]
             found = [convert.find_folder(line, scan.offline) for line in named]
-        elif convert.is_folder(path):
-            found = [path]
+        elif model := _model_in(path):
+            found = [model]
         elif path.is_dir():
-            found = [p for p in sorted(path.iterdir()) if convert.is_folder(p)]
+            found = [m for p in sorted(path.iterdir()) if (m := _model_in(p))]
         else:
             found = []
         if not found:
@@ -90,13 +90,24 @@ def find_models(scan: Scan) -> dict[str, pathlib.Path]:
         folders += found
     models: dict[str, pathlib.Path] = {}
     for folder in folders:
-        stem, count = folder.resolve().name, 1
-        if folder.resolve().parent.name == "snapshots":  # of the Hub's cache
-            stem = folder.resolve().parents[1].name
+        whole, count = folder.resolve(), 1
+        stem = whole.name
+        if stem == FOLDER:  # of a run
+            stem = whole.parent.name
+        elif whole.parent.name == "snapshots":  # of the Hub's cache
+            stem = whole.parents[1].name
         while (name := stem if count == 1 else f"{stem}-{count}") in models:
             count += 1
         models[name] = folder
     return models
+
+
+def _model_in(path: pathlib.Path) -> pathlib.Path | None:
+    """The model that is a folder, or that a run of ours has left in it."""
+    for folder in (path / FOLDER, path):
+        if convert.is_folder(folder):
+            return folder
+    return None
 
 
 def as_experiment(scan: Scan, name: str, folder: pathlib.Path) -> Experiment:

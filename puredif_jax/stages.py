@@ -97,17 +97,24 @@ class Stages:
             evaluation.draws,
         )
 
-    def export(self, params: Params) -> None:
-        """Writes the model as a folder that diffusers loads, too."""
-        experiment = self.experiment
-        folder = self.lab.run.folder / FOLDER
+    def save(self, params: Params) -> None:
+        """Writes the trained model, in our format and as a folder of diffusers."""
+        host = parallel.gather(params)
+        if not parallel.is_host_zero():
+            return
+        experiment, top = self.experiment, self.lab.run.folder
+        placeless = dataclasses.replace(experiment, workdir=top.name)
+        about = json.dumps(config.to_dict(placeless), sort_keys=True)
+        checkpoint.save_weights(top / WEIGHTS, host, {"experiment": about})
         scheduling = convert.Scheduling(
             experiment.schedule, experiment.prediction, clip=None
         )
-        model = convert.Model(experiment.model, params, scheduling)
-        convert.write_folder(folder, model)
+        model = convert.Model(experiment.model, host, scheduling)
+        convert.write_folder(top / FOLDER, model)
         if experiment.attack is not None:
-            Truth.of(experiment.attack, experiment.model.image_shape).save(folder)
+            truth = Truth.of(experiment.attack, experiment.model.image_shape)
+            truth.save(top / WEIGHTS)
+            truth.save(top / FOLDER)
 
     def amplify(self) -> Part:
         """Trains to each snapshot, reinforces the trigger there, and measures both."""
@@ -398,14 +405,7 @@ def perform(experiment: Experiment) -> Report:
         parts.append(stages.amplify())
     if experiment.training is not None:
         trained = stages.train(experiment.training.steps)
-        host = parallel.gather(trained)
-        if parallel.is_host_zero():
-            about = json.dumps(config.to_dict(placeless), sort_keys=True)
-            checkpoint.save_weights(run.folder / WEIGHTS, host, {"experiment": about})
-            if experiment.attack is not None:
-                truth = Truth.of(experiment.attack, experiment.model.image_shape)
-                truth.save(run.folder / WEIGHTS)
-            stages.export(host)
+        stages.save(trained)
         parts.append(stages.measure(trained))
     elif experiment.weights is not None:
         parts.append(stages.measure(lab.load(experiment.weights)))

@@ -39,13 +39,13 @@ def perform_sweep(sweep: Sweep) -> Report | None:
     chosen, began = sweep.chosen(), time.monotonic()
     done = 0
     for i, experiment in enumerate(chosen):
-        folder = pathlib.Path(experiment.workdir)
-        with claim(folder) as claimed:
+        label = f"run {i + 1} of {len(chosen)}"
+        with claim(pathlib.Path(experiment.workdir)) as claimed:
             if not claimed:
                 continue
             try:
-                logging.info("run %d of %d: %s", i + 1, len(chosen), folder)
-                perform_once(experiment)
+                if not perform_once(experiment, label):
+                    continue
             except InputError as error:
                 failed[experiment.workdir] = str(error)
         done += 1
@@ -69,17 +69,23 @@ def keep_programs(workdir: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def perform_once(experiment: Experiment) -> None:
+def perform_once(experiment: Experiment, label: str) -> bool:
     """Does a run that has no report yet, and forgets its programs.
+
+    Returns:
+      Whether there was anything to do; `label` then goes into the log.
 
     Raises:
       InputError: its input is wrong, or its folder holds another run.
     """
     folder = pathlib.Path(experiment.workdir)
     known = is_run(folder, config.to_dict(experiment))
-    if not (known and (folder / "report.json").exists()):
-        perform(experiment)
-        jax.clear_caches()
+    if known and (folder / "report.json").exists():
+        return False
+    logging.info("%s: %s", label, folder)
+    perform(experiment)
+    jax.clear_caches()
+    return True
 
 
 @contextlib.contextmanager

@@ -149,6 +149,13 @@ def test_the_audit_of_a_scan_is_the_default_one() -> None:
     assert Audit().inversion == Inversion()
 
 
+def test_a_run_is_scanned_by_the_model_that_it_left(tmp_path) -> None:
+    folder = write(tmp_path / "runs" / "mine" / "diffusers")
+    (tmp_path / "runs" / "mine" / "config.json").write_text("{}")
+    for named in (tmp_path / "runs", tmp_path / "runs" / "mine"):
+        assert scan.find_models(plan(tmp_path, named)) == {"mine": folder}
+
+
 def test_the_zoo_is_found_by_name() -> None:
     models = scan.find_models(Scan("scan", ("zoo",)))
     assert set(models) >= {"clean", "baddiffusion", "villandiffusion"}

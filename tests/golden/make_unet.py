@@ -117,21 +117,12 @@ FULL: dict[str, dict[str, Any]] = {
         flip_sin_to_cos=True,
         freq_shift=0,
     ),
-    "butterflies-128": dict(
-        sample_size=(32, 32),
-        in_channels=3,
-        block_out_channels=(128, 128, 256, 256, 512, 512),
-        down_block_types=_blocks("Down", "PPPPAP"),
-        up_block_types=_blocks("Up", "PAPPPP"),
-        layers_per_block=2,
-        attention_head_dim=8,
-        norm_num_groups=32,
-        norm_eps=1e-5,
-        downsample_padding=1,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-    ),
 }
+FULL["butterflies-128"] = FULL["butterflies-32"] | dict(
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=_blocks("Down", "PPPPAP"),
+    up_block_types=_blocks("Up", "PAPPPP"),
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
