@@ -1,11 +1,10 @@
 """A 2-D convolution whose gradient is fast inside a loop on CPU.
 
 Inside a `while` or `scan`, XLA's CPU backend runs the two convolutions of the
-backward pass on a path that is 10 to 30 times slower than outside one
-(jax-ml/jax#12868). Here the gradient in the input is written as a forward
-convolution and that in the kernel as matrix products, which are fast in both
-places. Other platforms keep XLA's own gradient. `benchmarks/convolution.py`
-measures both.
+backward pass on a path that is 10 to 100 times slower than outside one
+(jax-ml/jax#12868). Here both gradients are written as forward convolutions, that in
+the kernel with the batch as channels, which are fast in both places. Other platforms
+keep XLA's own gradient. docs/speed.md has the figures.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from jax import lax
 
 from puredif_jax.types import Array
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
+Padding = tuple[tuple[int, int], ...]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -47,7 +46,32 @@ def _input_gradient(
 def _kernel_gradient(
     g: Array, x: Array, size: tuple[int, ...], stride: int, padding: Padding
 ) -> Array:
-    """d/dkernel <g, conv(x)>: at each offset, the window of x times g, one matmul."""
+    """d/dkernel <g, conv(x)>: over the batch, g convolved with x or x with g.
+
+    The one with more channels is the kernel. With strides, at each offset the window of
+    x times g is one matrix product.
+    """
+    if stride > 1:
+        return _strided_kernel_gradient(g, x, size, stride, padding)
+    edges = tuple(
+        (before, g.shape[axis] + size[axis - 1] - 1 - x.shape[axis] - before)
+        for axis, (before, _) in enumerate(padding, start=1)
+    )
+    if x.shape[-1] < g.shape[-1]:
+        image, kernel = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+        return _convolve(image, kernel, 1, edges).transpose(1, 2, 0, 3)
+    turned_edges = tuple(
+        (n - 1 - before, n - 1 - after)
+        for n, (before, after) in zip(size[:2], edges, strict=True)
+    )
+    image, kernel = g.transpose(3, 1, 2, 0), x.transpose(1, 2, 0, 3)
+    turned = _convolve(image, kernel, 1, turned_edges)
+    return turned[:, ::-1, ::-1].transpose(1, 2, 3, 0)
+
+
+def _strided_kernel_gradient(
+    g: Array, x: Array, size: tuple[int, ...], stride: int, padding: Padding
+) -> Array:
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = ((n - 1) * stride + 1 for n in g.shape[1:3])
     flat = g.reshape(-1, g.shape[-1])

@@ -153,16 +153,29 @@ SHIPPED = UNet(
 """The network of the models that ship with the package: 0.64 M parameters."""
 
 
-def _group_norm(config: UNet, x: Array, name: str) -> Array:
-    norm = nn.GroupNorm(
-        config.norm_num_groups,
-        epsilon=config.norm_eps,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        name=name,
-    )
-    with jax.numpy_dtype_promotion("standard"):  # Flax relies on it
-        return norm(x)
+class _GroupNorm(nn.Module):
+    """GroupNorm over `[B, H, W, C]`; statistics in float32, first of each channel."""
+
+    config: UNet
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, channels = self.config, x.shape[-1]
+        groups = c.norm_num_groups
+        scale = self.param("scale", nn.initializers.ones, (channels,), c.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), c.param_dtype)
+
+        def of_groups(y: Array) -> Array:
+            """Means over a group, at each of its channels: `[B, C]`."""
+            means = y.mean((1, 2)).reshape(-1, groups, channels // groups).mean(-1)
+            return means.repeat(channels // groups, axis=1)
+
+        wide = x.astype(jnp.float32)
+        mean = of_groups(wide)
+        variance = jnp.maximum(of_groups(wide**2) - mean**2, 0.0)
+        gain = jax.lax.rsqrt(variance + c.norm_eps) * scale.astype(jnp.float32)[None]
+        shift = bias.astype(jnp.float32)[None] - mean * gain
+        return (wide * gain[:, None, None] + shift[:, None, None]).astype(c.dtype)
 
 
 def _conv(
@@ -200,10 +213,10 @@ class _Resnet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, temb: Array, deterministic: bool) -> Array:
         c = self.config
-        h = nn.silu(_group_norm(c, x, "norm1"))
+        h = nn.silu(_GroupNorm(c, name="norm1")(x))
         h = _conv(c, self.width, "conv1")(h)
         h = h + _dense(c, self.width, "time_emb_proj")(nn.silu(temb))[:, None, None, :]
-        h = nn.silu(_group_norm(c, h, "norm2"))
+        h = nn.silu(_GroupNorm(c, name="norm2")(h))
         h = nn.Dropout(c.dropout)(h, deterministic=deterministic)
         h = _conv(c, self.width, "conv2", zero=True)(h)
         if x.shape[-1] != self.width:
@@ -221,7 +234,7 @@ class _Attention(nn.Module):
         c = self.config
         batch, height, width, channels = x.shape
         head = c.attention_head_dim or channels
-        h = _group_norm(c, x, "group_norm")
+        h = _GroupNorm(c, name="group_norm")(x)
         q, k, v = (
             _dense(c, channels, f"to_{name}")(h)
             .reshape(batch, height * width, channels // head, head)
@@ -296,5 +309,5 @@ class _UNet2D(nn.Module):
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = _conv(c, width, f"{prefix}_upsamplers_0_conv")(x)
 
-        x = nn.silu(_group_norm(c, x, "conv_norm_out"))
+        x = nn.silu(_GroupNorm(c, name="conv_norm_out")(x))
         return _conv(c, c.in_channels, "conv_out", zero=True)(x)
