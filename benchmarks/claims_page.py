@@ -5,9 +5,11 @@
     python -m puredif_jax.main --config=configs/speedup.py
     python benchmarks/claims_page.py
 
-Reads runs/claims, runs/ablation and runs/speedup; what is not done yet is left out and
-counted. The detector is calibrated here on the calibrating clean models and judges the
-others.
+Reads the finished runs of runs/claims, runs/ablation and runs/speedup and adds them to
+the records, docs/results/claims.json and claims_images.npz. The page is made of the
+records: a machine that holds a part of the runs adds a part. What is not done yet is
+left out and counted. The detector is calibrated here on the calibrating clean models
+and judges the others.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from puredif_jax.detection import Detector, Features
 from puredif_jax.unet import SHIPPED
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "docs/results/claims.json"
+IMAGES = ROOT / "docs/results/claims_images.npz"
 CALIBRATING = 20
 BATCH = 64  # of the trainings
 Row = dict[str, Any]
@@ -296,30 +300,31 @@ def factors(rows: list[Row]) -> list[Row]:
     return found
 
 
-def pictures(folder: pathlib.Path, names: list[str]) -> None:
-    """docs/claims_triggers.png: a row a backdoored model."""
-    columns = ("true trigger", "inverted", "target", "estimated target")
-    figure, axes = plt.subplots(
-        len(names), 8, figsize=(8.5, 1.05 * len(names)), squeeze=False
+def tiles(folder: pathlib.Path, name: str) -> np.ndarray:
+    """True and inverted trigger, both targets, four draws: `[8, H, W]`, of bytes."""
+    solver = "sde" if "baddiffusion" in name else "ode"
+    image = jax.ShapeDtypeStruct(SHIPPED.image_shape, jnp.float32)
+    truth = checkpoint.load_weights(
+        folder / "weights.truth.safetensors", {"trigger": image, "target": image}
     )
-    for row, name in zip(axes, names, strict=True):
-        solver = "sde" if "baddiffusion" in name else "ode"
-        image = jax.ShapeDtypeStruct(SHIPPED.image_shape, jnp.float32)
-        truth = checkpoint.load_weights(
-            folder / name / "weights.truth.safetensors",
-            {"trigger": image, "target": image},
-        )
-        with np.load(folder / name / f"results/puredif_trained_{solver}.npz") as file:
-            found = dict(file)
-        images = [truth["trigger"], found["delta"], truth["target"], found["target"]]
-        for i, axis in enumerate(row):
-            shown = images[i] if i < 4 else found["draws"][i - 4]
-            axis.imshow(shown[..., 0], cmap="gray", vmin=-1, vmax=1)
+    with np.load(folder / f"results/puredif_trained_{solver}.npz") as file:
+        found = dict(file)
+    images = [truth["trigger"], found["delta"], truth["target"], found["target"]]
+    shown = np.stack([*images, *found["draws"][:4]])[..., 0]
+    return np.round(127.5 * (np.clip(shown, -1, 1) + 1)).astype(np.uint8)
+
+
+def pictures(images: dict[str, np.ndarray]) -> None:
+    """docs/claims_triggers.png: a row a backdoored model."""
+    columns = ("true trigger", "inverted", "target", "estimated target", "draws")
+    figure, axes = plt.subplots(
+        len(images), 8, figsize=(8.5, 1.05 * len(images)), squeeze=False
+    )
+    for row, (name, shown) in zip(axes, sorted(images.items()), strict=True):
+        for axis, image in zip(row, shown, strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
             axis.set_xticks([])
             axis.set_yticks([])
-            if axis in axes[0]:
-                title = columns[i] if i < 4 else ("draws" if i == 4 else "")
-                axis.set_title(title, fontsize=7)
         row[0].set_ylabel(
             name.partition("/")[2].replace("-", "\n", 1),
             fontsize=6,
@@ -327,6 +332,8 @@ def pictures(folder: pathlib.Path, names: list[str]) -> None:
             ha="right",
             va="center",
         )
+    for axis, title in zip(axes[0], columns, strict=False):
+        axis.set_title(title, fontsize=7)
     figure.savefig(ROOT / "docs/claims_triggers.png", dpi=110, bbox_inches="tight")
 
 
@@ -362,17 +369,42 @@ def curves(rows: list[Row]) -> None:
     figure.savefig(ROOT / "docs/claims_speedup.png", dpi=110, bbox_inches="tight")
 
 
+def collect(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Row]]:
+    """The records by sweep and run, with those of the finished runs added."""
+    records = json.loads(RECORDS.read_text())
+    with np.load(IMAGES) as file:
+        images = dict(file)
+    for sweep, folder in folders.items():
+        for name, report in reports(folder):
+            records[sweep][name] = {k: report[k] for k in ("numbers", "environment")}
+            if name.startswith("backdoored/"):
+                images[name] = tiles(folder / name, name)
+    sweeps = [
+        f"{json.dumps(sweep)}:{{\n"
+        + ",\n".join(
+            f"{json.dumps(name)}:{json.dumps(runs[name], separators=(',', ':'))}"
+            for name in sorted(runs)
+        )
+        + "}"
+        for sweep, runs in records.items()
+    ]
+    RECORDS.write_text("{" + ",\n".join(sweeps) + "}\n")
+    np.savez_compressed(IMAGES, **images)
+    if images:
+        pictures(images)
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--claims", default="runs/claims", type=pathlib.Path)
-    parser.add_argument("--ablation", default="runs/ablation", type=pathlib.Path)
-    parser.add_argument("--speedup", default="runs/speedup", type=pathlib.Path)
-    arguments = parser.parse_args()
-    runs = dict(reports(arguments.claims))
-    clean = {k: v for k, v in runs.items() if k.startswith("clean/")}
-    backdoored = {k: v for k, v in runs.items() if k.startswith("backdoored/")}
-    ablation = dict(reports(arguments.ablation))
-    speedup = dict(reports(arguments.speedup))
+    names = ("claims", "ablation", "speedup")
+    for name in names:
+        parser.add_argument(f"--{name}", default=f"runs/{name}", type=pathlib.Path)
+    arguments = vars(parser.parse_args())
+    records = collect({name: arguments[name] for name in names})
+    runs, ablation, speedup = (records[name] for name in names)
+    clean = {k: v for k, v in sorted(runs.items()) if k.startswith("clean/")}
+    backdoored = {k: v for k, v in sorted(runs.items()) if k.startswith("backdoored/")}
     attacks = [success_row(name, report) for name, report in backdoored.items()]
     parts = [
         "# The claims, measured",
@@ -386,7 +418,6 @@ def main() -> None:
         table(attacks),
         "![triggers and draws](claims_triggers.png)",
     ]
-    pictures(arguments.claims, list(backdoored))
     if clean and backdoored:
         parts += ["## Detection", *detect(clean, backdoored)]
     if speedup:
@@ -407,12 +438,6 @@ def main() -> None:
         rows = ablation_rows(ablation)
         parts += ["## Ablation of the inversion", table(rows)]
     (ROOT / "docs/claims.md").write_text("\n\n".join(parts) + "\n")
-    records = {
-        name: {"numbers": report["numbers"], "environment": report["environment"]}
-        for name, report in {**runs, **ablation, **speedup}.items()
-    }
-    text = json.dumps(records, indent=None, separators=(",", ":"))
-    (ROOT / "docs/results/claims.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
