@@ -12,6 +12,9 @@ from puredif_jax.experiment import Scan, Sweep
 from puredif_jax.types import InputError
 
 STOPPED = 143  # exit status after a SIGTERM, as a shell has it
+_COST = flags.DEFINE_bool(
+    "cost", False, "tell what the run would cost, from a few steps, and do not run it"
+)
 
 
 def parse(argv: list[str]):
@@ -26,6 +29,7 @@ def main(parsed) -> None:
     """Does what is configured; bad input ends it with one sentence and status 1.
 
     A scan ends with its own status: 0 clean, 1 error, 2 could not tell, 3 backdoored.
+    `--cost` tells what the run would cost instead.
     """
     wanted, _ = parsed
     status = 0
@@ -33,6 +37,11 @@ def main(parsed) -> None:
         parallel.initialize(os.environ)
         parallel.stop_on_sigterm()
         # Imported after the devices are initialised.
+        if _COST.value:
+            from puredif_jax import cost
+
+            print(cost.estimate(wanted))
+            return
         if isinstance(wanted, Sweep):
             from puredif_jax.sweep import perform_sweep
 

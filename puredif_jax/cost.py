@@ -1,0 +1,286 @@
+"""What a run will cost, told before it: operations, memory and time of its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from puredif_jax import attacks, config, parallel
+from puredif_jax.amplification import Reinforcement
+from puredif_jax.attacks import Solver
+from puredif_jax.experiment import Experiment, Inversion, Scan, Sweep
+from puredif_jax.inversion import Descent, inverter
+from puredif_jax.lab import Lab
+from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis
+from puredif_jax.run import Run
+from puredif_jax.scan import as_experiment, find_models
+from puredif_jax.training import trainer
+from puredif_jax.types import Params
+
+Row = dict[str, Any]
+STEPS = 3  # that are measured
+
+
+Step = Callable[[Params, Any], Any]
+
+
+class Program(NamedTuple):
+    """One compiled step.
+
+    operations: floating-point ones of the loop's body, on a device; nan where the
+      compiler does not tell.
+    memory: bytes on a device at the peak: arguments, results and temporaries.
+    seconds: of a step, inside a loop of `STEPS`.
+    """
+
+    operations: float
+    memory: int
+    seconds: float
+
+
+def measure(step: Step, params: Params, state: Any) -> Program:
+    """Compiles (params, state) -> state, and takes a few steps."""
+
+    @jax.jit
+    def advance(params: Params, state: Any) -> Any:
+        taken, _ = jax.lax.scan(
+            lambda state, _: (step(params, state), None), state, length=STEPS
+        )
+        return taken
+
+    compiled = advance.lower(params, state).compile()
+    found, sizes = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    assert sizes is not None
+    memory = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+    memory += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    jax.block_until_ready(compiled(params, state))
+    began = time.perf_counter()
+    jax.block_until_ready(compiled(params, state))
+    seconds = (time.perf_counter() - began) / STEPS
+    return Program(found.get("flops", float("nan")), memory, seconds)
+
+
+class Part(NamedTuple):
+    """Steps of one kind in a run.
+
+    name: what one step is.
+    times: how many there are.
+    evaluations: of the network on one image in a step; with its gradient three.
+    key: programs of the same name and key on the same model are the same.
+    program: (lab, weights) -> the step, and a state before it.
+    """
+
+    name: str
+    times: float
+    evaluations: int
+    key: Any
+    program: Callable[[Lab, Params], tuple[Step, Any]]
+
+
+class Cost(NamedTuple):
+    """What a run will cost.
+
+    rows: a kind of step each, with its number, operations, memory and time.
+    hours: of all of them.
+    memory: bytes on a device, of the largest.
+    parameters: of the largest model.
+    """
+
+    rows: tuple[Row, ...]
+    hours: float
+    memory: int
+    parameters: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{row['times']:.0f} x {row['one']}: {row['operations']:.3g} operations, "
+            f"{row['memory'] / 2**20:.0f} MiB, {row['seconds']:.3g} s each; "
+            f"{row['times'] * row['seconds'] / 3600:.2g} hours"
+            for row in self.rows
+        ]
+        lines.append(
+            f"about {self.hours:.2g} hours, {self.memory / 2**20:.0f} MiB on a device "
+            f"at the peak, {self.parameters:,} parameters"
+        )
+        return "\n".join(lines)
+
+
+def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
+    """The cost of a run that has not begun, from a few steps of each of its parts.
+
+    Operations are those of the network, as the compiler counts them for its forward
+    pass. Steps are measured on fresh weights; compilation, files, the reading of data
+    and the choices of a survey are not counted.
+
+    Raises:
+      InputError: a model to scan cannot be read.
+    """
+    rows: dict[tuple[Any, ...], Row] = {}
+    labs: dict[Any, tuple[Lab, Params, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, experiment in enumerate(_experiments(wanted)):
+            model = (
+                experiment.model,
+                experiment.schedule,
+                experiment.prediction,
+                experiment.mesh,
+                experiment.images,
+            )
+            if model not in labs:
+                lab, params = _lab(experiment, f"{folder}/{number}")
+                one = _drawing(lab.run.mesh.size, 0).program(lab, params)
+                labs[model] = lab, params, measure(one[0], params, one[1]).operations
+            lab, params, operations = labs[model]
+            for part in parts(experiment):
+                key = (model, part.name, part.key)
+                if key not in rows:
+                    logging.info("measuring %s", part.name)
+                    step, state = part.program(lab, params)
+                    program = measure(step, params, state)
+                    rows[key] = {
+                        "one": part.name,
+                        "times": 0.0,
+                        "operations": part.evaluations * operations,
+                        "memory": program.memory,
+                        "seconds": program.seconds,
+                    }
+                rows[key]["times"] += part.times
+    found = tuple(rows.values())
+    return Cost(
+        found,
+        sum(row["times"] * row["seconds"] for row in found) / 3600,
+        max(row["memory"] for row in found),
+        max(sum(x.size for x in jax.tree.leaves(p)) for _, p, _ in labs.values()),
+    )
+
+
+def _experiments(wanted: Experiment | Scan | Sweep) -> Iterator[Experiment]:
+    if isinstance(wanted, Sweep):
+        yield from wanted.chosen()
+    elif isinstance(wanted, Scan):
+        for name, folder in find_models(wanted).items():
+            yield as_experiment(wanted, name, folder)
+    else:
+        yield wanted
+
+
+def _lab(experiment: Experiment, folder: str) -> tuple[Lab, Params]:
+    """A lab in a folder that is thrown away, and fresh weights."""
+    mesh = parallel.make_mesh(dataclasses.asdict(experiment.mesh))
+    lab = Lab(
+        Run(folder, config.to_dict(experiment), mesh),
+        experiment.model,
+        experiment.schedule,
+        experiment.evaluation.batch,
+        experiment.seed,
+        experiment.chunk,
+        experiment.prediction,
+        experiment.images,
+    )
+    return lab, lab.run.replicate(jax.jit(lab.unet.init)(lab.key))
+
+
+def parts(experiment: Experiment) -> Iterator[Part]:
+    """The parts of a run, as `stages.perform` does them."""
+    batch, draws = experiment.evaluation.batch, experiment.evaluation.draws
+    attack = experiment.attack
+    if experiment.training is not None:
+        yield _training(experiment)
+    if experiment.training is not None or experiment.weights is not None:
+        evaluation = experiment.evaluation
+        steps = evaluation.deterministic.steps
+        if attack is not None:
+            steps = evaluation.sampler(attack.solver).steps
+            yield _drawing(batch, 2 * draws * steps)
+        else:
+            yield _drawing(batch, 64 * steps)
+        models = 2 if experiment.training and experiment.weights is not None else 1
+        frechet = models * evaluation.frechet_draws * evaluation.deterministic.steps
+        yield _drawing(batch, frechet)
+    if experiment.amplification is not None and attack is not None:
+        count = len(experiment.amplification.snapshots)
+        steps = experiment.evaluation.sampler(attack.solver).steps
+        yield _drawing(batch, 2 * draws * steps * count)
+        reinforcement: Reinforcement = experiment.amplification.reinforcement
+        loss, times = reinforcement.loss(attack.solver), reinforcement.descent.steps
+        yield _descent(loss, attack.solver, times * count, "reinforcement")
+    if experiment.audit is not None:
+        for _ in experiment.audit.weights:
+            for solver in experiment.audit.hypotheses:
+                methods = experiment.audit.methods(solver)
+                for method, inversion in methods.items():
+                    yield from _inversion(batch, method, inversion, solver)
+                steps = experiment.evaluation.sampler(solver).steps
+                yield _drawing(batch, (len(methods) * draws + 64) * steps)
+
+
+def _training(experiment: Experiment) -> Part:
+    training, attack = experiment.training, experiment.attack
+    assert training is not None
+
+    def program(lab: Lab, params: Params) -> tuple[Step, Any]:
+        rows = attack.rows(lab.schedule) if attack else attacks.clean_rows(lab.schedule)
+        poison = attacks.poison(attack, lab.unet.image_shape) if attack else None
+        loss = functools.partial(attacks.training_loss, lab.network, rows, poison)
+        made = trainer(loss, training)
+        images = np.zeros((training.batch, *lab.unet.image_shape), np.float32)
+        split = parallel.put(images, parallel.along(lab.run.mesh, "batch"))
+
+        def step(params: Params, state: Any) -> Any:
+            state, images = state
+            return made.step(state, images)[0], images
+
+        return step, (made.init(params, lab.key), split)
+
+    kind = type(attack).__name__ if attack else "clean"
+    name = f"training step of {training.batch} images ({kind})"
+    return Part(name, training.steps, 3 * training.batch, None, program)
+
+
+def _drawing(batch: int, images: float) -> Part:
+    def program(lab: Lab, params: Params) -> tuple[Step, Any]:
+        def step(params: Params, x: Any) -> Any:
+            return lab.model(params, lab.shard(x), jnp.zeros((batch,), jnp.int32))
+
+        return step, jnp.zeros((batch, *lab.unet.image_shape))
+
+    name = f"network evaluation of {batch} images"
+    return Part(name, images / batch, batch, None, program)
+
+
+def _descent(loss: Bindable, solver: Solver, times: float, name: str) -> Part:
+    def program(lab: Lab, params: Params) -> tuple[Step, Any]:
+        hypothesis = Hypothesis.of(solver)
+        bound = loss.bind(lab.model, lab.schedule, hypothesis, lab.shard)
+        search = inverter(bound, Descent(), lab.unet.image_shape)
+
+        def step(params: Params, state: Any) -> Any:
+            return search.step(params, state)[0]
+
+        return step, search.init(lab.key)
+
+    name = f"step of {name}, for a candidate"
+    return Part(name, times, 3 * loss.evaluations, loss, program)
+
+
+def _inversion(
+    batch: int, method: str, inversion: Inversion, solver: Solver
+) -> Iterator[Part]:
+    descent = inversion.descent
+    after = 1 if descent.scout else descent.candidates
+    times = descent.candidates * descent.scout + after * (descent.steps - descent.scout)
+    yield _descent(inversion.loss, solver, times, f"inversion by {method}")
+    judged = DistributionShift(samples=inversion.heldout).evaluations
+    images = (descent.candidates + 1 if descent.scout else descent.candidates) * judged
+    if inversion.survey is not None:
+        images += inversion.survey.evaluations
+    yield _drawing(batch, images)

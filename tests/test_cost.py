@@ -1,0 +1,110 @@
+"""What `--cost` tells, against counts by hand and by a network that counts."""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import pytest
+
+from puredif_jax import cost, main
+from puredif_jax.experiment import Experiment, Mesh, Sweep
+from puredif_jax.stages import perform
+from puredif_jax.types import Params
+from puredif_jax.unet import UNet
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from tiny_config import TINY, get_config  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def tiny(workdir: pathlib.Path | str) -> Experiment:
+    """The audit of a short training, on one device, mostly draws."""
+    config = get_config()
+    return dataclasses.replace(
+        config,
+        workdir=str(workdir),
+        amplification=None,
+        evaluation=dataclasses.replace(config.evaluation, draws=64),
+        mesh=Mesh(1, 1),
+        chunk=20,
+    )
+
+
+def convolutions(params: Params) -> float:
+    """Operations of all kernels on one image, two a multiplication."""
+    small = ("down_blocks_1", "down_blocks_0_down", "mid", "up_blocks_0_res")
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path[0].key
+        if leaf.ndim == 4:
+            side = 8 if name.startswith(small) else 16
+            total += 2 * leaf.size * side**2
+        elif leaf.ndim == 2 and "attentions" in name:
+            total += 2 * leaf.size * 8**2
+        elif leaf.ndim == 2:
+            total += 2 * leaf.size
+    return total
+
+
+@pytest.fixture(scope="module")
+def told() -> cost.Cost:
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        return cost.estimate(tiny("runs/never"))
+
+
+def test_operations_are_those_of_the_kernels(told) -> None:
+    params = TINY.init(jax.random.key(0))
+    (drawn,) = [r for r in told.rows if r["one"].startswith("network evaluation")]
+    one = drawn["operations"] / 8
+    # GroupNorm, SiLU and the sums are the rest: much, for four channels.
+    assert 1.0 < one / convolutions(params) < 2.0
+    (trained,) = [r for r in told.rows if r["one"].startswith("training")]
+    assert trained["operations"] == pytest.approx(3 * 8 * one)
+    assert told.parameters == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_memory_and_time_are_those_of_the_parts(told) -> None:
+    assert told.memory == max(row["memory"] for row in told.rows) > 4 * told.parameters
+    seconds = sum(row["times"] * row["seconds"] for row in told.rows)
+    assert told.hours == pytest.approx(seconds / 3600) and told.hours > 0
+    assert "12 x training step of 8 images (VillanDiffusion)" in str(told)
+    assert "on a device at the peak" in str(told).splitlines()[-1]
+    assert not pathlib.Path("runs/never").exists()
+
+
+def test_the_network_is_evaluated_as_often_as_told(tmp_path, monkeypatch) -> None:
+    """In training and draws; test_experiment.py counts inversions."""
+    images, network = [], UNet.__call__
+
+    def counting(self, params, x, t, dropout_key=None):
+        jax.debug.callback(lambda x: images.append(x.shape[0]), x)
+        return network(self, params, x, t, dropout_key)
+
+    experiment = dataclasses.replace(tiny(tmp_path), audit=None)
+    wanted = sum(
+        part.times * part.evaluations / (1 if "network" in part.name else 3)
+        for part in cost.parts(experiment)
+    )
+    monkeypatch.setattr(UNet, "__call__", counting)
+    perform(experiment)
+    jax.effects_barrier()
+    assert sum(images) == wanted
+
+
+def test_a_sweep_measures_equal_parts_once() -> None:
+    runs = [dataclasses.replace(tiny(name), audit=None) for name in "ab"]
+    rows = cost.estimate(Sweep("runs/never", tuple(runs))).rows
+    assert len(rows) == 2
+    assert {row["times"] for row in rows} == {2 * 12, 2 * 2 * 64 * 2 / 8}
+
+
+def test_the_flag_tells_and_does_not_run(tmp_path, capsys) -> None:
+    config = pathlib.Path(__file__).with_name("tiny_config.py")
+    argv = ["main", f"--config={config}", f"--config.workdir={tmp_path / 'run'}"]
+    monkeyed = ["--cost", "--config.amplification=none", "--config.audit=none"]
+    main.main(main.parse([*argv, *monkeyed]))
+    main.flags.FLAGS.cost = False
+    assert "hours" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
