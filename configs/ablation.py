@@ -62,6 +62,7 @@ CHANGES = {
     "candidates: 1": descent(candidates=1),
     "candidates: 8": descent(candidates=8),
     "bound: none": descent(bound=None),
+    "Adam: b2 0.999": descent(b2=0.999),
     "samples: 2": loss(samples=2),
     "samples: 32": loss(samples=32),
     "budget: half": descent(steps=60, scout=20),

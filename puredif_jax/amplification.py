@@ -34,7 +34,7 @@ class Reinforcement:
     ancestral: DenoisingConsistency = DenoisingConsistency(
         sampler=DDPM(steps=20), samples=24, on_path=False, across_noise=0.0, aim=1.0
     )
-    descent: Descent = Descent(steps=100, learning_rate=0.05, bound=None)
+    descent: Descent = Descent(steps=100, learning_rate=0.05, b2=0.999, bound=None)
 
     def loss(self, solver: Solver) -> DenoisingConsistency:
         """That for a kind of backdoor."""

@@ -115,6 +115,7 @@ def elijah(solver: Solver, evaluations: int | None = None) -> Inversion:
         descent=Descent(
             steps=100 if solver == "sde" else 10,
             learning_rate=0.1,
+            b2=0.999,
             low=-1.0,
             high=0.0 if solver == "sde" else 1.0,
             bound=None,

@@ -64,6 +64,8 @@ class Descent:
       candidates: K, restarts optimised together.
       scout: steps after which only the best candidate goes on; 0 keeps all to the end.
       learning_rate: of Adam; decays to a tenth by a cosine.
+      b2: decay of Adam's second moment. Optax's 0.999 remembers the steep first steps
+        longer than a descent lasts, and shrinks all later ones.
       low, high: range of the uniform initial trigger; every second candidate starts
         with its sign turned.
       bound: triggers and targets are kept in [-bound, bound] after each step; a
@@ -78,6 +80,7 @@ class Descent:
     candidates: int = 1
     scout: int = 0
     learning_rate: float = 0.2
+    b2: float = 0.9
     low: float = -1.0
     high: float = 0.0
     bound: float | None = 1.0
@@ -92,16 +95,17 @@ class Descent:
             raise ValueError(
                 f"scout must lie in 0..steps-1={self.steps - 1}, found {self.scout}"
             )
+        if not 0 <= self.b2 < 1:
+            raise ValueError(f"b2 must lie in [0, 1), found {self.b2}")
         if self.bound is not None and self.bound <= 0:
             raise ValueError(f"bound must be above 0 or none, found {self.bound}")
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optax transformation that these numbers describe."""
         if self.constant_rate:
-            return optax.adam(self.learning_rate)
-        return optax.adam(
-            optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1)
-        )
+            return optax.adam(self.learning_rate, b2=self.b2)
+        rate = optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1)
+        return optax.adam(rate, b2=self.b2)
 
 
 def inverter(
