@@ -25,9 +25,9 @@ setup(
     ],
     extras_require={
         "hub": ["huggingface_hub>=0.30"],
-        "test": ["pytest>=8"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6"],
         "torch": ["torch==2.13.0", "diffusers>=0.36"],
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.15"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.15"],
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
     },

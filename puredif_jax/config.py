@@ -116,7 +116,7 @@ def from_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
     if len(paths) != 1:
         raise ConfigError(
             f"{len(paths)} config files are given ({', '.join(paths) or 'none'}): give "
-            "one, such as --config=configs/smoke.py"
+            "one, such as --config=configs/quickstart.py"
         )
     config = load(paths[0])
     for path, text in overrides:

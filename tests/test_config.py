@@ -507,7 +507,7 @@ def test_a_missing_config_gets_an_example(argv):
     message_of(
         lambda: from_flags(argv),
         "0 config files are given (none)",
-        "--config=configs/smoke.py",
+        "--config=configs/quickstart.py",
     )
 
 

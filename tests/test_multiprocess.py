@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 120
+SECONDS = 300
 
 PROGRAM = """
 import os, signal, sys, time
