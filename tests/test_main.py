@@ -53,7 +53,7 @@ def cache(tmp_path_factory) -> dict[str, str]:
 def finished(tmp_path_factory, cache) -> pathlib.Path:
     """An uninterrupted run of the tiny config."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    subprocess.run([*COMMAND, *tiny(folder)], env=cache, check=True, timeout=300)
+    subprocess.run([*COMMAND, *tiny(folder)], env=cache, check=True, timeout=600)
     return folder
 
 
@@ -143,7 +143,7 @@ def check_kills(folder, flags, stages, finished, env) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (folder / "report.json").exists(), "the kills came too late to matter"
-    subprocess.run([*COMMAND, *flags], env=env, check=True, timeout=300)
+    subprocess.run([*COMMAND, *flags], env=env, check=True, timeout=600)
     want, got = arrays(finished), arrays(folder)
     assert want.keys() == got.keys()
     for name in want:
@@ -168,7 +168,7 @@ def test_kill_9_in_pretraining_changes_nothing(tmp_path, cache) -> None:
         [*COMMAND, *flags, f"--config.workdir={whole}"],
         env=cache,
         check=True,
-        timeout=300,
+        timeout=600,
     )
     check_kills(tmp_path / "run", flags, (("train", 12),), whole, cache)
 
@@ -180,13 +180,13 @@ def test_sigterm_stores_what_was_done_and_says_so(tmp_path, finished, cache) -> 
     while reached(folder, "train") < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=100)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 143, said
     assert "the same command goes on" in said and "Traceback" not in said
     assert not (folder / "report.json").exists()
     stored = {int(p.name) for p in (folder / "checkpoints/train").iterdir()}
     assert max(stored) == reached(folder, "train")
-    subprocess.run(command, env=cache, check=True, timeout=300)
+    subprocess.run(command, env=cache, check=True, timeout=600)
     whole, resumed = arrays(finished), arrays(folder)
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
