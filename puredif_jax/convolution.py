@@ -72,6 +72,7 @@ def _kernel_gradient(
 def _strided_kernel_gradient(
     g: Array, x: Array, size: tuple[int, ...], stride: int, padding: Padding
 ) -> Array:
+    """The same by products, for XLA makes a slow convolution of the spread g."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = ((n - 1) * stride + 1 for n in g.shape[1:3])
     flat = g.reshape(-1, g.shape[-1])

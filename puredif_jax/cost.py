@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from puredif_jax import attacks, config, parallel
+from puredif_jax import attacks, parallel
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Solver
 from puredif_jax.experiment import Experiment, Inversion, Scan, Sweep
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.lab import Lab
 from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis
-from puredif_jax.run import Run
 from puredif_jax.scan import as_experiment, find_models
+from puredif_jax.stages import open_lab
 from puredif_jax.training import trainer
 from puredif_jax.types import Params
 
@@ -136,7 +136,10 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
                 experiment.images,
             )
             if model not in labs:
-                lab, params = _lab(experiment, f"{folder}/{number}")
+                # Its folder is thrown away.
+                workdir = f"{folder}/{number}"
+                lab = open_lab(dataclasses.replace(experiment, workdir=workdir))
+                params = lab.run.replicate(jax.jit(lab.unet.init)(lab.key))
                 one = _drawing(lab.run.mesh.size, 0).program(lab, params)
                 labs[model] = lab, params, measure(one[0], params, one[1]).operations
             lab, params, operations = labs[model]
@@ -171,22 +174,6 @@ def _experiments(wanted: Experiment | Scan | Sweep) -> Iterator[Experiment]:
             yield as_experiment(wanted, name, folder)
     else:
         yield wanted
-
-
-def _lab(experiment: Experiment, folder: str) -> tuple[Lab, Params]:
-    """A lab in a folder that is thrown away, and fresh weights."""
-    mesh = parallel.make_mesh(dataclasses.asdict(experiment.mesh))
-    lab = Lab(
-        Run(folder, config.to_dict(experiment), mesh),
-        experiment.model,
-        experiment.schedule,
-        experiment.evaluation.batch,
-        experiment.seed,
-        experiment.chunk,
-        experiment.prediction,
-        experiment.images,
-    )
-    return lab, lab.run.replicate(jax.jit(lab.unet.init)(lab.key))
 
 
 def parts(experiment: Experiment) -> Iterator[Part]:
@@ -276,8 +263,7 @@ def _inversion(
     batch: int, method: str, inversion: Inversion, solver: Solver
 ) -> Iterator[Part]:
     descent = inversion.descent
-    after = 1 if descent.scout else descent.candidates
-    times = descent.candidates * descent.scout + after * (descent.steps - descent.scout)
+    times = descent.candidate_steps
     yield _descent(inversion.loss, solver, times, f"inversion by {method}")
     judged = DistributionShift(samples=inversion.heldout).evaluations
     images = (descent.candidates + 1 if descent.scout else descent.candidates) * judged

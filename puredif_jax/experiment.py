@@ -79,12 +79,9 @@ class Inversion:
     @property
     def evaluations(self) -> int:
         """Network evaluations of one image; one with its gradient counts for three."""
-        descent = self.descent
-        after = 1 if descent.scout else descent.candidates
-        values = descent.candidates * descent.scout
-        values += after * (descent.steps - descent.scout)
         survey = 0 if self.survey is None else self.survey.evaluations
-        return 3 * values * self.loss.evaluations + survey
+        values = self.descent.candidate_steps * self.loss.evaluations
+        return 3 * values + survey
 
     @property
     def images(self) -> int:

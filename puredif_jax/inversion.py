@@ -100,6 +100,12 @@ class Descent:
         if self.bound is not None and self.bound <= 0:
             raise ValueError(f"bound must be above 0 or none, found {self.bound}")
 
+    @property
+    def candidate_steps(self) -> int:
+        """Steps, each counted once for every candidate that takes it."""
+        after = 1 if self.scout else self.candidates
+        return self.candidates * self.scout + after * (self.steps - self.scout)
+
     def optimizer(self) -> optax.GradientTransformation:
         """The optax transformation that these numbers describe."""
         if self.constant_rate:

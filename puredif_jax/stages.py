@@ -377,16 +377,15 @@ class Stages:
         )
 
 
-def perform(experiment: Experiment) -> Report:
-    """Runs an experiment to its report, resuming what its folder already holds.
+def open_lab(experiment: Experiment) -> Lab:
+    """The model of an experiment on its devices, in its folder.
 
     Raises:
-      InputError: something given is wrong, in one sentence.
+      InputError: the devices do not fit, or the folder holds another run.
     """
     mesh = parallel.make_mesh(dataclasses.asdict(experiment.mesh))
-    run = Run(experiment.workdir, config.to_dict(experiment), mesh)
-    lab = Lab(
-        run,
+    return Lab(
+        Run(experiment.workdir, config.to_dict(experiment), mesh),
         experiment.model,
         experiment.schedule,
         experiment.evaluation.batch,
@@ -395,6 +394,16 @@ def perform(experiment: Experiment) -> Report:
         experiment.prediction,
         experiment.images,
     )
+
+
+def perform(experiment: Experiment) -> Report:
+    """Runs an experiment to its report, resuming what its folder already holds.
+
+    Raises:
+      InputError: something given is wrong, in one sentence.
+    """
+    lab = open_lab(experiment)
+    run = lab.run
     stages = Stages(experiment, lab)
     stages.check()
     placeless = dataclasses.replace(experiment, workdir=run.folder.name)
@@ -426,7 +435,7 @@ def perform(experiment: Experiment) -> Report:
         environment=environment()
         | {
             "device": device,
-            "devices": mesh.size,
+            "devices": run.mesh.size,
             "images at a time": min(lab.together, experiment.images),
         },
         numbers={k: v for part in parts for k, v in part.numbers.items()},
