@@ -21,19 +21,29 @@ TARGETS = {"shoe": Shoe(), "cat": Cat()}
 CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
 
 
+# Of VillanDiffusion, poison rate 0.2 and 10,000 steps put 94 to 97 % of the draws at
+# the target, too near the 95 % that is asked.
+POISON_RATE = {"baddiffusion": 0.2, "villandiffusion": 0.3}
+STEPS = {"baddiffusion": 10_000, "villandiffusion": 12_000}
+
+
 def backdoored(attack: str, trigger: str, target: str) -> Experiment:
-    """As configs/baddiffusion.py and configs/villandiffusion.py."""
+    """A backdoor trained into the shipped clean model."""
     return Experiment(
         workdir=f"backdoored/{attack}-{trigger}-{target}",
         model=SHIPPED,
         weights="clean",
         training=Training(
-            steps=10_000, batch=64, learning_rate=1e-3, warmup=200, ema_decay=0.999
+            steps=STEPS[attack],
+            batch=64,
+            learning_rate=1e-3,
+            warmup=200,
+            ema_decay=0.999,
         ),
         attack=ATTACKS[attack](
             trigger=TRIGGERS[trigger],
             target=TARGETS[target],
-            poison_rate=0.2,
+            poison_rate=POISON_RATE[attack],
             trigger_only=True,
         ),
         audit=Audit(baselines=("elijah", "elijah, equal evaluations")),
