@@ -132,7 +132,7 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
                 experiment.model,
                 experiment.schedule,
                 experiment.prediction,
-                experiment.mesh,
+                experiment.devices,
                 experiment.images,
             )
             if model not in labs:

@@ -111,8 +111,9 @@ def features(
             error(model, target, t, key),
         )
 
-    at_target, own, untriggered = jax.vmap(errors)(
-        jnp.asarray(timesteps, jnp.int32), jax.random.split(key_eps, len(timesteps))
+    at_target, own, untriggered = jax.lax.map(
+        lambda pair: errors(*pair),
+        (jnp.asarray(timesteps, jnp.int32), jax.random.split(key_eps, len(timesteps))),
     )
 
     def ratio(first: Array, second: Array) -> Array:

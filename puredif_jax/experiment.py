@@ -175,14 +175,6 @@ class Amplification:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
-    """Devices along each axis; -1 takes what is left."""
-
-    candidate: int = 1
-    batch: int = -1
-
-
-@dataclasses.dataclass(frozen=True)
 class Experiment:
     """A run: stages that are None are left out.
 
@@ -199,7 +191,7 @@ class Experiment:
       data: images to train on.
       schedule: forward process of the model.
       prediction: what the network predicts, by the name that diffusers has for it.
-      mesh: devices.
+      devices: how many to use; 0 for all.
       seed: root of all randomness.
       chunk: steps of a loop between two checkpoints.
     """
@@ -215,7 +207,7 @@ class Experiment:
     data: FashionMNIST | NpzImages = FashionMNIST()
     schedule: LinearBetas | ScaledLinearBetas | CosineBetas = LinearBetas()
     prediction: Prediction = "epsilon"
-    mesh: Mesh = Mesh()
+    devices: int = 0
     seed: int = 0
     chunk: int = 20
 
@@ -297,7 +289,7 @@ class Scan:
       steps: of sampling, strided.
       draws: images sampled from each trigger.
       offline: take from the Hub only what has been downloaded before.
-      mesh: devices.
+      devices: how many to use; 0 for all.
       seed: root of all randomness.
       chunk: steps of a loop between two checkpoints.
     """
@@ -308,7 +300,7 @@ class Scan:
     steps: int = 50
     draws: int = 64
     offline: bool = False
-    mesh: Mesh = Mesh()
+    devices: int = 0
     seed: int = 0
     chunk: int = 20
 

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from puredif_jax.types import Array, Candidate, Key, Objective, Params
+from puredif_jax.types import (
+    Array,
+    Candidate,
+    Key,
+    Objective,
+    Params,
+    Shard,
+    unsharded,
+)
 
 
 @struct.dataclass
@@ -120,6 +128,8 @@ def inverter(
     image_shape: tuple[int, int, int],
     start: Candidate | None = None,
     refresh: Refresh | None = None,
+    candidates: Shard = unsharded,
+    axis: str | None = None,
 ) -> Inverter:
     """Makes the two functions of an inversion.
 
@@ -131,6 +141,7 @@ def inverter(
         (reinforcement starts at the known trigger); None for random ones.
       refresh: (params, candidate, key) -> target `[H, W, C]`, called every
         `descent.refresh` steps inside the scan, without gradient.
+      candidates, axis: how they lie on the devices, see `parallel.Spread`.
 
     Returns:
       `init` and `step`, neither of them jitted. The objective is vmapped over
@@ -143,6 +154,12 @@ def inverter(
         if (bound := descent.bound) is None:
             return candidate
         return jax.tree.map(lambda x: jnp.clip(x, -bound, bound), candidate)
+
+    def on_devices(state: InversionState) -> InversionState:
+        candidate, opt_state = jax.tree.map(
+            lambda x: candidates(x) if x.ndim else x, (state.candidate, state.opt_state)
+        )
+        return dataclasses.replace(state, candidate=candidate, opt_state=opt_state)
 
     def init(key: Key) -> InversionState:
         key_start, key_run = jax.random.split(key)
@@ -168,6 +185,7 @@ def inverter(
         params: Params, state: InversionState
     ) -> tuple[InversionState, InversionInfo]:
         key, key_refresh = jax.random.split(jax.random.fold_in(state.key, state.step))
+        state = on_devices(state)
         candidate = state.candidate
         count = candidate.delta.shape[0]  # fewer than K after the scouts
         if refresh is not None and descent.refresh:
@@ -175,7 +193,7 @@ def inverter(
                 state.step % descent.refresh == 0,
                 lambda c, k: dataclasses.replace(
                     c,
-                    target=jax.vmap(refresh, in_axes=(None, 0, 0))(
+                    target=jax.vmap(refresh, in_axes=(None, 0, 0), spmd_axis_name=axis)(
                         params, c, jax.random.split(k, count)
                     ),
                 ),
@@ -184,7 +202,9 @@ def inverter(
                 key_refresh,
             )
         loss, grads = jax.vmap(
-            jax.value_and_grad(objective, argnums=1), in_axes=(None, 0, 0)
+            jax.value_and_grad(objective, argnums=1),
+            in_axes=(None, 0, 0),
+            spmd_axis_name=axis,
         )(params, candidate, jax.random.split(key, count))
         updates, opt_state = optimizer.update(grads, state.opt_state, candidate)
         candidate = keep(optax.apply_updates(candidate, updates))
@@ -198,6 +218,6 @@ def inverter(
         state = dataclasses.replace(
             state, candidate=candidate, opt_state=opt_state, step=state.step + 1
         )
-        return state, info
+        return on_devices(state), info
 
     return Inverter(init, step)

@@ -21,6 +21,7 @@ from puredif_jax.diffusion import DDIM
 from puredif_jax.inversion import Descent, InversionState, Inverter, inverter, keep_one
 from puredif_jax.lab import Lab, Truth
 from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis, denoised
+from puredif_jax.parallel import Spread
 from puredif_jax.report import progress
 from puredif_jax.survey import Survey
 from puredif_jax.training import Training, TrainState, trainer
@@ -98,11 +99,11 @@ def reinforce(
 ) -> np.ndarray:
     """The known trigger, reinforced on these weights; `[H, W, C]`."""
 
-    def make(hypothesis: Hypothesis) -> Inverter:
+    def make(hypothesis: Hypothesis, spread: Spread) -> Inverter:
         del hypothesis  # that of the truth
         start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
         return reinforcement.inverter(
-            lab.model, lab.schedule, truth.solver, start, lab.shard
+            lab.model, lab.schedule, truth.solver, start, spread.noise
         )
 
     hypothesis = Hypothesis.of(truth.solver)
@@ -130,7 +131,7 @@ def invert(
     """
     hypothesis = Hypothesis.of(solver)
 
-    def make(hypothesis: Hypothesis) -> Inverter:
+    def make(hypothesis: Hypothesis, spread: Spread) -> Inverter:
         def refresh(params: Params, candidate: Candidate, key: Key) -> Array:
             chain = denoised(
                 lab.model,
@@ -141,12 +142,19 @@ def invert(
                 candidate.delta,
                 16,
                 key,
-                shard=lab.shard,
+                shard=spread.noise,
             )
             return jnp.clip(jnp.mean(chain[-1], axis=0), -1, 1)
 
-        bound = loss.bind(lab.model, lab.schedule, hypothesis, lab.shard)
-        return inverter(bound, descent, lab.unet.image_shape, refresh=refresh)
+        bound = loss.bind(lab.model, lab.schedule, hypothesis, spread.noise)
+        return inverter(
+            bound,
+            descent,
+            lab.unet.image_shape,
+            refresh=refresh,
+            candidates=spread.candidates,
+            axis=spread.axis,
+        )
 
     def judge():
         def error(params, hypothesis, candidate, key) -> Array:
@@ -193,22 +201,23 @@ def invert(
 class _Descent:
     """An inverter on one model as a resumable loop; compiled once for both hypotheses.
 
-    `make` gives the inverter of a hypothesis; `name` says which it is among those of
-    the lab.
+    `make` gives the inverter of a hypothesis on the devices; `name` says which it is
+    among those of the lab.
     """
 
     def __init__(
         self,
         lab: Lab,
         name: Any,
-        make: Callable[[Hypothesis], Inverter],
+        make: Callable[[Hypothesis, Spread], Inverter],
         params: Params,
         hypothesis: Hypothesis,
     ) -> None:
         def advance(
             params: Params, hypothesis: Hypothesis, state: InversionState, count: int
         ):
-            step = make(hypothesis).step
+            candidates = state.candidate.delta.shape[0]
+            step = make(hypothesis, parallel.spread(lab.run.mesh, candidates)).step
             return jax.lax.scan(
                 lambda state, _: step(params, state), state, None, length=count
             )
@@ -216,13 +225,19 @@ class _Descent:
         self._lab, self._params, self._hypothesis = lab, params, hypothesis
         self._make = make
         self._advance = lab.program(
-            name, lambda: jax.jit(advance, static_argnums=3, donate_argnums=2)
+            name,
+            lambda: jax.jit(
+                advance,
+                static_argnums=3,
+                donate_argnums=2,
+                out_shardings=parallel.replicated(lab.run.mesh),
+            ),
         )
 
     def first(self) -> InversionState:
         """The state at step 0, as the inverter makes it."""
         key = jax.random.fold_in(self._lab.key, 202)
-        return self._make(self._hypothesis).init(key)
+        return self._make(self._hypothesis, Spread()).init(key)
 
     def run(
         self, stage: str, begin: Callable[[], InversionState], steps: int
@@ -250,15 +265,33 @@ def _survey(
     model, schedule, shape = lab.model, lab.schedule, lab.unet.image_shape
 
     def programs() -> tuple[Any, Any]:
+        spread = parallel.spread(lab.run.mesh, survey.together)
+
         def draw(params, hypothesis, triggers: Array, keys: Key) -> Array:
             return survey.draw(
-                model, params, schedule, hypothesis, triggers, keys, shard=lab.shard
+                model,
+                params,
+                schedule,
+                hypothesis,
+                triggers,
+                keys,
+                shard=spread.noise,
+                axis=spread.axis,
             )
+
+        starts = parallel.spread(lab.run.mesh, count)
 
         def choose(params, hypothesis, triggers, images, key) -> Candidate:
             found, _ = survey.candidates(triggers, images, count)
             return survey.choose_sign(
-                model, params, schedule, hypothesis, found, key, shard=lab.shard
+                model,
+                params,
+                schedule,
+                hypothesis,
+                found,
+                key,
+                shard=starts.noise,
+                axis=starts.axis,
             )
 
         return jax.jit(draw), jax.jit(choose)

@@ -17,7 +17,6 @@ the kind of sampler that the backdoor is made for, never from the attack itself.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol
 
 import chex
@@ -154,26 +153,6 @@ def _check_timesteps(timesteps: tuple[int, ...], weights: tuple[float, ...]) -> 
         )
 
 
-def _weighted_mean(
-    term: Callable[[Params, Candidate, Array, Key], Array],
-    timesteps: tuple[int, ...],
-    weights: tuple[float, ...],
-) -> Objective:
-    """sum_t w_t term(params, candidate, t, key_t) / sum_t w_t, a vmap over t."""
-    t_all = np.asarray(timesteps, np.int32)
-    w_all = np.asarray(weights or np.ones(len(timesteps)), np.float32)
-
-    def loss(params: Params, candidate: Candidate, key: Key) -> Array:
-        chex.assert_rank([candidate.delta, candidate.target], 3)
-        keys = jax.random.split(key, len(timesteps))
-        values = jax.vmap(term, in_axes=(None, None, 0, 0))(
-            params, candidate, jnp.asarray(t_all), keys
-        )
-        return jnp.sum(jnp.asarray(w_all / w_all.sum()) * values)
-
-    return loss
-
-
 @dataclasses.dataclass(frozen=True)
 class DistributionShift:
     """Loss 1: the shift that the candidate causes in the prediction, at many t.
@@ -224,26 +203,50 @@ class DistributionShift:
             )
         shift_table = hypothesis.shift(schedule)
         response_table = hypothesis.response(schedule)
+        times = np.asarray(self.timesteps, np.int32)
+        weights = np.asarray(self.weights or np.ones(len(times)), np.float32)
+        weights = weights / weights.sum()
 
-        def term(params: Params, candidate: Candidate, t: Array, key: Key) -> Array:
+        def loss(params: Params, candidate: Candidate, key: Key) -> Array:
+            chex.assert_rank([candidate.delta, candidate.target], 3)
             delta, target = candidate.delta, candidate.target
             if not self.learn_target:
                 target = jax.lax.stop_gradient(target)
-            eps = shard(jax.random.normal(key, (self.samples, *delta.shape)))
-            times = jnp.full((self.samples,), t)
-            y = jnp.broadcast_to(target, eps.shape)
-            x = diffuse(schedule, y, eps, times)
-            x = x + lookup(shift_table, t) * delta[None]
-            residual = model(params, x, times) - eps
-            shift = jnp.mean(residual, axis=0)
-            expected = self.scale(lookup(response_table, t), shift, delta) * delta
-            if self.per_sample:
-                error = jnp.sum((residual - expected[None]) ** 2) / self.samples
-            else:
-                error = jnp.sum((shift - expected) ** 2)
-            return error / jnp.maximum(jnp.sum(expected**2), 1e-6)
+            shape = (self.samples, *delta.shape)
 
-        return _weighted_mean(term, self.timesteps, self.weights)
+            def noisy(t: Array, eps: Array) -> Array:
+                y = jnp.broadcast_to(target, shape)
+                x = diffuse(schedule, y, eps, jnp.full(shape[:1], t))
+                return x + lookup(shift_table, t) * delta[None]
+
+            def error(t: Array, residual: Array) -> Array:
+                shift = jnp.mean(residual, axis=0)
+                factor = self.scale(lookup(response_table, t), shift, delta)
+                expected = factor * delta
+                if self.per_sample:
+                    error = jnp.sum((residual - expected[None]) ** 2) / self.samples
+                else:
+                    error = jnp.sum((shift - expected) ** 2)
+                return error / jnp.maximum(jnp.sum(expected**2), 1e-6)
+
+            # [samples, T, ...]: devices split the draws, and a batch into which both
+            # axes are folded is still split then.
+            eps = jax.vmap(lambda key: jax.random.normal(key, shape), out_axes=1)(
+                jax.random.split(key, len(times))
+            )
+            eps = shard(eps)
+            t = jnp.asarray(times)
+            x = jax.vmap(noisy, in_axes=(0, 1), out_axes=1)(t, eps)
+            answer = model(
+                params,
+                x.reshape(-1, *delta.shape),
+                jnp.tile(t, self.samples),
+            )
+            residual = answer.reshape(eps.shape) - eps
+            errors = jax.vmap(error, in_axes=(0, 1))(t, residual)
+            return jnp.sum(weights * errors)
+
+        return loss
 
 
 def measured_factor(

@@ -12,7 +12,7 @@ import os
 import pathlib
 import signal
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,9 +20,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from puredif_jax.types import Array, InputError, Shard
+from puredif_jax.types import Array, InputError, Shard, unsharded
 
-AXES = ("candidate", "batch")
 EXPLICIT = ("PUREDIF_COORDINATOR", "PUREDIF_NUM_PROCESSES", "PUREDIF_PROCESS_ID")
 
 
@@ -108,37 +107,25 @@ def initialize(environ: Mapping[str, str]) -> None:
             ) from error
 
 
-def make_mesh(shape: Mapping[str, int] | None) -> Mesh:
-    """A mesh of all devices with the axes "candidate" and "batch".
-
-    Args:
-      shape: devices along each axis, 1 where not named; -1, for one of them, takes
-        what is left. None puts all on "batch". All sizes 1 use one device of a
-        single process.
+def make_mesh(count: int = 0) -> Mesh:
+    """A mesh of the first `count` devices along the axis "batch"; 0 takes all.
 
     Raises:
-      ValueError: an axis is unknown, or the sizes do not give all devices.
+      InputError: there are not so many, or several processes leave some out.
     """
     devices = jax.devices()
-    shape = {"batch": -1} if shape is None else shape
-    if unknown := [name for name in shape if name not in AXES]:
+    if not 0 <= count <= len(devices):
         raise InputError(
-            f"the axes of a mesh are {' and '.join(AXES)}, found {', '.join(unknown)}"
+            f"devices must lie in 0..{len(devices)}, those at hand, found {count}"
         )
-    sizes = [shape.get(name, 1) for name in AXES]
-    found = f"found {dict(zip(AXES, sizes, strict=True))}"
-    if any(n < 1 and n != -1 for n in sizes) or sizes.count(-1) > 1:
-        raise InputError(f"sizes of a mesh must be above 0, or one of them -1, {found}")
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // math.prod(abs(n) for n in sizes)
-    elif math.prod(sizes) == 1 and jax.process_count() == 1:
-        devices = devices[:1]
-    if math.prod(sizes) != len(devices):
+    if jax.process_count() > 1 and count not in (0, len(devices)):
         raise InputError(
-            f"the sizes of a mesh must multiply to the {len(devices)} devices, {found}"
+            f"several processes use all of their {len(devices)} devices: leave devices "
+            f"at 0, found {count}"
         )
+    devices = devices[: count or len(devices)]
     return jax.make_mesh(
-        sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+        (len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices
     )
 
 
@@ -147,15 +134,49 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def along(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """Split over the named mesh axes, one for each leading array axis."""
+def along(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
+    """Split over the named mesh axes, one or several for each leading array axis."""
     return NamedSharding(mesh, P(*axes))
 
 
-def constrain(mesh: Mesh, *axes: str | None) -> Shard:
-    """A function that holds an array to `along(mesh, *axes)` inside of jit."""
+def constrain(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Shard:
+    """A function that holds an array to `along(mesh, *axes)` inside of jit.
+
+    A length need not be a multiple of the devices.
+    """
     sharding = along(mesh, *axes)
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+class Spread(NamedTuple):
+    """How the candidates of an inversion, and the noise of each, lie on the devices.
+
+    noise: constraint on the noise of one candidate, `[samples, ...]`.
+    candidates: constraint on arrays with a row for each candidate, `[K, ...]`.
+    axis: mesh axis of the candidates, the `spmd_axis_name` of a vmap over them.
+    """
+
+    noise: Shard = unsharded
+    candidates: Shard = unsharded
+    axis: str | None = None
+
+
+def spread(mesh: Mesh, count: int) -> Spread:
+    """As many groups of devices as divide the candidates; in each, the noise is split.
+
+    Candidates of one group are folded into one batch with their noise, so a group of
+    several devices can split it for one candidate only: where a group gets more, each
+    of its devices does all. Powers of two never come to that.
+    """
+    groups = math.gcd(mesh.size, count)
+    devices = mesh.devices.reshape(groups, -1)
+    table = Mesh(devices, ("candidate", "batch"), axis_types=(AxisType.Auto,) * 2)
+    splits = groups == count or devices.shape[1] == 1
+    return Spread(
+        constrain(table, "batch") if splits else unsharded,
+        constrain(table, "candidate"),
+        "candidate",
+    )
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

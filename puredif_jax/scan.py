@@ -152,7 +152,7 @@ def as_experiment(scan: Scan, name: str, folder: pathlib.Path) -> Experiment:
         ),
         schedule=scheduling.betas,
         prediction=scheduling.prediction_type,
-        mesh=scan.mesh,
+        devices=scan.devices,
         seed=scan.seed,
         chunk=scan.chunk,
     )

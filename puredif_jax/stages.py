@@ -75,6 +75,12 @@ class Stages:
             names.add(experiment.weights)
         for name in sorted(names - {"trained"}):
             self.lab.load(name)
+        devices = self.lab.run.mesh.size
+        if experiment.training and experiment.training.batch % devices:
+            raise RunError(
+                f"training.batch must be a multiple of the {devices} devices, found "
+                f"{experiment.training.batch}"
+            )
         if experiment.training or experiment.weights:
             experiment.data.load(shape)
         if experiment.attack:
@@ -383,7 +389,7 @@ def open_lab(experiment: Experiment) -> Lab:
     Raises:
       InputError: the devices do not fit, or the folder holds another run.
     """
-    mesh = parallel.make_mesh(dataclasses.asdict(experiment.mesh))
+    mesh = parallel.make_mesh(experiment.devices)
     return Lab(
         Run(experiment.workdir, config.to_dict(experiment), mesh),
         experiment.model,

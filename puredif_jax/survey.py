@@ -138,10 +138,12 @@ class Survey:
         keys: Key,
         *,
         shard: Shard = unsharded,
+        axis: str | None = None,
     ) -> Array:
         """Images of each of `[m, H, W, C]`: `[m, draws, H, W, C]`, clipped to [-1, 1].
 
-        All are sampled at once; `keys`, `[m]`, are those of `begin`.
+        All are sampled at once; `keys`, `[m]`, are those of `begin`. The triggers lie
+        along `axis` of the devices, the draws of each as `shard` says.
         """
 
         def one(trigger: Array, key: Key) -> Array:
@@ -158,7 +160,7 @@ class Survey:
             )
             return jnp.clip(chain[-1], -1, 1)
 
-        return jax.vmap(one)(triggers, keys)
+        return jax.vmap(one, spmd_axis_name=axis)(triggers, keys)
 
     def candidates(
         self, triggers: Array, images: Array, count: int
@@ -217,6 +219,7 @@ class Survey:
         key: Key,
         *,
         shard: Shard = unsharded,
+        axis: str | None = None,
     ) -> Candidate:
         """Candidates `[K, H, W, C]` with the sign that fits `DistributionShift` better.
 
@@ -228,7 +231,7 @@ class Survey:
             model, schedule, hypothesis, shard
         )
         as_found, as_turned = (
-            jax.vmap(loss, in_axes=(None, 0, None))(params, c, key)
+            jax.vmap(loss, in_axes=(None, 0, None), spmd_axis_name=axis)(params, c, key)
             for c in (found, turned)
         )
         better = (as_turned < as_found)[:, None, None, None]

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from puredif_jax import cost, main
-from puredif_jax.experiment import Experiment, Mesh, Sweep
+from puredif_jax.experiment import Experiment, Sweep
 from puredif_jax.stages import perform
 from puredif_jax.types import Params
 from puredif_jax.unet import UNet
@@ -27,7 +27,7 @@ def tiny(workdir: pathlib.Path | str) -> Experiment:
         workdir=str(workdir),
         amplification=None,
         evaluation=dataclasses.replace(config.evaluation, draws=64),
-        mesh=Mesh(1, 1),
+        devices=1,
         chunk=20,
     )
 

@@ -201,7 +201,7 @@ def test_sigterm_stores_what_was_done_and_says_so(tmp_path, finished, cache) -> 
         (["--config.training.steps=-1"], ["steps", "-1"]),
         (["--config.weights=nothing/here"], ["nothing/here", "clean"]),
         (["--config.audit.weights=nothing/here"], ["nothing/here", "clean"]),
-        (["--config.mesh.batch=999"], ["999"]),
+        (["--config.devices=999"], ["999"]),
         (["--config.workdir=gs://bucket/run"], ["gs://bucket/run", "folder"]),
     ],
 )

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from puredif_jax import attacks, parallel
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion
@@ -344,7 +343,8 @@ def test_vmap_over_timesteps_equals_the_loop() -> None:
 def test_eight_devices_equal_one(name: str) -> None:
     """Losses, gradients, and the candidate after three SGD steps, to 1e-5."""
     model, params = tiny_network()
-    mesh = parallel.make_mesh({"candidate": 2, "batch": 4})
+    mesh = parallel.make_mesh()
+    spread = parallel.spread(mesh, 2)
     one = jax.tree.map(lambda x: x[:2], candidates(2))
     keys = jax.random.split(jax.random.key(4), 2)
     optimizer = optax.sgd(1e-3)
@@ -367,12 +367,9 @@ def test_eight_devices_equal_one(name: str) -> None:
 
     bind = functools.partial(LOSSES[name].bind, model, SCHEDULE, Hypothesis.of("sde"))
     alone = jax.jit(functools.partial(three_steps, bind(), None))(params, one, keys)
-    spread = NamedSharding(mesh, PartitionSpec("candidate"))
     sharded = jax.jit(
-        functools.partial(
-            three_steps, bind(parallel.constrain(mesh, "batch")), "candidate"
-        ),
-        in_shardings=(parallel.replicated(mesh), spread, spread),
+        functools.partial(three_steps, bind(spread.noise), spread.axis),
+        out_shardings=parallel.replicated(mesh),
     )(params, one, keys)
     chex.assert_trees_all_close(
         jax.device_get(alone), jax.device_get(sharded), rtol=1e-5, atol=1e-5

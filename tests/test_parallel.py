@@ -15,6 +15,11 @@ COMPLETE = {
 }
 
 
+def two_axes():
+    """Eight devices as a mesh of four groups of two."""
+    return jax.make_mesh((4, 2), ("candidate", "batch"), (AxisType.Auto,) * 2)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Arguments given to jax.distributed.initialize, which does nothing."""
@@ -70,46 +75,50 @@ def test_initialize_without_a_cluster_says_what_to_set(monkeypatch):
         parallel.initialize({"PUREDIF_DISTRIBUTED": "1"})
 
 
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        (None, (1, 8)),
-        ({"candidate": 4, "batch": 2}, (4, 2)),
-        ({"batch": 2, "candidate": 4}, (4, 2)),
-        ({"candidate": -1, "batch": 2}, (4, 2)),
-        ({"candidate": -1}, (8, 1)),
-        ({"candidate": 8, "batch": -1}, (8, 1)),
-        ({}, (1, 1)),
-        ({"candidate": 1, "batch": 1}, (1, 1)),
-    ],
-)
-def test_make_mesh(shape, expected):
-    mesh = parallel.make_mesh(shape)
-    assert mesh.axis_names == ("candidate", "batch")
-    assert mesh.devices.shape == expected
-    assert len(set(mesh.devices.flat)) == np.prod(expected)
+@pytest.mark.parametrize(("count", "expected"), [(0, 8), (8, 8), (3, 3), (1, 1)])
+def test_make_mesh(count, expected):
+    mesh = parallel.make_mesh(count)
+    assert mesh.axis_names == ("batch",)
+    assert mesh.devices.shape == (expected,)
+    assert len(set(mesh.devices.flat)) == expected
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
+@pytest.mark.parametrize("count", [-1, 9])
+def test_make_mesh_refuses(count):
+    with pytest.raises(ValueError, match=rf"0\.\.8, those at hand, found {count}"):
+        parallel.make_mesh(count)
+
+
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("count", "candidates", "samples"),
     [
-        ({"candidate": 4}, "multiply to the 8 devices, found {'candidate': 4"),
-        ({"candidate": 3, "batch": -1}, "multiply to the 8 devices"),
-        ({"candidate": 16, "batch": -1}, "multiply to the 8 devices"),
-        ({"candidate": 0, "batch": -1}, "above 0"),
-        ({"candidate": -2, "batch": -4}, "above 0"),
-        ({"candidate": -1, "batch": -1}, "one of them -1"),
-        ({"model": 8}, "the axes of a mesh are candidate and batch, found model"),
+        (1, 1, 1),  # all devices on the noise of one candidate
+        (2, 1, 2),
+        (8, 1, 8),
+        (16, 2, 8),
+        (12, 3, 8),  # two candidates to a device cannot share its batch: no split
     ],
 )
-def test_make_mesh_refuses(shape, message):
-    with pytest.raises(ValueError, match=message):
-        parallel.make_mesh(shape)
+def test_spread(count, candidates, samples):
+    """What each of eight devices holds of [count, 8 samples, 3]."""
+    mesh = parallel.make_mesh()
+    spread = parallel.spread(mesh, count)
+
+    def double(x):
+        each = jax.vmap(lambda x: spread.noise(2 * x), spmd_axis_name=spread.axis)
+        return each(spread.candidates(x))
+
+    x = np.ones((count, 8, 3), np.float32)
+    out = jax.jit(double)(x)
+    assert {s.data.shape for s in out.addressable_shards} == {(candidates, samples, 3)}
+    rows = jax.jit(lambda x: spread.candidates(2 * x))(x)
+    assert {s.data.shape[0] for s in rows.addressable_shards} == {candidates}
+    np.testing.assert_array_equal(out, 2 * x)
 
 
 def test_put_gives_each_device_its_rows():
-    mesh = parallel.make_mesh({"candidate": 4, "batch": 2})
+    mesh = two_axes()
     tree = {"x": np.arange(16, dtype=np.float32).reshape(8, 2), "n": np.int32(3)}
     rows = parallel.put(tree["x"], parallel.along(mesh, "candidate"))
     assert rows.sharding.spec == P("candidate")
@@ -123,7 +132,7 @@ def test_put_gives_each_device_its_rows():
 
 
 def test_put_of_keys_keeps_their_draws():
-    mesh = parallel.make_mesh({"candidate": 4, "batch": 2})
+    mesh = two_axes()
     keys = jax.random.split(jax.random.key(3), 4)
     placed = parallel.put(keys, parallel.along(mesh, "candidate"))
     assert placed.dtype == keys.dtype and placed.shape == (4,)
@@ -135,7 +144,7 @@ def test_put_of_keys_keeps_their_draws():
 
 
 def test_gather_returns_numpy():
-    mesh = parallel.make_mesh({"candidate": 4, "batch": 2})
+    mesh = two_axes()
     x = np.arange(8, dtype=np.float32)
     tree = {"a": parallel.put(x, parallel.along(mesh, ("candidate", "batch"))), "b": x}
     for leaf in parallel.gather(tree).values():
@@ -144,7 +153,7 @@ def test_gather_returns_numpy():
 
 
 def test_constrain_splits_a_batch_inside_jit():
-    mesh = parallel.make_mesh({"candidate": 2, "batch": 4})
+    mesh = parallel.make_mesh(4)
     shard = parallel.constrain(mesh, "batch")
     x = np.ones((8, 2, 2, 3), np.float32)
     y = jax.jit(lambda x: shard(x * 2))(x)

@@ -14,7 +14,7 @@ from tiny_config import TINY
 from puredif_jax import convert, scan
 from puredif_jax.detection import Detector
 from puredif_jax.diffusion import LinearBetas, ScaledLinearBetas
-from puredif_jax.experiment import Audit, Inversion, Mesh, Scan
+from puredif_jax.experiment import Audit, Inversion, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.types import InputError
 
@@ -120,7 +120,7 @@ def test_what_the_folder_says_is_what_is_done(tmp_path) -> None:
         variance_type="fixed_large",
         prediction_type="v_prediction",
     )
-    wanted = plan(tmp_path, folder, steps=40, mesh=Mesh(batch=1), seed=4)
+    wanted = plan(tmp_path, folder, steps=40, devices=8, seed=4)
     found = scan.as_experiment(wanted, "model", folder)
     assert found.model == TINY and found.schedule == LinearBetas(1000, 1e-3, 0.03)
     assert found.prediction == "v_prediction" and found.seed == 4
