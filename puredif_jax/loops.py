@@ -294,11 +294,13 @@ def _survey(
                 axis=starts.axis,
             )
 
-        return jax.jit(draw), jax.jit(choose)
+        whole = parallel.replicated(lab.run.mesh)
+        return jax.jit(draw, out_shardings=whole), jax.jit(choose, out_shardings=whole)
 
     def compute() -> Mapping[str, Any]:
         draw, choose = lab.program(("survey", survey, count), programs)
-        triggers, keys, key_sign = survey.begin(shape, jax.random.fold_in(lab.key, 505))
+        begun = survey.begin(shape, jax.random.fold_in(lab.key, 505))
+        triggers, keys, key_sign = lab.run.replicate(begun)
         images = []
         with progress(
             survey.triggers, 0, f"{stage}_survey", parallel.is_host_zero()
