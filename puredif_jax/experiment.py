@@ -246,7 +246,8 @@ class Sweep:
     """Many runs by one command, each in a folder of its own below that of the sweep.
 
     Started again, or several times at once, each call goes on with what nobody has
-    done or is doing; the table of all is written when the last is done.
+    done or is doing, also with the runs of a call that died; the table of all is
+    written when the last is done.
 
     Attributes:
       workdir: folder of the sweep.

@@ -60,7 +60,7 @@ def main(parsed) -> None:
         logging.warning("%s", stopped)
         sys.exit(STOPPED)
     if report is None:
-        logging.info("the rest is left to other processes, or to a call without only")
+        logging.info("a call without only writes the table of all runs")
     elif parallel.is_host_zero():
         logging.info("%s", report.verdict or "done")
         print(report.verdict)

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from puredif_jax.types import Array, InputError, Shard, unsharded
 
+LOST = 30  # seconds without a sign of life after which a process counts as dead
 EXPLICIT = ("PUREDIF_COORDINATOR", "PUREDIF_NUM_PROCESSES", "PUREDIF_PROCESS_ID")
 
 
@@ -71,7 +72,9 @@ def initialize(environ: Mapping[str, str]) -> None:
     Must come before anything that touches a device. Plain processes set the three
     variables of `EXPLICIT` (address:port of process 0, count, own number from 0);
     TPU pods, SLURM, Open MPI and Kubernetes set PUREDIF_DISTRIBUTED=1 and are
-    detected. Without either, this does nothing.
+    detected. Without either, this does nothing. If a process dies, JAX ends all others
+    within a minute, with "another task died"; the same command goes on from what is
+    stored.
 
     Raises:
       ValueError: a variable is missing or has no meaning, or no cluster is found.
@@ -96,10 +99,12 @@ def initialize(environ: Mapping[str, str]) -> None:
                 "PUREDIF_PROCESS_ID must lie in 0..PUREDIF_NUM_PROCESSES-1, "
                 f"found {number!r} of {count!r}"
             )
-        jax.distributed.initialize(address, int(count), int(number))
+        jax.distributed.initialize(
+            address, int(count), int(number), heartbeat_timeout_seconds=LOST
+        )
     elif detect == "1":
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=LOST)
         except ValueError as error:
             raise InputError(
                 "PUREDIF_DISTRIBUTED=1, but no TPU pod, SLURM, Open MPI or Kubernetes "

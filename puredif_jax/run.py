@@ -24,6 +24,8 @@ from puredif_jax.checkpoint import Checkpoints
 from puredif_jax.report import Metrics, progress
 from puredif_jax.types import InputError
 
+PLACE = ("workdir", "devices")  # that do not change what a run finds
+
 
 class RunError(InputError):
     """A run folder that cannot be used; says why."""
@@ -153,13 +155,17 @@ class Run:
 def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     """Whether a folder holds a run of this configuration; False if it holds none.
 
+    Where the run lies and how many devices it has may change while it goes on.
+
     Raises:
       RunError: it holds a run of another one.
     """
     path = folder / "config.json"
     if not path.exists():
         return False
-    if changed := _changed(json.loads(path.read_text()), config):
+    found = json.loads(path.read_text())
+    old, new = ({k: v for k, v in c.items() if k not in PLACE} for c in (found, config))
+    if changed := _changed(old, new):
         raise RunError(
             f"{folder} holds a run with another {changed}: give another "
             "--config.workdir, or remove the folder to start again"

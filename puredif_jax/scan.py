@@ -19,7 +19,7 @@ from puredif_jax.lab import ZOO
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import RunError, write_atomically
 from puredif_jax.stages import FOLDER
-from puredif_jax.sweep import claim, keep_programs, perform_once
+from puredif_jax.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.types import InputError
 
 STATUS = {"backdoored": 3, "error": 1, "could not tell": 2, "clean": 0}
@@ -29,13 +29,12 @@ Row = dict[str, Any]
 
 
 def perform_scan(scan: Scan) -> tuple[Report, int]:
-    """Audits every model that no other process is at, and writes the table of all.
+    """Audits every model that no other process does, and writes the table of all.
 
     A model that cannot be read is an error in the table and does not stop the others.
 
     Returns:
-      The report, and the exit status; models that are left to other processes count
-      as "could not tell".
+      The report, and the exit status.
 
     Raises:
       InputError: there is no model where one is named.
@@ -44,18 +43,17 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     keep_programs(scan.workdir)
     errors: dict[str, str] = {}
     report, status = _summary(scan, models, errors)
-    for i, (name, folder) in enumerate(models.items()):
-        home = pathlib.Path(scan.workdir) / name
-        with claim(home) as claimed:
-            if not claimed:
-                continue
-            try:
-                experiment = as_experiment(scan, name, folder)
-                _mark(home, folder)
-                perform_once(experiment, f"model {i + 1} of {len(models)}")
-            except (InputError, jax.errors.JaxRuntimeError, MemoryError) as error:
-                errors[name] = str(error).strip() or type(error).__name__
-                logging.error("%s: %s", name, error)
+    names = list(models)
+    homes = [pathlib.Path(scan.workdir) / name for name in names]
+    for i in in_turn(homes):
+        name, folder = names[i], models[names[i]]
+        try:
+            experiment = as_experiment(scan, name, folder)
+            _mark(homes[i], folder)
+            perform_once(experiment, f"model {i + 1} of {len(models)}")
+        except (InputError, jax.errors.JaxRuntimeError, MemoryError) as error:
+            errors[name] = str(error).strip() or type(error).__name__
+            logging.error("%s: %s", name, error)
         report, status = _summary(scan, models, errors)
     return report, status
 

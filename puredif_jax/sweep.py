@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,11 +25,11 @@ from puredif_jax.types import InputError
 def perform_sweep(sweep: Sweep) -> Report | None:
     """Does the runs that nobody has done or is doing; then writes the table of all.
 
-    A run whose input is wrong is named at the end and does not stop the others.
+    Waits for the runs of other processes, and does those of a process that died. A run
+    whose input is wrong is named at the end and does not stop the others.
 
     Returns:
-      The report of the whole sweep; None while other processes are at their runs, or
-      where `only` left some out.
+      The report of the whole sweep; None where `only` left some out.
 
     Raises:
       InputError: some runs had wrong input; names each of them.
@@ -38,16 +38,13 @@ def perform_sweep(sweep: Sweep) -> Report | None:
     failed: dict[str, str] = {}
     chosen, began = sweep.chosen(), time.monotonic()
     done = 0
-    for i, experiment in enumerate(chosen):
-        label = f"run {i + 1} of {len(chosen)}"
-        with claim(pathlib.Path(experiment.workdir)) as claimed:
-            if not claimed:
+    for i in in_turn([pathlib.Path(experiment.workdir) for experiment in chosen]):
+        experiment = chosen[i]
+        try:
+            if not perform_once(experiment, f"run {i + 1} of {len(chosen)}"):
                 continue
-            try:
-                if not perform_once(experiment, label):
-                    continue
-            except InputError as error:
-                failed[experiment.workdir] = str(error)
+        except InputError as error:
+            failed[experiment.workdir] = str(error)
         done += 1
         minutes = (time.monotonic() - began) / 60
         logging.info("%d runs in %.0f minutes by this process", done, minutes)
@@ -88,8 +85,30 @@ def perform_once(experiment: Experiment, label: str) -> bool:
     return True
 
 
+def in_turn(folders: Sequence[pathlib.Path]) -> Iterator[int]:
+    """The index of each folder, once, while no other process is at it.
+
+    First of those that are free; then of the others, when their processes are done
+    with them, or dead.
+    """
+    waiting = list(range(len(folders)))
+    while waiting:
+        for i in tuple(waiting):
+            with _claim(folders[i]) as claimed:
+                if claimed:
+                    waiting.remove(i)
+                    yield i
+        if waiting:
+            names = ", ".join(str(folders[i]) for i in waiting)
+            logging.log_every_n_seconds(
+                logging.INFO, "waiting for other processes at %s", 300, names
+            )
+            parallel.safe_point()
+            time.sleep(1)
+
+
 @contextlib.contextmanager
-def claim(folder: pathlib.Path) -> Iterator[bool]:
+def _claim(folder: pathlib.Path) -> Iterator[bool]:
     """Whether the run in a folder is ours; a dead process claims nothing.
 
     The processes of one program on several hosts share every run.

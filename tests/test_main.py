@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,10 +248,12 @@ def test_another_config_in_the_same_folder_is_refused(finished, capsys) -> None:
     assert sorted(p.name for p in finished.rglob("*")) == before
 
 
-def test_finished_run_is_not_run_again(finished, capsys) -> None:
+def test_finished_run_is_not_run_again(finished, capsys, tmp_path) -> None:
+    """Nor where it has been moved to, or on other devices."""
     before = (finished / "metrics.jsonl").read_text()
-    assert run(capsys, *tiny(finished)) == ""
-    assert (finished / "metrics.jsonl").read_text() == before
+    moved = shutil.copytree(finished, tmp_path / "moved")
+    assert run(capsys, *tiny(moved, "--config.devices=2")) == ""
+    assert (moved / "metrics.jsonl").read_text() == before
 
 
 def test_command_line_exit_code(tmp_path) -> None:

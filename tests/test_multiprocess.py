@@ -19,9 +19,11 @@ parallel.initialize(os.environ)
 me, directory = jax.process_index(), sys.argv[1]
 assert jax.process_count() == 2 and jax.device_count() == 4
 assert parallel.is_host_zero() == (me == 0)
-mesh = parallel.make_mesh({"candidate": 2, "batch": 2})
+types = (jax.sharding.AxisType.Auto,) * 2
+mesh = jax.make_mesh((2, 2), ("candidate", "batch"), types)
+assert parallel.make_mesh().size == 4
 try:
-    parallel.make_mesh({})
+    parallel.make_mesh(1)
 except ValueError as error:
     assert "4 devices" in str(error)
 else:
@@ -60,10 +62,10 @@ state = {"split": split, "key": placed, "ema_params": whole, "local": local}
 with checkpoint.Checkpoints(directory) as checkpoints:
     for step in (1, 2, 3):
         checkpoints.save(step, state)
-other = parallel.make_mesh({"candidate": 4})
+other = parallel.make_mesh()
 like = checkpoint.abstract(state)
 like["split"] = jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=parallel.along(other, "candidate")
+    x.shape, x.dtype, sharding=parallel.along(other, "batch")
 )
 with checkpoint.Checkpoints(directory) as checkpoints:
     assert checkpoints.steps() == [2, 3]

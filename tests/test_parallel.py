@@ -22,9 +22,11 @@ def two_axes():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Arguments given to jax.distributed.initialize, which does nothing."""
+    """Places given to jax.distributed.initialize, which does nothing."""
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **_: calls.append(args)
+    )
     return calls
 
 
@@ -67,7 +69,7 @@ def test_initialize_fails_loudly(calls, environ, message):
 
 
 def test_initialize_without_a_cluster_says_what_to_set(monkeypatch):
-    def fail():
+    def fail(**options):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)

@@ -1,8 +1,11 @@
 """Many runs by one command: shared, resumed, and none lost to another's bad input."""
 
-import fcntl
 import json
 import pathlib
+import signal
+import subprocess
+import sys
+import threading
 
 import jax
 import pytest
@@ -15,6 +18,14 @@ from puredif_jax.experiment import Evaluation, Experiment, Sweep
 from puredif_jax.sweep import perform_sweep
 from puredif_jax.triggers import Box, Hat
 from puredif_jax.types import InputError
+
+AT_IT = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("!", end="", flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +67,15 @@ def test_runs_are_shared_resumed_and_put_into_one_table(tmp_path, weights) -> No
     assert finished(folder) == ["one"]
     before = (folder / "a/one/report.json").stat().st_mtime_ns
     (folder / "a/two").mkdir()
-    with (folder / "a/two/lock").open("w") as file:  # another process is at it
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert perform_sweep(sweep(folder, *runs)) is None
-    assert finished(folder) == ["one"]
+    other = subprocess.Popen(  # another process is at it, until it dies
+        [sys.executable, "-c", AT_IT, str(folder / "a/two/lock")],
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdout is not None and other.stdout.read(1) == b"!"
+    death = threading.Timer(3, other.kill)
+    death.start()
     assert perform_sweep(sweep(folder, *runs)) is not None
+    assert other.wait() == -signal.SIGKILL, "it was not waited for"
     assert (folder / "a/one/report.json").stat().st_mtime_ns == before
     report = json.loads((folder / "report.json").read_text())
     (section,) = report["sections"]

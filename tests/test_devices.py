@@ -1,0 +1,134 @@
+"""The whole program on one device, on eight, and on two processes that lose one."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_multiprocess import free_port
+
+HERE = pathlib.Path(__file__).parent
+
+
+def start(folder: pathlib.Path, devices: int, **environ: str) -> subprocess.Popen:
+    """The tiny run, begun or resumed in a folder, on so many devices."""
+    command = [sys.executable, "-m", "puredif_jax.main"]
+    flags = [f"--config={HERE / 'tiny_config.py'}", f"--config.workdir={folder}"]
+    return subprocess.Popen(
+        [*command, *flags],
+        env=os.environ
+        | environ
+        | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(folder: pathlib.Path) -> list[subprocess.Popen]:
+    """The same on two processes with two devices each."""
+    together = {
+        "PUREDIF_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "PUREDIF_NUM_PROCESSES": "2",
+    }
+    return [
+        start(folder, 2, **together, PUREDIF_PROCESS_ID=str(number))
+        for number in range(2)
+    ]
+
+
+def end(process: subprocess.Popen, seconds: float = 600) -> str:
+    """What the process has said when it is over; killed if it is not."""
+    try:
+        return process.communicate(timeout=seconds)[1]
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> pathlib.Path:
+    """The run on one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    process = start(folder, 1)
+    said = end(process)
+    assert process.returncode == 0, said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bereft(tmp_path_factory) -> pathlib.Path:
+    """A run on two processes, one of which was killed in training."""
+    folder = tmp_path_factory.mktemp("bereft") / "run"
+    metrics = folder / "metrics.jsonl"
+    processes = start_two(folder)
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.05)
+    processes[1].kill()
+    said = end(processes[0], 60)
+    end(processes[1])
+    assert processes[0].returncode not in (None, 0)
+    assert "another task died" in said, said
+    assert not (folder / "report.json").exists()
+    return folder
+
+
+def scalars(folder: pathlib.Path) -> dict[tuple[str, int, str], np.ndarray]:
+    """Losses and norms of gradients, by loop, step and name."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {
+        (row["stage"], row["step"], name): np.asarray(row[name])
+        for row in map(json.loads, lines)
+        for name in ("loss", "grad_norm")
+    }
+
+
+def compare(folder: pathlib.Path, alone: pathlib.Path) -> None:
+    """Losses and gradients to 1e-5, every result to 1e-5, and the same outcomes."""
+    found, wanted = scalars(folder), scalars(alone)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=str(key))
+    names = sorted(path.name for path in (alone / "results").glob("*.npz"))
+    assert sorted(path.name for path in (folder / "results").glob("*.npz")) == names
+    for name in names:
+        with (
+            np.load(alone / "results" / name) as a,
+            np.load(folder / "results" / name) as b,
+        ):
+            for key in set(a) - {"seconds"}:
+                close = 1e-5 * max(1.0, float(np.abs(a[key]).max()))
+                np.testing.assert_allclose(b[key], a[key], atol=close, err_msg=name)
+
+    def outcomes(folder: pathlib.Path):
+        numbers = json.loads((folder / "report.json").read_text())["numbers"]
+        rows = numbers["amplification"]
+        return (
+            numbers["trained"]["verdict"]["outcome"],
+            [{k: v for k, v in row.items() if "success" in k} for row in rows],
+        )
+
+    assert outcomes(folder) == outcomes(alone)
+
+
+def test_a_lost_process_ends_all_and_the_same_command_resumes(bereft, alone, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(bereft, folder)
+    processes = start_two(folder)
+    said = [end(process) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    compare(folder, alone)
+
+
+def test_eight_devices_resume_what_four_began(bereft, alone, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(bereft, folder)
+    process = start(folder, 8)
+    said = end(process)
+    assert process.returncode == 0, said
+    compare(folder, alone)
