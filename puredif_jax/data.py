@@ -129,22 +129,19 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def batches(
-    images: np.ndarray, seed: int, start: int, stop: int, batch: int
-) -> np.ndarray:
-    """The batches of steps start..stop-1: float32 `[stop - start, batch, H, W, C]`.
+def order(size: int, seed: int, start: int, stop: int, batch: int) -> np.ndarray:
+    """Which of `size` images the steps start..stop-1 take: `[stop - start, batch]`.
 
     The set is walked in a new order each epoch; the order depends on (seed, epoch)
     alone, so any step can be made again on any number of devices.
     """
-    size = len(images)
     position = np.arange(start * batch, stop * batch)
     epochs = position // size
     index = np.empty_like(position)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(
+        walk = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(
             size
         )
-        index[chosen] = order[position[chosen] % size]
-    return to_float(images[index]).reshape(stop - start, batch, *images.shape[1:])
+        index[chosen] = walk[position[chosen] % size]
+    return index.reshape(stop - start, batch)

@@ -85,8 +85,15 @@ def train(
     sharding = parallel.along(run.mesh, None, "batch")
 
     def chunk(state: TrainState, first: int, last: int):
-        batch = data.batches(pixels, lab.seed, first, last, training.batch)
-        return program(state, parallel.put(batch, sharding), trigger)
+        chosen = data.order(len(pixels), lab.seed, first, last, training.batch)
+
+        def rows(index: Any) -> np.ndarray:
+            return data.to_float(pixels[chosen[index[:2]]])
+
+        # A host makes the images of its own devices only.
+        shape = (*chosen.shape, *unet.image_shape)
+        batch = jax.make_array_from_callback(shape, sharding, rows)
+        return program(state, batch, trigger)
 
     state = run.loop("train", chunk, begin, shapes, until, lab.chunk)
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:

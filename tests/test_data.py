@@ -12,7 +12,7 @@ from puredif_jax.data import (
     DataError,
     FashionMNIST,
     NpzImages,
-    batches,
+    order,
     resize,
     to_float,
 )
@@ -20,18 +20,6 @@ from puredif_jax.data import (
 
 def random_images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-
-
-def numbered(count: int) -> np.ndarray:
-    """Images that are all different: number i is i everywhere, `[count, 2, 3, 1]`."""
-    numbers = np.arange(count, dtype=np.uint8)[:, None, None, None]
-    return np.broadcast_to(numbers, (count, 2, 3, 1)).copy()
-
-
-def numbers(batch: np.ndarray) -> np.ndarray:
-    """The numbers of `numbered` images, from their float form."""
-    assert np.all(batch == batch[..., :1, :1, :1])
-    return np.rint((batch[..., 0, 0, 0] + 1) * 127.5).astype(int)
 
 
 # --- Image sets ----------------------------------------------------------------------
@@ -231,28 +219,18 @@ def test_to_float_maps_bytes_to_minus_one_to_one():
 # --- Batches -------------------------------------------------------------------------
 
 
-def test_batches_are_float_images():
-    found = batches(numbered(10), seed=0, start=3, stop=5, batch=4)
-    assert found.shape == (2, 4, 2, 3, 1) and found.dtype == np.float32
-    images = random_images(10, 4, 4, 3)
-    known = {to_float(image).tobytes() for image in images}
-    for image in batches(images, 0, 0, 3, 4).reshape(12, 4, 4, 3):
-        assert image.tobytes() in known
-
-
 @pytest.mark.parametrize("size, batch", [(10, 4), (10, 5), (7, 10), (1, 3)])
 @pytest.mark.parametrize("cut", [0, 1, 5, 9, 12])
-def test_batches_do_not_depend_on_the_chunks(size, batch, cut):
-    images = numbered(size)
-    whole = batches(images, seed=3, start=0, stop=12, batch=batch)
-    parts = batches(images, 3, 0, cut, batch), batches(images, 3, cut, 12, batch)
+def test_the_order_does_not_depend_on_the_chunks(size, batch, cut):
+    whole = order(size, seed=3, start=0, stop=12, batch=batch)
+    assert whole.shape == (12, batch)
+    parts = order(size, 3, 0, cut, batch), order(size, 3, cut, 12, batch)
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 @pytest.mark.parametrize("size, batch", [(10, 4), (9, 3), (7, 10), (200, 16)])
 def test_each_image_comes_once_an_epoch(size, batch):
-    steps = 4 * size
-    drawn = numbers(batches(numbered(size), 1, 0, steps, batch)).reshape(-1, size)
+    drawn = order(size, 1, 0, 4 * size, batch).reshape(-1, size)
     assert len(drawn) == 4 * batch  # whole epochs
     for epoch in drawn:
         assert sorted(epoch) == list(range(size))
@@ -260,17 +238,9 @@ def test_each_image_comes_once_an_epoch(size, batch):
 
 
 def test_seeds_differ_and_repeat():
-    first, second, again = (
-        numbers(batches(numbered(50), seed, 0, 1, 50))[0] for seed in (0, 1, 0)
-    )
+    first, second, again = (order(50, seed, 0, 1, 50)[0] for seed in (0, 1, 0))
     np.testing.assert_array_equal(first, again)
     assert np.mean(first == second) < 0.2
     # Nor is the next seed's first epoch this seed's second one.
-    later = numbers(batches(numbered(50), 0, 1, 2, 50))[0]
+    later = order(50, 0, 1, 2, 50)[0]
     assert np.mean(later == second) < 0.2 and np.mean(later == first) < 0.2
-
-
-def test_the_set_itself_is_not_changed():
-    images = numbered(10)
-    batches(images, 0, 0, 5, 4)
-    np.testing.assert_array_equal(images, numbered(10))
