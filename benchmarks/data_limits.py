@@ -84,8 +84,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     if options.out:
         about = environment() | {"device": jax.devices()[0].device_kind}
-        command = "python benchmarks/data_limits.py"
-        text = json.dumps({"command": command, "environment": about, "rows": rows})
+        text = json.dumps({"environment": about, "rows": rows})
         options.out.write_text(text.replace('{"attack"', '\n{"attack"') + "\n")
 
 
