@@ -1,8 +1,9 @@
 """This package against PyTorch: the same inversion, training and sampling, timed.
 
     pip install -e '.[torch]'
-    python benchmarks/speed.py --network shipped --out docs/results/speed.jsonl
-    python benchmarks/speed.py --network cifar --steps 2 --repeats 3
+    python benchmarks/speed.py --work shipped --out docs/results/speed.jsonl
+    python benchmarks/speed.py --work cifar --steps 2 --repeats 3
+    python benchmarks/speed.py --work cifar-gpu --precision tf32 bf16 --out gpu.jsonl
 
 Both sides run in one process on the same weights and cores, by turns (A B A B), and the
 median over repeats counts. Before anything is timed, their losses on one noise must
@@ -10,7 +11,8 @@ agree to 1e-3. What compiles is timed apart. The PyTorch side is diffusers'
 `UNet2DModel`, eager and by torch.compile, with everything folded into one batch as a
 careful user would write it. One line of JSON a measurement.
 
-Hardware: any; `--precision tf32` and `bf16` are for GPUs.
+Hardware: any; the last line is the whole measurement for a GPU, with one and with eight
+candidates and, as the ceiling of what training can reach, a large matrix product.
 """
 
 from __future__ import annotations
@@ -48,25 +50,37 @@ from puredif_jax.triggers import Box, Cat
 from puredif_jax.types import Candidate
 from puredif_jax.unet import SHIPPED, UNet
 
-NETWORKS = {"shipped": SHIPPED, "cifar": UNet()}
 SCHEDULE = LinearBetas().tables()
 HYPOTHESIS = Hypothesis.of("ode")
 ATTACK = VillanDiffusion(trigger=Box(), target=Cat(), poison_rate=0.2)
+MANY = "inversion, shift, {} candidates"
 Run = Callable[[int], float]  # does so many steps; returns the loss of the last
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much work a step is."""
+    """How much work a step is.
+
+    candidates, many: of an inversion, and of a second one beside it; 0 for none.
+    samples: noise draws of both losses.  rollout: steps of the second.
+    elijah: noise draws of Elijah's loss.  batch: images in training and sampling.
+    matmul: side of the matrix product.
+    """
 
     candidates: int
     samples: int
     rollout: int
     elijah: int
     batch: int
+    many: int = 0
+    matmul: int = 1024
 
 
-SIZES = {"shipped": Size(4, 8, 8, 100, 64), "cifar": Size(1, 2, 2, 8, 8)}
+WORK = {
+    "shipped": (SHIPPED, Size(4, 8, 8, 100, 64)),
+    "cifar": (UNet(), Size(1, 2, 2, 8, 8)),
+    "cifar-gpu": (UNet(), Size(1, 16, 8, 100, 128, many=8, matmul=8192)),
+}
 
 
 class Torch:
@@ -96,13 +110,13 @@ class Torch:
     def noise(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, *self.shape, device=self.device)
 
-    def start(self) -> tuple[torch.Tensor, torch.Tensor]:
-        count = (self.size.candidates, *self.shape)
+    def start(self, candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+        count = (candidates, *self.shape)
         delta = torch.full(count, -0.5, device=self.device)
         return delta.requires_grad_(), torch.zeros_like(delta).requires_grad_()
 
-    def inversion(self, loss: Callable[..., torch.Tensor]) -> Run:
-        delta, target = self.start()
+    def inversion(self, loss: Callable[..., torch.Tensor], candidates: int = 0) -> Run:
+        delta, target = self.start(candidates or self.size.candidates)
         optimizer = torch.optim.Adam([delta, target], 0.2)
 
         def run(steps: int) -> float:
@@ -207,6 +221,20 @@ class Torch:
 
         return run
 
+    def matmul(self) -> Run:
+        kind = torch.bfloat16 if self.half else torch.float32
+        side = self.size.matmul
+        x = torch.ones(side, side, device=self.device, dtype=kind)
+        w = x / side
+
+        def run(steps: int) -> float:
+            y = x
+            for _ in range(steps):
+                y = y @ w
+            return float(y.mean())
+
+        return run
+
     @torch.no_grad()
     def sampling(self, steps: int) -> float:
         x = self.noise(self.size.batch)
@@ -240,9 +268,9 @@ def losses(size: Size) -> dict[str, Any]:
 def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]:
     """Each task of this package, as a function of the number of steps."""
 
-    def inversion(loss: Any) -> Run:
+    def inversion(loss: Any, candidates: int = size.candidates) -> Run:
         bound = loss.bind(unet, SCHEDULE, HYPOTHESIS)
-        descent = Descent(steps=10_000, candidates=size.candidates, learning_rate=0.2)
+        descent = Descent(steps=10_000, candidates=candidates, learning_rate=0.2)
         start = Candidate(jnp.full(unet.image_shape, -0.5), jnp.zeros(unet.image_shape))
         search = inverter(bound, descent, unet.image_shape, start)
 
@@ -299,10 +327,23 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
         times = jnp.asarray(DDIM(steps).path(SCHEDULE)[0])
         return jax.lax.scan(evaluate, jax.random.normal(key, shape), times)[0].mean()
 
+    @functools.partial(jax.jit, static_argnums=1)
+    def product(w, steps):
+        y, _ = jax.lax.scan(lambda y, _: (y @ w, None), w * len(w), length=steps)
+        return y.mean(dtype=jnp.float32)
+
     key = jax.random.key(1)
+    side = size.matmul
+    w = jnp.full((side, side), 1 / side, jnp.dtype(unet.dtype))
+    more = {}
+    if size.many:
+        shift = losses(size)["shift"]
+        more[MANY.format(size.many)] = inversion(shift, size.many)
     return {
         **{f"inversion, {name}": inversion(x) for name, x in losses(size).items()},
+        **more,
         "training": training(),
+        "matrix product": lambda steps: float(product(w, steps)),
         "sampling": lambda steps: float(drawn(params, key, steps)),
         "network alone": lambda steps: float(bare(params, key, steps)),
     }
@@ -313,13 +354,36 @@ def torch_runs(side: Torch, training: Torch, images: Any) -> dict[str, Run]:
     eps = side.noise(side.size.elijah)
     elijah = functools.partial(side.elijah_loss, eps=eps)
     pixels = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2).to(side.device)
+    more = {}
+    if many := side.size.many:
+        more[MANY.format(many)] = side.inversion(side.shift_loss, many)
     return {
+        **more,
         "inversion, shift": side.inversion(side.shift_loss),
         "inversion, consistency": side.inversion(side.consistency_loss),
         "inversion, elijah": side.inversion(elijah),
         "training": training.training(pixels.contiguous()),
+        "matrix product": side.matmul(),
         "sampling": side.sampling,
         "network alone": side.bare,
+    }
+
+
+def operations(unet: UNet, size: Size) -> dict[str, float]:
+    """Floating-point operations of a step, where they are those of the network alone.
+
+    As XLA counts the forward pass, a gradient for two more.
+    """
+    params = jax.eval_shape(unet.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, *unet.image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    counted = jax.jit(unet).lower(params, x, t).cost_analysis()
+    forward = float(counted["flops"]) if counted else float("nan")
+    return {
+        "training": 3 * size.batch * forward,
+        "sampling": size.batch * forward,
+        "network alone": size.batch * forward,
+        "matrix product": 2 * size.matmul**3,
     }
 
 
@@ -355,14 +419,19 @@ def agree(unet: UNet, params: Any, size: Size, side: Torch) -> dict[str, float]:
     return differences
 
 
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", choices=NETWORKS, default="shipped")
+    parser.add_argument("--work", choices=WORK, default="shipped")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--steps", type=int, default=5, help="in one timing")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tasks", nargs="*")
-    parser.add_argument("--precision", choices=("float32", "tf32", "bf16"))
+    parser.add_argument(
+        "--precision", nargs="*", choices=PRECISIONS, default=["float32"]
+    )
     parser.add_argument("--no-compile", action="store_true", help="eager only")
     parser.add_argument("--out", type=pathlib.Path)
     return parser.parse_args()
@@ -370,14 +439,19 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    options.precision = options.precision or "float32"
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     torch.set_num_threads(options.threads)
+    for precision in options.precision:
+        compare(argparse.Namespace(**vars(options) | {"precision": precision}))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Times every task in one precision, on all sides."""
     tf32 = options.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     precision = "tensorfloat32" if tf32 else "highest"
     jax.config.update("jax_default_matmul_precision", precision)
-    unet, size = NETWORKS[options.network], SIZES[options.network]
+    unet, size = WORK[options.work]
     if options.precision == "bf16":
         unet = dataclasses.replace(unet, dtype="bfloat16")
     rng = np.random.default_rng(0)
@@ -410,12 +484,13 @@ def main() -> None:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "device": jax.devices()[0].device_kind,
-        "network": options.network,
+        "work": options.work,
         "precision": options.precision,
         "threads": options.threads,
         "size": dataclasses.asdict(size),
         "difference of losses": differences,
     }
+    counted = operations(unet, size)
     for task in options.tasks or sides["torch"]:
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         first = {}
@@ -438,6 +513,9 @@ def main() -> None:
                 "this package's time over it": ours / median,
                 "seconds a step": found,
                 "first call, seconds": first[name],
+                "operations a second": counted[task] / median
+                if task in counted
+                else None,
             } | about
             text = json.dumps(row)
             ratio = row["this package's time over it"]
