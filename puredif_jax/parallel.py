@@ -139,12 +139,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def along(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
-    """Split over the named mesh axes, one or several for each leading array axis."""
+def along(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """Split over the named mesh axes, one for each leading array axis."""
     return NamedSharding(mesh, P(*axes))
 
 
-def constrain(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Shard:
+def constrain(mesh: Mesh, *axes: str | None) -> Shard:
     """A function that holds an array to `along(mesh, *axes)` inside of jit.
 
     A length need not be a multiple of the devices.
