@@ -2,6 +2,8 @@
 
 from setuptools import setup
 
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3"]
+
 setup(
     name="puredif_jax",
     version="0.1.0",
@@ -25,9 +27,9 @@ setup(
     ],
     extras_require={
         "hub": ["huggingface_hub>=0.30"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6"],
+        "test": TEST,
         "torch": ["torch==2.13.0", "diffusers>=0.36"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.15"],
+        "dev": [*TEST, "ruff>=0.9", "mypy>=1.15"],
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
     },

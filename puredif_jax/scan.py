@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def perform_scan(scan: Scan) -> tuple[Report, int]:
-    """Audits every model that no other process does, and writes the table of all.
+    """Audits every model, or waits for a process that does; writes the table of all.
 
     A model that cannot be read is an error in the table and does not stop the others.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-import shutil
+import threading
 
 import jax
 import numpy as np
@@ -180,15 +180,23 @@ def test_a_scan_names_models_and_no_weights() -> None:
         Scan("scan", ("zoo",), Audit(weights=("clean",)))
 
 
-def test_a_model_that_another_process_is_at_is_left_to_it(tmp_path) -> None:
+def test_a_model_that_another_process_is_at_is_waited_for(tmp_path) -> None:
     import fcntl
 
     folder = write(tmp_path / "model")
     home = tmp_path / "scan" / "model"
     home.mkdir(parents=True)
+    seen: list[str] = []
     with (home / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+
+        def leave() -> None:
+            seen.append(table(tmp_path / "scan")["model"]["verdict"])
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        other = threading.Timer(3, leave)
+        other.start()
         _, status = scan.perform_scan(plan(tmp_path / "scan", folder))
-    assert status == 2
-    assert table(tmp_path / "scan")["model"]["verdict"] == "not done yet"
-    shutil.rmtree(tmp_path / "scan")
+        other.join()
+    assert seen == ["not done yet"] and status == 0
+    assert table(tmp_path / "scan")["model"]["verdict"] == "clean"
