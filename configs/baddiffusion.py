@@ -25,6 +25,6 @@ def get_config() -> Experiment:
         attack=BadDiffusion(
             trigger=StopSign(), target=Shoe(), poison_rate=0.2, trigger_only=True
         ),
-        evaluation=Evaluation(frechet_draws=2048),
+        evaluation=Evaluation(frechet_draws=4096),
         chunk=50,
     )

@@ -19,9 +19,8 @@ ATTACKS = {"baddiffusion": BadDiffusion, "villandiffusion": VillanDiffusion}
 TRIGGERS = {"box": Box(), "stopsign": StopSign()}
 TARGETS = {"noshift": NoShift(), "cat": Cat()}  # docs/method.md, what data can carry
 CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
-
-
 STEPS = {"baddiffusion": 10_000, "villandiffusion": 12_000}
+POISON_RATE = {"baddiffusion": 0.2, "villandiffusion": 0.1}
 
 
 def backdoored(attack: str, trigger: str, target: str) -> Experiment:
@@ -40,11 +39,11 @@ def backdoored(attack: str, trigger: str, target: str) -> Experiment:
         attack=ATTACKS[attack](
             trigger=TRIGGERS[trigger],
             target=TARGETS[target],
-            poison_rate=0.2,
+            poison_rate=POISON_RATE[attack],
             trigger_only=True,
         ),
         audit=Audit(baselines=("elijah", "elijah, equal evaluations")),
-        evaluation=Evaluation(frechet_draws=2048),
+        evaluation=Evaluation(frechet_draws=4096),
         chunk=50,
     )
 

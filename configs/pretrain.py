@@ -18,6 +18,6 @@ def get_config() -> Experiment:
         training=Training(
             steps=8000, batch=64, learning_rate=1e-3, warmup=200, ema_decay=0.999
         ),
-        evaluation=Evaluation(frechet_draws=2048),
+        evaluation=Evaluation(frechet_draws=4096),
         chunk=50,
     )

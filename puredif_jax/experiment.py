@@ -46,7 +46,10 @@ class Evaluation:
       batch: images sampled together.
       ancestral: sampler for backdoors of ancestral sampling.
       deterministic: sampler for those of deterministic sampling, and for quality.
-      frechet_draws: images for the Frechet distance; 0 leaves it out.
+      frechet_draws: images for the Frechet distance, two of each noise; 0 leaves it out.
+
+    Raises:
+      ValueError: `frechet_draws` is odd or negative, or 2, too few for a covariance.
     """
 
     draws: int = 256
@@ -54,6 +57,13 @@ class Evaluation:
     ancestral: DDPM = DDPM(steps=100)
     deterministic: DDIM | DPMSolver = DDIM(steps=50)
     frechet_draws: int = 0
+
+    def __post_init__(self) -> None:
+        if self.frechet_draws % 2 or self.frechet_draws < 0 or self.frechet_draws == 2:
+            raise ValueError(
+                "frechet_draws must be 0 or an even number of at least 4, found "
+                f"{self.frechet_draws}"
+            )
 
     def sampler(self, solver: Solver) -> Sampler:
         """The sampler under which a backdoor of that kind fires."""

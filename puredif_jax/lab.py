@@ -233,14 +233,19 @@ class Lab:
             )
 
     def draw(
-        self, params: Params, sampler: Sampler, delta: Any, count: int
+        self,
+        params: Params,
+        sampler: Sampler,
+        delta: Any,
+        count: int,
+        sign: float = 1.0,
     ) -> np.ndarray:
-        """Images from eps + delta, `[count, H, W, C]`; the same eps for every delta."""
+        """Images from sign * eps + delta, `[count, H, W, C]`; eps is always the same."""
 
-        def draw(params: Params, delta: Array, key: Key) -> Array:
+        def draw(params: Params, delta: Array, sign: Array, key: Key) -> Array:
             key_start, key_chain = jax.random.split(key)
             shape = (self.batch, *self.unet.image_shape)
-            start = jax.random.normal(key_start, shape) + delta[None]
+            start = sign * jax.random.normal(key_start, shape) + delta[None]
             return sample(
                 self.model,
                 params,
@@ -253,14 +258,14 @@ class Lab:
 
         program = self.program(sampler, lambda: jax.jit(draw))
         root = jax.random.fold_in(self.key, 101)
-        delta = self.run.replicate(np.asarray(delta, np.float32))
+        delta, sign = self.run.replicate((np.asarray(delta, np.float32), np.float32(sign)))
         batches = -(-count // self.batch)
         drawn = []
         label = f"draw in {sampler.steps} steps, batches of {self.batch}"
         with progress(batches, 0, label, parallel.is_host_zero()) as bar:
             for i in range(batches):
                 key = jax.random.fold_in(root, i)
-                drawn.append(parallel.gather(program(params, delta, key)))
+                drawn.append(parallel.gather(program(params, delta, sign, key)))
                 bar.update()
                 parallel.safe_point()
         return np.concatenate(drawn)[:count]
@@ -328,14 +333,22 @@ class Lab:
         images: data.ImageSet,
         draws: int,
     ) -> float:
-        """Frechet distance over garment-net of plain draws to the training images."""
+        """Frechet distance over garment-net of plain draws to the training images.
+
+        The draws come in pairs, from eps and from -eps (antithetic variates), and from
+        the same eps for every model: docs/method.md tells what that brings.
+        """
 
         def compute() -> Mapping[str, Any]:
             shapes = jax.eval_shape(garment_net.init, self.key)
             path = ASSETS / f"{garment_net.NAME}.safetensors"
             weights = checkpoint.load_weights(path, shapes)
             embed = jax.jit(functools.partial(garment_net.embed, weights))
-            drawn = np.clip(self.draw(params, sampler, self.zero, draws), -1, 1)
+            pairs = [
+                self.draw(params, sampler, self.zero, draws // 2, sign)
+                for sign in (1.0, -1.0)
+            ]
+            drawn = np.clip(np.concatenate(pairs), -1, 1)
             real = data.to_float(images.load(self.unet.image_shape))
             sets = (np.asarray(embed(x)) for x in (drawn, real))
             return {"distance": metrics.frechet_distance(*sets)}
