@@ -2,10 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from tiny_config import TINY
 
+from puredif_jax import features, metrics
+from puredif_jax.data import FashionMNIST
 from puredif_jax.diffusion import DDIM, LinearBetas
-from puredif_jax.experiment import Audit, Inversion, elijah
+from puredif_jax.experiment import Audit, Evaluation, Experiment, Inversion, elijah
 from puredif_jax.inversion import Descent
 from puredif_jax.objectives import (
     DenoisingConsistency,
@@ -14,6 +18,7 @@ from puredif_jax.objectives import (
     Hypothesis,
     Sum,
 )
+from puredif_jax.stages import open_lab
 from puredif_jax.survey import Survey
 from puredif_jax.types import Candidate
 
@@ -77,3 +82,29 @@ def test_elijah_as_published_and_at_equal_evaluations(solver, steps) -> None:
     published, equal = (methods[name] for name in audit.baselines)
     assert published == elijah(solver) and published.descent.steps == steps
     assert equal.evaluations == pytest.approx(audit.inversion.evaluations, rel=0.01)
+
+
+def test_frechet_draws_come_in_pairs(tmp_path, monkeypatch) -> None:
+    """A network that says 0 draws eps, scaled: each pair then sums to nothing."""
+    asked: list[np.ndarray] = []
+
+    def distance(drawn: np.ndarray, real: np.ndarray) -> float:
+        asked.append(drawn)
+        return 1.0
+
+    monkeypatch.setattr(features, "embed", lambda weights, images: images)
+    monkeypatch.setattr(metrics, "frechet_distance", distance)
+    options = Evaluation(batch=8, deterministic=DDIM(steps=2, clip=None))
+    lab = open_lab(Experiment(str(tmp_path), model=TINY, evaluation=options))
+    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
+    silent = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    lab.frechet("silent", silent, options.deterministic, FashionMNIST(), 24)
+    (drawn,) = asked
+    assert drawn.shape == (24, *TINY.image_shape) and np.ptp(drawn[:12]) > 1
+    np.testing.assert_array_equal(drawn[:12], -drawn[12:])
+
+
+@pytest.mark.parametrize("draws", [-4, 2, 7])
+def test_frechet_draws_are_an_even_number(draws: int) -> None:
+    with pytest.raises(ValueError, match=f"even number of at least 4, found {draws}"):
+        Evaluation(frechet_draws=draws)
