@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from puredif_jax import attacks, parallel
 from puredif_jax.attacks import VillanDiffusion
 from puredif_jax.diffusion import DDIM, LinearBetas, sample
+from puredif_jax.experiment import Loss
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.objectives import DistributionShift, Hypothesis
 from puredif_jax.report import environment
@@ -40,7 +41,7 @@ STEPS = 2  # of a compiled loop; divided out again
 BATCH = 8  # images of a device in training and sampling
 KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
-
+Program = tuple[Any, tuple[Any, ...]]  # jitted, and the shapes of its arguments
 Counts = dict[str, tuple[float, float]]  # number and bytes of each kind
 
 
@@ -86,16 +87,19 @@ def size_of(shapes: str) -> int:
 
 
 def everywhere(mesh: Any, shapes: Any) -> Any:
+    """The shapes of arrays that every device has whole."""
     whole = parallel.replicated(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
     )
 
 
-def inversion(unet: UNet, mesh: Any, candidates: int, samples: int) -> Any:
-    """The default loss, for so many candidates and so much noise."""
+def parameters(unet: UNet, mesh: Any) -> Any:
+    return everywhere(mesh, jax.eval_shape(unet.init, jax.random.key(0)))
+
+
+def inversion(unet: UNet, mesh: Any, candidates: int, loss: Loss) -> Program:
     spread = parallel.spread(mesh, candidates)
-    loss = DistributionShift(samples=samples)
     search = inverter(
         loss.bind(unet, SCHEDULE, Hypothesis.of("ode"), spread.noise),
         Descent(candidates=candidates),
@@ -110,20 +114,18 @@ def inversion(unet: UNet, mesh: Any, candidates: int, samples: int) -> Any:
 
         return jax.lax.scan(step, state, None, length=STEPS)
 
-    params = jax.eval_shape(unet.init, jax.random.key(0))
     state = jax.eval_shape(search.init, jax.random.key(0))
     made = jax.jit(advance, out_shardings=parallel.replicated(mesh))
-    return made.lower(everywhere(mesh, params), everywhere(mesh, state))
+    return made, (parameters(unet, mesh), everywhere(mesh, state))
 
 
-def training(unet: UNet, mesh: Any) -> Any:
+def training(unet: UNet, mesh: Any) -> Program:
     batch = BATCH * mesh.size
     attack = VillanDiffusion(trigger=Box(), target=Cat())
     poison = attacks.poison(attack, unet.image_shape)
     loss = functools.partial(attacks.training_loss, unet, attack.rows(SCHEDULE), poison)
     made = trainer(loss, Training(10, batch=batch, warmup=0, ema_decay=0.999))
-    params = jax.eval_shape(unet.init, jax.random.key(0))
-    state = jax.eval_shape(made.init, params, jax.random.key(0))
+    state = jax.eval_shape(made.init, parameters(unet, mesh), jax.random.key(0))
     images = jax.ShapeDtypeStruct(
         (STEPS, batch, *unet.image_shape),
         jnp.float32,
@@ -133,10 +135,10 @@ def training(unet: UNet, mesh: Any) -> Any:
     def advance(state: Any, images: Any) -> Any:
         return jax.lax.scan(made.step, state, images)
 
-    return jax.jit(advance).lower(everywhere(mesh, state), images)
+    return jax.jit(advance), (everywhere(mesh, state), images)
 
 
-def sampling(unet: UNet, mesh: Any) -> Any:
+def sampling(unet: UNet, mesh: Any) -> Program:
     shard = parallel.constrain(mesh, "batch")
     shape = (BATCH * mesh.size, *unet.image_shape)
 
@@ -144,14 +146,17 @@ def sampling(unet: UNet, mesh: Any) -> Any:
         start = shard(jax.random.normal(key, shape))
         return sample(unet, params, SCHEDULE, DDIM(STEPS), start, key, shard=shard)
 
-    params = jax.eval_shape(unet.init, jax.random.key(0))
     key = jax.eval_shape(jax.random.key, 0)
-    return jax.jit(draw).lower(everywhere(mesh, params), everywhere(mesh, key))
+    return jax.jit(draw), (parameters(unet, mesh), everywhere(mesh, key))
 
 
-PROGRAMS: dict[str, Callable[[UNet, Any], Any]] = {
-    "inversion, a candidate a device": lambda u, m: inversion(u, m, m.size, 2),
-    "inversion, 2 draws a device": lambda u, m: inversion(u, m, 1, 2 * m.size),
+PROGRAMS: dict[str, Callable[[UNet, Any], Program]] = {
+    "inversion, a candidate a device": lambda unet, mesh: inversion(
+        unet, mesh, mesh.size, DistributionShift(samples=2)
+    ),
+    "inversion, 2 draws a device": lambda unet, mesh: inversion(
+        unet, mesh, 1, DistributionShift(samples=2 * mesh.size)
+    ),
     "training, 8 images a device": training,
     "sampling, 8 images a device": sampling,
 }
@@ -166,9 +171,10 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     unet = NETWORKS[options.network]
     shapes = jax.tree.leaves(jax.eval_shape(unet.init, jax.random.key(0)))
-    for name, lower in PROGRAMS.items():
+    for name, make in PROGRAMS.items():
         for devices in (1, 2, 4, 8):
-            compiled = lower(unet, parallel.make_mesh(devices)).compile()
+            program, arguments = make(unet, parallel.make_mesh(devices))
+            compiled = program.lower(*arguments).compile()
             sizes = compiled.memory_analysis()
             looped, once = collectives(compiled.as_text())
             row = {

@@ -46,7 +46,7 @@ class Evaluation:
       batch: images sampled together.
       ancestral: sampler for backdoors of ancestral sampling.
       deterministic: sampler for those of deterministic sampling, and for quality.
-      frechet_draws: images for the Frechet distance, two of each noise; 0 leaves it out.
+      frechet_draws: images for the Frechet distance, two of each noise; 0 for none.
 
     Raises:
       ValueError: `frechet_draws` is odd or negative, or 2, too few for a covariance.

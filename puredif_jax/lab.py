@@ -240,7 +240,7 @@ class Lab:
         count: int,
         sign: float = 1.0,
     ) -> np.ndarray:
-        """Images from sign * eps + delta, `[count, H, W, C]`; eps is always the same."""
+        """Images from sign * eps + delta, `[count, H, W, C]`; always the same eps."""
 
         def draw(params: Params, delta: Array, sign: Array, key: Key) -> Array:
             key_start, key_chain = jax.random.split(key)
@@ -258,7 +258,9 @@ class Lab:
 
         program = self.program(sampler, lambda: jax.jit(draw))
         root = jax.random.fold_in(self.key, 101)
-        delta, sign = self.run.replicate((np.asarray(delta, np.float32), np.float32(sign)))
+        delta, sign = self.run.replicate(
+            (np.asarray(delta, np.float32), np.float32(sign))
+        )
         batches = -(-count // self.batch)
         drawn = []
         label = f"draw in {sampler.steps} steps, batches of {self.batch}"

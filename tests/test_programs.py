@@ -1,7 +1,6 @@
 """The three programs a device spends its time in, as compiled: for which platforms,
 with what traffic between devices, in how much memory."""
 
-import functools
 import math
 import re
 
@@ -9,94 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scaling
 from tiny_config import TINY
 
-from puredif_jax import attacks, parallel
-from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.diffusion import DDIM, LinearBetas, sample, trajectory
-from puredif_jax.inversion import Descent, inverter
-from puredif_jax.objectives import (
-    DenoisingConsistency,
-    DistributionShift,
-    Hypothesis,
-    Sum,
-)
-from puredif_jax.training import Training, trainer
-from puredif_jax.triggers import Box, Hat
+from puredif_jax import parallel
+from puredif_jax.diffusion import DDIM, trajectory
+from puredif_jax.objectives import DenoisingConsistency, DistributionShift, Sum
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-SCHEDULE = LinearBetas().tables()
-TIMESTEPS, SAMPLES, BATCH, STEPS = 2, 8, 8, 5
+CANDIDATES, SAMPLES, TIMESTEPS, ROLLOUT = 4, 8, 2, 3
 LOSS = Sum(
     DistributionShift(timesteps=(900, 300), samples=SAMPLES),
-    DenoisingConsistency(sampler=DDIM(steps=3), samples=SAMPLES),
+    DenoisingConsistency(sampler=DDIM(steps=ROLLOUT), samples=SAMPLES),
 )
-
-
-def inversion(mesh, candidates: int = 4):
-    """Steps of an inversion, and what they start from."""
-    spread = parallel.spread(mesh, candidates)
-    search = inverter(
-        LOSS.bind(TINY, SCHEDULE, Hypothesis.of("ode"), spread.noise),
-        Descent(candidates=candidates),
-        TINY.image_shape,
-        candidates=spread.candidates,
-        axis=spread.axis,
-    )
-
-    def advance(params, state):
-        def step(state, _):
-            return search.step(params, state)
-
-        return jax.lax.scan(step, state, None, length=STEPS)
-
-    made = jax.jit(advance, out_shardings=parallel.replicated(mesh))
-    state = jax.eval_shape(search.init, jax.random.key(0))
-    return made, (parameters(mesh), everywhere(mesh, state))
-
-
-def training(mesh):
-    attack = VillanDiffusion(trigger=Box(), target=Hat())
-    poison = attacks.poison(attack, TINY.image_shape)
-    rows = attack.rows(SCHEDULE)
-    loss = functools.partial(attacks.training_loss, TINY, rows, poison)
-    made = trainer(loss, Training(10, batch=BATCH, warmup=2))
-    state = jax.eval_shape(made.init, parameters(mesh), jax.random.key(0))
-    images = jax.ShapeDtypeStruct(
-        (STEPS, BATCH, *TINY.image_shape),
-        jnp.float32,
-        sharding=parallel.along(mesh, None, "batch"),
-    )
-    advance = jax.jit(lambda state, images: jax.lax.scan(made.step, state, images))
-    return advance, (everywhere(mesh, state), images)
-
-
-def sampling(mesh):
-    shard = parallel.constrain(mesh, "batch")
-
-    def draw(params, key):
-        start = shard(jax.random.normal(key, (BATCH, *TINY.image_shape)))
-        return sample(TINY, params, SCHEDULE, DDIM(STEPS), start, key, shard=shard)
-
-    key = jax.eval_shape(jax.random.key, 0)
-    return jax.jit(draw), (parameters(mesh), everywhere(mesh, key))
-
-
-def everywhere(mesh, shapes):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=parallel.replicated(mesh)
-        ),
-        shapes,
-    )
-
-
-def parameters(mesh):
-    return everywhere(mesh, jax.eval_shape(TINY.init, jax.random.key(0)))
-
-
-PROGRAMS = {"inversion": inversion, "training": training, "sampling": sampling}
+PROGRAMS = {
+    "inversion": lambda mesh: scaling.inversion(TINY, mesh, CANDIDATES, LOSS),
+    "training": lambda mesh: scaling.training(TINY, mesh),
+    "sampling": lambda mesh: scaling.sampling(TINY, mesh),
+}
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -108,22 +38,13 @@ def test_lowers_for_every_platform(name: str, devices: int) -> None:
     assert exported.platforms == platforms and exported.nr_devices == devices
 
 
-def loop_of(compiled) -> str:
-    """The text of all but the entry, which runs once for all steps."""
-    text = compiled.as_text()
-    start = text.index("\nENTRY ")
-    return text[:start] + text[text.index("\n}", start) :]
-
-
-def traffic(text: str) -> dict[str, list[int]]:
-    """Numbers that each collective moves, by its kind."""
-    found: dict[str, list[int]] = {}
-    kinds = r" = (.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
-    for shapes, kind in re.findall(kinds, text):
-        sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
-        count = sum(math.prod(map(int, filter(None, s.split(",")))) for s in sizes)
-        found.setdefault(kind, []).append(count)
-    return found
+def compiled(name: str) -> tuple[str, scaling.Counts, scaling.Counts]:
+    """A program of eight devices: its text, and its traffic in a step and in a call."""
+    program, arguments = PROGRAMS[name](parallel.make_mesh())
+    text = program.lower(*arguments).compile().as_text()
+    looped, once = scaling.collectives(text)
+    step = {k: (n / scaling.STEPS, b / scaling.STEPS) for k, (n, b) in looped.items()}
+    return text, step, once
 
 
 def convolved(text: str) -> set[int]:
@@ -135,33 +56,29 @@ def convolved(text: str) -> set[int]:
 
 def test_devices_share_an_inversion_and_add_only_images() -> None:
     """Each has its part of every batch; in a step only sums over noise cross."""
-    candidates = 4
-    program, arguments = inversion(parallel.make_mesh(), candidates)
-    loop = loop_of(program.lower(*arguments).compile())
-    images = candidates * SAMPLES // 8
-    assert convolved(loop) == {images, TIMESTEPS * images}
-    moved = traffic(loop)
-    assert set(moved) == {"all-reduce"}
+    text, step, _ = compiled("inversion")
+    images = CANDIDATES * SAMPLES // 8
+    assert convolved(text) == {images, TIMESTEPS * images}
+    assert set(step) == {"all-reduce"}
     # A mean a timestep, a gradient in both images, and, a rollout step, the mean and
-    # the variance forwards and the gradient in the trigger backwards.
-    image = math.prod(TINY.image_shape)
-    assert sum(moved["all-reduce"]) < 20 * image
-    assert len(moved["all-reduce"]) <= 5
+    # the variance, forwards and when the step is made anew, and their gradients.
+    number, size = step["all-reduce"]
+    assert number <= 2 + 3 * ROLLOUT
+    images = TIMESTEPS + 2 + 7 * ROLLOUT
+    assert size < 4 * math.prod(TINY.image_shape) * images
 
 
 def test_devices_share_training_and_add_only_gradients() -> None:
-    program, arguments = training(parallel.make_mesh())
-    loop = loop_of(program.lower(*arguments).compile())
-    moved = traffic(loop)
-    weights = sum(x.size for x in jax.tree.leaves(parameters(parallel.make_mesh())))
-    assert set(moved) == {"all-reduce"}
-    assert weights <= sum(moved["all-reduce"]) <= weights + 8
+    _, step, _ = compiled("training")
+    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
+    weights = sum(x.size for x in jax.tree.leaves(shapes))
+    assert set(step) == {"all-reduce"}
+    assert 4 * weights <= step["all-reduce"][1] <= 4 * (weights + 8)
 
 
 def test_devices_share_sampling_and_never_meet() -> None:
-    program, arguments = sampling(parallel.make_mesh())
-    text = program.lower(*arguments).compile().as_text()
-    assert traffic(text) == {} and convolved(text) == {BATCH // 8}
+    text, step, once = compiled("sampling")
+    assert step == once == {} and convolved(text) == {scaling.BATCH}
 
 
 def test_memory_of_a_differentiable_rollout_is_flat_in_its_steps() -> None:
@@ -172,7 +89,7 @@ def test_memory_of_a_differentiable_rollout_is_flat_in_its_steps() -> None:
             images, _ = trajectory(
                 TINY,
                 params,
-                SCHEDULE,
+                scaling.SCHEDULE,
                 DDIM(steps),
                 start,
                 jax.random.key(0),
