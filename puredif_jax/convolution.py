@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,13 @@ def _input_gradient(
         reach = kernel.shape[axis - 1] - 1 - before
         spread = (g.shape[axis] - 1) * stride + 1
         after = x.shape[axis] + kernel.shape[axis - 1] - 1 - spread - reach
-        edges.append((reach, after, stride - 1))
-    spread_g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+        edges.append((reach, after))
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    return _convolve(spread_g, turned, 1, ((0, 0), (0, 0)))
+    if stride > 1:
+        gaps = [(*edge, stride - 1) for edge in edges]
+        g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *gaps, (0, 0, 0)))
+        edges = [(0, 0), (0, 0)]
+    return _convolve(g, turned, 1, tuple(edges))
 
 
 def _kernel_gradient(
@@ -135,3 +139,43 @@ def conv_general_dilated(
     assert all(n == 1 for n in (*lhs_dilation, *rhs_dilation))
     rows, columns = padding
     return _conv(x, kernel, strides[0], (tuple(rows), tuple(columns)))
+
+
+def conv_of_upsampled(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> Array:
+    """`conv_general_dilated` of x `[B, H, W, C]` doubled, for a 3x3 kernel at stride 1.
+
+    Each pixel is repeated twice along both axes; `[B, 2H, 2W, D]`. Of three taps on
+    doubled pixels two fall on the same one, so on CPU every second row and column is
+    a 2x2 convolution of x itself, with summed taps: 4 products instead of 9.
+    """
+    assert kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1)
+    assert all(tuple(edge) == (1, 1) for edge in padding)
+
+    def whole(x: Array, kernel: Array) -> Array:
+        doubled = x.repeat(2, axis=1).repeat(2, axis=2)
+        return conv_general_dilated(doubled, kernel, strides, padding, **options)
+
+    def parts(x: Array, kernel: Array) -> Array:
+        pairs = [_summed(taps, 1) for taps in _summed(kernel, 0)]
+        rows = [
+            [_conv(x, pairs[i][j], 1, ((1 - i, i), (1 - j, j))) for j in (0, 1)]
+            for i in (0, 1)
+        ]
+        joined = jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)
+        batch, height, _, width, _, channels = joined.shape
+        return joined.reshape(batch, 2 * height, 2 * width, channels)
+
+    return lax.platform_dependent(x, kernel, cpu=parts, default=whole)
+
+
+def _summed(kernel: Array, axis: int) -> tuple[Array, Array]:
+    """The two taps of even and of odd places of a doubled axis, from its three."""
+    first, second, third = jnp.split(kernel, 3, axis)
+    even = jnp.concatenate([first, second + third], axis)
+    return even, jnp.concatenate([first + second, third], axis)

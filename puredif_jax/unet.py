@@ -8,6 +8,7 @@ carry over by name. `UNet` is a frozen configuration that is itself a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puredif_jax.convolution import conv_general_dilated
+from puredif_jax.convolution import conv_general_dilated, conv_of_upsampled
 from puredif_jax.types import Array, Key, Params
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
@@ -179,7 +180,13 @@ class _GroupNorm(nn.Module):
 
 
 def _conv(
-    config: UNet, width: int, name: str, size: int = 3, zero: bool = False, **kwargs
+    config: UNet,
+    width: int,
+    name: str,
+    size: int = 3,
+    zero: bool = False,
+    convolve: Callable[..., Array] = conv_general_dilated,
+    **kwargs,
 ) -> nn.Conv:
     kwargs.setdefault("padding", size // 2)
     return nn.Conv(
@@ -188,7 +195,7 @@ def _conv(
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=nn.initializers.zeros if zero else nn.linear.default_kernel_init,
-        conv_general_dilated=conv_general_dilated,
+        conv_general_dilated=convolve,
         name=name,
         **kwargs,
     )
@@ -306,8 +313,8 @@ class _UNet2D(nn.Module):
                     jnp.concatenate([x, skips.pop()], axis=-1), prefix, i, width, attend
                 )
             if level < len(widths) - 1:
-                x = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = _conv(c, width, f"{prefix}_upsamplers_0_conv")(x)
+                name = f"{prefix}_upsamplers_0_conv"
+                x = _conv(c, width, name, convolve=conv_of_upsampled)(x)
 
         x = nn.silu(_GroupNorm(c, name="conv_norm_out")(x))
         return _conv(c, c.in_channels, "conv_out", zero=True)(x)

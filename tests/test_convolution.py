@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 from jax import lax
 
-from puredif_jax.convolution import LAYOUT, conv_general_dilated
+from puredif_jax.convolution import (
+    LAYOUT,
+    conv_general_dilated,
+    conv_of_upsampled,
+)
 
+OPTIONS = {
+    "lhs_dilation": (1, 1),
+    "rhs_dilation": (1, 1),
+    "dimension_numbers": lax.ConvDimensionNumbers(*((0, 3, 1, 2),) * 3),
+    "feature_group_count": 1,
+    "precision": None,
+}
 NONE, ONE, AFTER = (0, 0), (1, 1), (0, 1)
 
 
@@ -20,11 +31,7 @@ def ours(x, kernel, stride, padding):
         kernel,
         (stride, stride),
         padding,
-        lhs_dilation=(1, 1),
-        rhs_dilation=(1, 1),
-        dimension_numbers=lax.ConvDimensionNumbers(*((0, 3, 1, 2),) * 3),
-        feature_group_count=1,
-        precision=None,
+        **OPTIONS,
     )
 
 
@@ -208,3 +215,32 @@ def test_half_precision_keeps_its_dtype():
         scale = float(jnp.abs(b).max())
         a, b = (np.asarray(c, np.float32) for c in (a, b))
         np.testing.assert_allclose(a, b, atol=0.03 * scale)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 2)])
+def test_of_upsampled_equals_upsampling_and_xla(size):
+    """Also under vmap over images."""
+
+    def whole(x, kernel, stride, padding):
+        return xla(x.repeat(2, axis=1).repeat(2, axis=2), kernel, stride, padding)
+
+    def parts(x, kernel, stride, padding):
+        return conv_of_upsampled(x, kernel, (stride, stride), padding, **OPTIONS)
+
+    x, weights = arrays(size)
+    found, expected = (
+        value_and_gradients(conv, 1, (ONE, ONE)) for conv in (parts, whole)
+    )
+    assert_close(jax.jit(found)(x, weights), jax.jit(expected)(x, weights))
+    xs = jnp.stack([x, 2 * x])
+    many, wanted = (
+        jax.jit(jax.vmap(each, (0, None)))(xs, weights) for each in (found, expected)
+    )
+    assert_close(many, wanted)
+
+
+@pytest.mark.parametrize("kernel,stride", [((2, 2), 1), ((3, 3), 2)])
+def test_of_upsampled_is_for_one_kind_of_layer(kernel, stride):
+    x, weights = arrays(kernel=kernel)
+    with pytest.raises(AssertionError):
+        conv_of_upsampled(x, weights, (stride, stride), (ONE, ONE), **OPTIONS)
