@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from puredif_jax import attacks, convert
+from puredif_jax import attacks, convert, parallel
 from puredif_jax.attacks import VillanDiffusion
 from puredif_jax.diffusion import DDIM, LinearBetas, sample
 from puredif_jax.inversion import Descent, inverter
@@ -266,22 +266,40 @@ def losses(size: Size) -> dict[str, Any]:
 
 
 def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]:
-    """Each task of this package, as a function of the number of steps."""
+    """Each task of this package, as a function of the number of steps.
+
+    On all devices, as the program lays it out.
+    """
+    mesh = parallel.make_mesh()
+    everywhere = parallel.replicated(mesh)
+    shard = parallel.constrain(mesh, "batch")
+    params = jax.device_put(params, everywhere)
+    images = jax.device_put(images, parallel.along(mesh, "batch"))
 
     def inversion(loss: Any, candidates: int = size.candidates) -> Run:
-        bound = loss.bind(unet, SCHEDULE, HYPOTHESIS)
+        spread = parallel.spread(mesh, candidates)
+        bound = loss.bind(unet, SCHEDULE, HYPOTHESIS, spread.noise)
         descent = Descent(steps=10_000, candidates=candidates, learning_rate=0.2)
         start = Candidate(jnp.full(unet.image_shape, -0.5), jnp.zeros(unet.image_shape))
-        search = inverter(bound, descent, unet.image_shape, start)
+        search = inverter(
+            bound,
+            descent,
+            unet.image_shape,
+            start,
+            candidates=spread.candidates,
+            axis=spread.axis,
+        )
 
-        @functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
+        @functools.partial(
+            jax.jit, static_argnums=2, donate_argnums=1, out_shardings=everywhere
+        )
         def advance(params, state, steps):
             def step(state, _):
                 return search.step(params, state)
 
             return jax.lax.scan(step, state, None, length=steps)
 
-        kept = {"state": search.init(jax.random.key(0))}
+        kept = {"state": jax.device_put(search.init(jax.random.key(0)), everywhere)}
 
         def run(steps: int) -> float:
             kept["state"], info = advance(params, kept["state"], steps)
@@ -296,15 +314,17 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
         )
         made = trainer(loss, Training(10_000, batch=size.batch, ema_decay=0.999))
 
-        @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+        @functools.partial(
+            jax.jit, static_argnums=2, donate_argnums=0, out_shardings=everywhere
+        )
         def advance(state, images, steps):
             def step(state, _):
                 return made.step(state, images)
 
             return jax.lax.scan(step, state, None, length=steps)
 
-        copied = jax.tree.map(jnp.copy, params)
-        kept = {"state": made.init(copied, jax.random.key(0))}
+        state = made.init(jax.tree.map(jnp.copy, params), jax.random.key(0))
+        kept = {"state": jax.device_put(state, everywhere)}
 
         def run(steps: int) -> float:
             kept["state"], info = advance(kept["state"], images, steps)
@@ -316,8 +336,9 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
 
     @functools.partial(jax.jit, static_argnums=2)
     def drawn(params, key, steps):
-        start = jax.random.normal(key, shape)
-        return sample(unet, params, SCHEDULE, DDIM(steps), start, key).mean()
+        start = shard(jax.random.normal(key, shape))
+        drawn = sample(unet, params, SCHEDULE, DDIM(steps), start, key, shard=shard)
+        return drawn.mean()
 
     @functools.partial(jax.jit, static_argnums=2)
     def bare(params, key, steps):
@@ -325,14 +346,15 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
             return unet(params, x, jnp.full((len(x),), t)), None
 
         times = jnp.asarray(DDIM(steps).path(SCHEDULE)[0])
-        return jax.lax.scan(evaluate, jax.random.normal(key, shape), times)[0].mean()
+        start = shard(jax.random.normal(key, shape))
+        return jax.lax.scan(evaluate, start, times)[0].mean()
 
     @functools.partial(jax.jit, static_argnums=1)
     def product(w, steps):
         y, _ = jax.lax.scan(lambda y, _: (y @ w, None), w * len(w), length=steps)
         return y.mean(dtype=jnp.float32)
 
-    key = jax.random.key(1)
+    key = jax.device_put(jax.random.key(1), everywhere)
     side = size.matmul
     w = jnp.full((side, side), 1 / side, jnp.dtype(unet.dtype))
     more = {}
@@ -441,6 +463,7 @@ def main() -> None:
     options = parse()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     torch.set_num_threads(options.threads)
+    parallel.use_cores()
     for precision in options.precision:
         compare(argparse.Namespace(**vars(options) | {"precision": precision}))
 
@@ -487,6 +510,7 @@ def compare(options: argparse.Namespace) -> None:
         "work": options.work,
         "precision": options.precision,
         "threads": options.threads,
+        "devices": jax.device_count(),
         "size": dataclasses.asdict(size),
         "difference of losses": differences,
     }

@@ -35,6 +35,7 @@ def main(parsed) -> None:
     status = 0
     try:
         parallel.initialize(os.environ)
+        parallel.use_cores()
         parallel.stop_on_sigterm()
         # Imported after the devices are initialised.
         if _COST.value:

@@ -112,6 +112,23 @@ def initialize(environ: Mapping[str, str]) -> None:
             ) from error
 
 
+def use_cores() -> None:
+    """Makes a CPU as many devices as this process may use cores: a power of two, to 8.
+
+    XLA spreads only some operations over cores, devices share everything (docs/speed.md
+    has figures). Does nothing where JAX_NUM_CPU_DEVICES or jax.config say how many, or
+    where several processes may share the cores. Comes after `initialize` and before
+    anything that touches a device.
+    """
+    chosen = getattr(jax.config, "jax_num_cpu_devices", -1)
+    if chosen > 0 or jax.distributed.is_initialized():
+        return
+    affinity = getattr(os, "sched_getaffinity", None)  # what `taskset` leaves; Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    devices = 2 ** int(math.log2(min(cores, 8)))
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
 def make_mesh(count: int = 0) -> Mesh:
     """A mesh of the first `count` devices along the axis "batch"; 0 takes all.
 

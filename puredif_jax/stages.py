@@ -78,8 +78,8 @@ class Stages:
         devices = self.lab.run.mesh.size
         if experiment.training and experiment.training.batch % devices:
             raise RunError(
-                f"training.batch must be a multiple of the {devices} devices, found "
-                f"{experiment.training.batch}"
+                f"training.batch must be a multiple of the {devices} devices (fewer by "
+                f"--config.devices), found {experiment.training.batch}"
             )
         if experiment.training or experiment.weights:
             experiment.data.load(shape)

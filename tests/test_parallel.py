@@ -1,5 +1,9 @@
 """Meshes, shardings and the start of several processes, on eight fake devices."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -75,6 +79,36 @@ def test_initialize_without_a_cluster_says_what_to_set(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(ValueError, match="set PUREDIF_COORDINATOR"):
         parallel.initialize({"PUREDIF_DISTRIBUTED": "1"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [({}, 2), ({"JAX_NUM_CPU_DEVICES": "3"}, 3), ({"JAX_NUM_CPU_DEVICES": "1"}, 1)],
+)
+def test_a_cpu_is_a_device_for_every_core(environ, expected):
+    """Of three cores two: batches are halved more often than parted by three."""
+    program = """
+import os
+os.sched_getaffinity = lambda _: {0, 2, 5}
+import jax
+from puredif_jax import parallel
+parallel.initialize(os.environ)
+parallel.use_cores()
+print(jax.local_device_count())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) == expected
+
+
+def test_devices_that_were_chosen_stay():
+    parallel.use_cores()
+    assert jax.local_device_count() == 8
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 8), (8, 8), (3, 3), (1, 1)])
