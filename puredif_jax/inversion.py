@@ -173,7 +173,10 @@ def inverter(
             delta = delta * sign[:, None, None, None]
             candidate = Candidate(delta=delta, target=jnp.zeros(shape))
         else:
-            candidate = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), start)
+            # With its dtype spelt out: a weak one changes in a step, and compiles twice.
+            candidate = jax.tree.map(
+                lambda x: jnp.broadcast_to(jnp.asarray(x, x.dtype), shape), start
+            )
         return InversionState(
             candidate=candidate,
             opt_state=optimizer.init(candidate),

@@ -41,6 +41,17 @@ def test_candidates_start_with_both_signs_and_descend() -> None:
     assert bool((info.loss[-1] < info.loss[0]).all())
 
 
+def test_a_step_compiles_once() -> None:
+    """Also from a start whose dtype is weak, as that of `jnp.full` is."""
+    start = Candidate(jnp.full((2, 2, 1), -0.5), jnp.zeros((2, 2, 1)))
+    made = inverter(quadratic, Descent(steps=3, candidates=2), (2, 2, 1), start)
+    step = jax.jit(made.step)
+    state = made.init(jax.random.key(0))
+    for _ in range(3):
+        state, _ = step(jnp.zeros((2, 2, 1)), state)
+    assert step._cache_size() == 1
+
+
 @pytest.mark.parametrize("bound", [0.25, None])
 def test_bound_projects(bound) -> None:
     descent = Descent(steps=50, bound=bound, low=-0.1, high=0.0, constant_rate=True)
