@@ -1,10 +1,12 @@
-"""A 2-D convolution whose gradient is fast inside a loop on CPU.
+"""A 2-D convolution that is fast on CPU, also its gradient and inside a loop.
 
 Inside a `while` or `scan`, XLA's CPU backend runs the two convolutions of the
 backward pass on a path that is 10 to 100 times slower than outside one
 (jax-ml/jax#12868). Here both gradients are written as forward convolutions, that in
-the kernel with the batch as channels, which are fast in both places. Other platforms
-keep XLA's own gradient. docs/speed.md has the figures.
+the kernel with the batch as channels, which are fast in both places. Wide 3x3 kernels
+are applied by F(2x2, 3x3) of Lavin and Gray, "Fast algorithms for convolutional neural
+networks" (arXiv 1509.09308): 16 products of matrices for the 36 of four pixels. Other
+platforms keep XLA's own. docs/speed.md has the figures.
 """
 
 from __future__ import annotations
@@ -29,10 +31,95 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     )
 
 
+def _suits_winograd(x: Array, kernel: Array, stride: int, padding: Padding) -> bool:
+    """With few channels the sums before and after take as long as they save."""
+    return (
+        kernel.shape[:2] == (3, 3)
+        and min(kernel.shape[2:]) >= 128
+        and stride == 1
+        and padding == ((1, 1), (1, 1))
+        and not any(n % 2 for n in x.shape[1:3])
+        and x.dtype == kernel.dtype == jnp.float32
+    )
+
+
+def _tiles(x: Array) -> list[list[Array]]:
+    """B' d B of each 4x4 tile d, two pixels apart, of x padded by one.
+
+    4 x 4 of `[B, H/2, W/2, C]`.
+    """
+
+    def along(x: Array, axis: int) -> list[Array]:
+        end = x.shape[axis] - 3
+        a, b, c, d = (lax.slice_in_dim(x, i, i + end, 2, axis=axis) for i in range(4))
+        return [a - c, b + c, c - b, b - d]
+
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [along(row, 2) for row in along(padded, 1)]
+
+
+def _products(tiles: list[list[Array]], taps: list[list[Array]]) -> list[list[Array]]:
+    """Each tile `[B, h, w, C]` times its tap `[C, D]`.
+
+    As matrices, for the gradient in a tap sums over rows, which XLA does without
+    copies; over three axes it would transpose them first.
+    """
+
+    def product(tile: Array, tap: Array) -> Array:
+        rows = tile.reshape(-1, tile.shape[-1]) @ tap
+        return rows.reshape(*tile.shape[:-1], tap.shape[-1])
+
+    return [
+        [product(tile, tap) for tile, tap in zip(*row, strict=True)]
+        for row in zip(tiles, taps, strict=True)
+    ]
+
+
+def _taps(kernel: Array) -> list[list[Array]]:
+    """G kernel G': 4 x 4 of `[C, D]`."""
+
+    def along(kernel: Array) -> list[Array]:
+        a, b, c = kernel
+        return [a, (a + b + c) / 2, (a - b + c) / 2, c]
+
+    return [along(row) for row in along(kernel)]
+
+
+def _turned(taps: list[list[Array]]) -> list[list[Array]]:
+    """The taps of the kernel turned by half, from D channels to C."""
+    order = (3, 1, 2, 0)
+    return [[taps[i][j].T for j in order] for i in order]
+
+
+def _of_products(products: list[list[Array]]) -> Array:
+    """A' m A of each 4x4 of products m, two by two pixels: `[B, H, W, D]`."""
+
+    def pair(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, Array]:
+        return a + b + c, b - c - d
+
+    rows = [pair(*column) for column in zip(*products, strict=True)]
+    return _interleave([pair(*row) for row in zip(*rows, strict=True)])
+
+
+def _interleave(parts: Sequence[Sequence[Array]]) -> Array:
+    """Row 2y + i and column 2x + j are those of part i, j: `[B, 2h, 2w, D]`."""
+    joined = jnp.stack([jnp.stack(row, axis=3) for row in parts], axis=2)
+    batch, height, _, width, _, channels = joined.shape
+    return joined.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def _convolve_on_cpu(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    if _suits_winograd(x, kernel, stride, padding):
+        return _of_products(_products(_tiles(x), _taps(kernel)))
+    return _convolve(x, kernel, stride, padding)
+
+
 def _input_gradient(
     g: Array, kernel: Array, x: Array, stride: int, padding: Padding
 ) -> Array:
     """d/dx <g, conv(x)>: g, spread by the stride, convolved with the turned kernel."""
+    if _suits_winograd(x, kernel, stride, padding):
+        return _of_products(_products(_tiles(g), _turned(_taps(kernel))))
     edges = []
     for axis, (before, _) in enumerate(padding, start=1):
         reach = kernel.shape[axis - 1] - 1 - before
@@ -53,8 +140,15 @@ def _kernel_gradient(
     """d/dkernel <g, conv(x)>: over the batch, g convolved with x or x with g.
 
     The one with more channels is the kernel. With strides, at each offset the window of
-    x times g is one matrix product.
+    x times g is one matrix product. A wide one is that of its products.
     """
+    if _suits_winograd(x, jax.ShapeDtypeStruct(size, x.dtype), stride, padding):
+        tiles = _tiles(x)
+
+        def conv(kernel: Array) -> Array:
+            return _of_products(_products(tiles, _taps(kernel)))
+
+        return jax.vjp(conv, jnp.zeros(size, x.dtype))[1](g)[0]
     if stride > 1:
         return _strided_kernel_gradient(g, x, size, stride, padding)
     edges = tuple(
@@ -92,11 +186,16 @@ def _strided_kernel_gradient(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    return _convolve(x, kernel, stride, padding)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: _convolve_on_cpu(x, kernel, stride, padding),
+        default=lambda x, kernel: _convolve(x, kernel, stride, padding),
+    )
 
 
 def _conv_fwd(x: Array, kernel: Array, stride: int, padding: Padding):
-    return _convolve(x, kernel, stride, padding), (x, kernel)
+    return _conv(x, kernel, stride, padding), (x, kernel)
 
 
 def _conv_bwd(stride: int, padding: Padding, residuals, g: Array):
@@ -150,9 +249,12 @@ def conv_of_upsampled(
 ) -> Array:
     """`conv_general_dilated` of x `[B, H, W, C]` doubled, for a 3x3 kernel at stride 1.
 
-    Each pixel is repeated twice along both axes; `[B, 2H, 2W, D]`. Of three taps on
-    doubled pixels two fall on the same one, so on CPU every second row and column is
-    a 2x2 convolution of x itself, with summed taps: 4 products instead of 9.
+    Each pixel is repeated twice along both axes; `[B, 2H, 2W, D]`. With taps a, b, c
+    the two pixels made of p, whose neighbours are q and r, are on CPU
+
+      a (q - p) + (a + b + c) p   and   (a + b + c) p - c (p - r),
+
+    3 products for the 6 of an axis, so 9 for the 36 of both.
     """
     assert kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1)
     assert all(tuple(edge) == (1, 1) for edge in padding)
@@ -162,20 +264,22 @@ def conv_of_upsampled(
         return conv_general_dilated(doubled, kernel, strides, padding, **options)
 
     def parts(x: Array, kernel: Array) -> Array:
-        pairs = [_summed(taps, 1) for taps in _summed(kernel, 0)]
-        rows = [
-            [_conv(x, pairs[i][j], 1, ((1 - i, i), (1 - j, j))) for j in (0, 1)]
-            for i in (0, 1)
-        ]
-        joined = jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)
-        batch, height, _, width, _, channels = joined.shape
-        return joined.reshape(batch, 2 * height, 2 * width, channels)
+        def along(x: Array, axis: int) -> list[Array]:
+            end = x.shape[axis] - 2
+            q, p, r = (lax.slice_in_dim(x, i, i + end, axis=axis) for i in range(3))
+            return [q - p, p, p - r]
+
+        def taps(kernel: Array) -> list[Array]:
+            a, b, c = kernel
+            return [a, a + b + c, c]
+
+        def pair(a: Array, b: Array, c: Array) -> tuple[Array, Array]:
+            return a + b, b - c
+
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        tiles = [along(row, 2) for row in along(padded, 1)]
+        products = _products(tiles, [taps(row) for row in taps(kernel)])
+        rows = [pair(*column) for column in zip(*products, strict=True)]
+        return _interleave([pair(*row) for row in zip(*rows, strict=True)])
 
     return lax.platform_dependent(x, kernel, cpu=parts, default=whole)
-
-
-def _summed(kernel: Array, axis: int) -> tuple[Array, Array]:
-    """The two taps of even and of odd places of a doubled axis, from its three."""
-    first, second, third = jnp.split(kernel, 3, axis)
-    even = jnp.concatenate([first, second + third], axis)
-    return even, jnp.concatenate([first + second, third], axis)

@@ -173,7 +173,7 @@ def inverter(
             delta = delta * sign[:, None, None, None]
             candidate = Candidate(delta=delta, target=jnp.zeros(shape))
         else:
-            # With its dtype spelt out: a weak one changes in a step, and compiles twice.
+            # Its dtype spelt out: a weak one changes in a step, which compiles twice.
             candidate = jax.tree.map(
                 lambda x: jnp.broadcast_to(jnp.asarray(x, x.dtype), shape), start
             )

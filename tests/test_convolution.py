@@ -101,6 +101,49 @@ def test_equals_xla_outside_jit(kernel, padding, size):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("size", [(2, 2), (4, 6), (5, 4)])
+@pytest.mark.parametrize("channels", [(128, 128), (136, 128)])
+def test_wide_kernels_equal_xla(size, channels):
+    """Alone, under vmap over images, in a scan, and differentiated twice.
+
+    An odd side has no tiles of two by two.
+    """
+    x, weights = arrays(size, channels=channels)
+    weights /= np.sqrt(9 * channels[0])
+    xs = jnp.stack([x, 2 * x, -x])
+
+    def curvature(conv):
+        def energy(x, weights):
+            return jnp.sum(jnp.sin(conv(x, weights, 1, (ONE, ONE))))
+
+        def norm(x, weights):
+            return jnp.sum(jax.grad(energy)(x, weights) ** 2)
+
+        return jax.grad(norm, argnums=(0, 1))
+
+    def everything(conv):
+        each = value_and_gradients(conv, 1, (ONE, ONE))
+
+        def program(x, xs, weights):
+            many = jax.vmap(each, (0, None))(xs, weights)
+            _, looped = lax.scan(lambda _, x: (None, each(x, weights)), None, xs)
+            return [*each(x, weights), *many, *looped, *curvature(conv)(x, weights)]
+
+        return jax.jit(program)(x, xs, weights)
+
+    assert_close(everything(ours), everything(xla))
+
+
+def test_wide_kernels_are_applied_by_products_of_tiles():
+    """Sixteen and no convolution, forwards and in both gradients; on CPU alone."""
+    x, weights = arrays((4, 4), channels=(128, 128))
+    made = jax.jit(value_and_gradients(ours, 1, (ONE, ONE))).trace(x, weights)
+    for platform, products in (("cpu", 3 * 16), ("tpu", 0)):
+        text = made.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.dot_general") == products
+        assert text.count("stablehlo.convolution") == (3 if platform == "tpu" else 0)
+
+
 STRIDES = [(1, (ONE, ONE)), (2, (AFTER, AFTER))]
 over_strides = pytest.mark.parametrize("stride, padding", STRIDES)
 
