@@ -102,10 +102,10 @@ def _of_products(products: list[list[Array]]) -> Array:
 
 
 def _interleave(parts: Sequence[Sequence[Array]]) -> Array:
-    """Row 2y + i and column 2x + j are those of part i, j: `[B, 2h, 2w, D]`."""
+    """Of s x s images the one whose pixel (s y + i, s x + j) is (y, x) of part i, j."""
     joined = jnp.stack([jnp.stack(row, axis=3) for row in parts], axis=2)
-    batch, height, _, width, _, channels = joined.shape
-    return joined.reshape(batch, 2 * height, 2 * width, channels)
+    batch, height, rows, width, columns, channels = joined.shape
+    return joined.reshape(batch, height * rows, width * columns, channels)
 
 
 def _convolve_on_cpu(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
@@ -117,21 +117,33 @@ def _convolve_on_cpu(x: Array, kernel: Array, stride: int, padding: Padding) -> 
 def _input_gradient(
     g: Array, kernel: Array, x: Array, stride: int, padding: Padding
 ) -> Array:
-    """d/dx <g, conv(x)>: g, spread by the stride, convolved with the turned kernel."""
+    """d/dx <g, conv(x)>: g convolved with the turned kernel.
+
+    With a stride s, the pixels of each of s x s phases meet some taps only.
+    """
     if _suits_winograd(x, kernel, stride, padding):
         return _of_products(_products(_tiles(g), _turned(_taps(kernel))))
-    edges = []
-    for axis, (before, _) in enumerate(padding, start=1):
-        reach = kernel.shape[axis - 1] - 1 - before
-        spread = (g.shape[axis] - 1) * stride + 1
-        after = x.shape[axis] + kernel.shape[axis - 1] - 1 - spread - reach
-        edges.append((reach, after))
-    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    if stride > 1:
-        gaps = [(*edge, stride - 1) for edge in edges]
-        g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *gaps, (0, 0, 0)))
-        edges = [(0, 0), (0, 0)]
-    return _convolve(g, turned, 1, tuple(edges))
+
+    def phase(axis: int, first: int) -> tuple[slice, tuple[int, int]]:
+        """The taps of the pixels first, first + s, ..., and the edges g needs."""
+        before, taps = padding[axis][0], kernel.shape[axis]
+        chosen = range(taps)[(first + before) % stride :: stride]
+        if not chosen:
+            return slice(0, 0), (0, 0)
+        low, high = ((first + before - i) // stride for i in (chosen[-1], chosen[0]))
+        pixels = -(-x.shape[1 + axis] // stride)
+        return slice(chosen[0], None, stride), (-low, pixels + high - g.shape[1 + axis])
+
+    def part(rows: Any, columns: Any) -> Array:
+        taps = kernel[rows[0], columns[0]][::-1, ::-1].transpose(0, 1, 3, 2)
+        if not taps.size:
+            pixels = (-(-n // stride) for n in x.shape[1:3])
+            return jnp.zeros((x.shape[0], *pixels, x.shape[3]), x.dtype)
+        return _convolve(g, taps, 1, (rows[1], columns[1]))
+
+    rows, columns = ([phase(axis, i) for i in range(stride)] for axis in (0, 1))
+    parts = [[part(row, column) for column in columns] for row in rows]
+    return _interleave(parts)[:, : x.shape[1], : x.shape[2]]
 
 
 def _kernel_gradient(
