@@ -6,8 +6,10 @@
     python benchmarks/speed.py --work cifar-gpu --precision tf32 bf16 --out gpu.jsonl
 
 Both sides run in one process on the same weights and cores, by turns (A B A B), and the
-median over repeats counts. Before anything is timed, their losses on one noise must
-agree to 1e-3. What compiles is timed apart. The PyTorch side is diffusers'
+median over repeats counts. At each turn a side first does the same untimed: it would
+otherwise wait for memory that the other gave back to the system.
+Before anything is timed, their losses on one noise must agree to 1e-3. What compiles is
+timed apart. The PyTorch side is diffusers'
 `UNet2DModel`, eager and by torch.compile, with everything folded into one batch as a
 careful user would write it. One line of JSON a measurement.
 
@@ -524,6 +526,7 @@ def compare(options: argparse.Namespace) -> None:
             first[name] = time.perf_counter() - began
         for _ in range(options.repeats):
             for name, runs in sides.items():
+                runs[task](options.steps)
                 began = time.perf_counter()
                 runs[task](options.steps)
                 seconds[name].append((time.perf_counter() - began) / options.steps)

@@ -151,8 +151,9 @@ def _kernel_gradient(
 ) -> Array:
     """d/dkernel <g, conv(x)>: over the batch, g convolved with x or x with g.
 
-    The one with more channels is the kernel. With strides, at each offset the window of
-    x times g is one matrix product. A wide one is that of its products.
+    The one with more channels is the kernel. With strides, and of a single tap, the
+    window of x at each offset times g is one matrix product. A wide 3x3 kernel's is
+    that of its products.
     """
     if _suits_winograd(x, jax.ShapeDtypeStruct(size, x.dtype), stride, padding):
         tiles = _tiles(x)
@@ -161,8 +162,8 @@ def _kernel_gradient(
             return _of_products(_products(tiles, _taps(kernel)))
 
         return jax.vjp(conv, jnp.zeros(size, x.dtype))[1](g)[0]
-    if stride > 1:
-        return _strided_kernel_gradient(g, x, size, stride, padding)
+    if stride > 1 or size[:2] == (1, 1):
+        return _kernel_gradient_by_offset(g, x, size, stride, padding)
     edges = tuple(
         (before, g.shape[axis] + size[axis - 1] - 1 - x.shape[axis] - before)
         for axis, (before, _) in enumerate(padding, start=1)
@@ -179,10 +180,10 @@ def _kernel_gradient(
     return turned[:, ::-1, ::-1].transpose(1, 2, 3, 0)
 
 
-def _strided_kernel_gradient(
+def _kernel_gradient_by_offset(
     g: Array, x: Array, size: tuple[int, ...], stride: int, padding: Padding
 ) -> Array:
-    """The same by products, for XLA makes a slow convolution of the spread g."""
+    """The same by products; XLA makes a slow convolution of a g spread by a stride."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = ((n - 1) * stride + 1 for n in g.shape[1:3])
     flat = g.reshape(-1, g.shape[-1])
