@@ -2,16 +2,17 @@
 
     pip install -e '.[torch]'
     python benchmarks/speed.py --work shipped --out docs/results/speed.jsonl
-    python benchmarks/speed.py --work cifar --steps 2 --repeats 3
+    python benchmarks/speed.py --work cifar --steps 4 --repeats 3
     python benchmarks/speed.py --work cifar-gpu --precision tf32 bf16 --out gpu.jsonl
 
 Both sides run in one process on the same weights and cores, by turns (A B A B), and the
 median over repeats counts. At each turn a side first does the same untimed: it would
-otherwise wait for memory that the other gave back to the system.
+otherwise wait for memory that the other gave back to the system. A call of this package
+does all steps of a timing, as its runs do: what is constant in them is computed once.
 Before anything is timed, their losses on one noise must agree to 1e-3. What compiles is
-timed apart. The PyTorch side is diffusers'
-`UNet2DModel`, eager and by torch.compile, with everything folded into one batch as a
-careful user would write it. One line of JSON a measurement.
+timed apart. The PyTorch side is diffusers' `UNet2DModel`, eager and by torch.compile,
+with everything folded into one batch as a careful user would write it. One line of JSON
+a measurement.
 
 Hardware: any; the last line is the whole measurement for a GPU, with one and with eight
 candidates and, as the ceiling of what training can reach, a large matrix product.

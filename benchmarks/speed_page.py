@@ -21,6 +21,10 @@ MARK = "<!-- table -->"
 Row = dict[str, Any]
 
 
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f}" if seconds >= 0.1 else f"{1000 * seconds:.1f}"
+
+
 def cells(rows: dict[str, Row]) -> list[str]:
     """Milliseconds a step of each side, and how our time compares with theirs."""
     ours = rows["puredif_jax"]["median seconds a step"]
@@ -31,8 +35,8 @@ def cells(rows: dict[str, Row]) -> list[str]:
             continue
         seconds = rows[side]["median seconds a step"]
         spread = rows[side]["seconds a step"]
-        text = f"{1000 * seconds:.3g}"
-        text += f" ({1000 * min(spread):.3g} to {1000 * max(spread):.3g})"
+        text = milliseconds(seconds)
+        text += f" ({milliseconds(min(spread))} to {milliseconds(max(spread))})"
         found.append(text if side == SIDES[0] else f"{text}: {ours / seconds:.2f}")
     return found
 

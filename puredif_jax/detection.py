@@ -200,6 +200,9 @@ class Detector:
         0.137,
         0.152,
         0.173,
+        0.068,
+        0.124,
+        0.079,
     )
     doubt: float = 3.0
     alarm: float = 6.0
