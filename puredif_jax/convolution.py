@@ -31,15 +31,17 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     )
 
 
-def _suits_winograd(x: Array, kernel: Array, stride: int, padding: Padding) -> bool:
+def _suits_winograd(
+    x: Array, size: tuple[int, ...], stride: int, padding: Padding
+) -> bool:
     """With few channels the sums before and after take as long as they save."""
     return (
-        kernel.shape[:2] == (3, 3)
-        and min(kernel.shape[2:]) >= 128
+        size[:2] == (3, 3)
+        and min(size[2:]) >= 128
         and stride == 1
         and padding == ((1, 1), (1, 1))
         and not any(n % 2 for n in x.shape[1:3])
-        and x.dtype == kernel.dtype == jnp.float32
+        and x.dtype == jnp.float32
     )
 
 
@@ -109,7 +111,7 @@ def _interleave(parts: Sequence[Sequence[Array]]) -> Array:
 
 
 def _convolve_on_cpu(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    if _suits_winograd(x, kernel, stride, padding):
+    if _suits_winograd(x, kernel.shape, stride, padding):
         return _of_products(_products(_tiles(x), _taps(kernel)))
     return _convolve(x, kernel, stride, padding)
 
@@ -121,7 +123,7 @@ def _input_gradient(
 
     With a stride s, the pixels of each of s x s phases meet some taps only.
     """
-    if _suits_winograd(x, kernel, stride, padding):
+    if _suits_winograd(x, kernel.shape, stride, padding):
         return _of_products(_products(_tiles(g), _turned(_taps(kernel))))
 
     def phase(axis: int, first: int) -> tuple[slice, tuple[int, int]]:
@@ -155,7 +157,7 @@ def _kernel_gradient(
     window of x at each offset times g is one matrix product. A wide 3x3 kernel's is
     that of its products.
     """
-    if _suits_winograd(x, jax.ShapeDtypeStruct(size, x.dtype), stride, padding):
+    if _suits_winograd(x, size, stride, padding):
         tiles = _tiles(x)
 
         def conv(kernel: Array) -> Array:
