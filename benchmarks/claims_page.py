@@ -131,6 +131,9 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
     }
     shown = []
     for kind, correct in right.items():
+        if not correct:
+            shown.append(f"no {kind} models yet")
+            continue
         low, high = metrics.share_interval(sum(correct), len(correct))
         shown.append(
             f"{sum(correct)} of {len(correct)} {kind} models right (95 % interval "
@@ -154,7 +157,7 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
         negative = [sign * x for group in [*values.values()][:2] for x in group]
         ranges.append(
             {"feature": f"{name}, {'lower' if low_is_bad else 'higher'} of two"}
-            | {k: f"{min(v):.3g} to {max(v):.3g}" for k, v in values.items()}
+            | {k: f"{min(v):.3g} to {max(v):.3g}" for k, v in values.items() if v}
             | {"AUC": f"{metrics.auc(positive, negative):.3f}"}
         )
     for name in ("uniformity", "variation"):
@@ -168,7 +171,7 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
         calibration, held, positive = low.values()
         ranges.append(
             {"feature": f"Elijah's {name}, lower of two"}
-            | {k: f"{-max(v):.3g} to {-min(v):.3g}" for k, v in low.items()}
+            | {k: f"{-max(v):.3g} to {-min(v):.3g}" for k, v in low.items() if v}
             | {"AUC": f"{metrics.auc(positive, calibration + held):.3f}"}
         )
     return [

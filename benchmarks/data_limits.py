@@ -16,17 +16,16 @@ import argparse
 import functools
 import json
 import pathlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puredif_jax import attacks, checkpoint, data, features, metrics
+from puredif_jax import attacks, data, metrics
 from puredif_jax.attacks import Attack, BadDiffusion, VillanDiffusion
 from puredif_jax.diffusion import DDIM, DDPM, LinearBetas, Sampler, sample
 from puredif_jax.exact import ExactDenoiser, Points
-from puredif_jax.lab import ASSETS
+from puredif_jax.lab import garment_distance
 from puredif_jax.report import environment
 from puredif_jax.triggers import (
     Box,
@@ -53,13 +52,6 @@ TRIGGERS: tuple[Trigger, ...] = (Box(), StopSign())
 TARGETS: tuple[Target, ...] = (Cat(), NoShift(), Shoe(), Hat(), Corner(), Shift())
 
 
-@functools.cache
-def embedding() -> Callable[[np.ndarray], jax.Array]:
-    shapes = jax.eval_shape(features.init, jax.random.key(0))
-    weights = checkpoint.load_weights(ASSETS / f"{features.NAME}.safetensors", shapes)
-    return jax.jit(functools.partial(features.embed, weights))
-
-
 def rates(
     attack: Attack, sampler: Sampler, images: np.ndarray, rate: float
 ) -> dict[str, float]:
@@ -84,9 +76,8 @@ def rates(
         )
         for name, delta in (("success", trigger), ("leak", 0 * trigger))
     }
-    plain = np.clip(np.asarray(draw(0 * trigger, DDIM(50))), -1, 1)
-    sets = (np.asarray(embedding()(x)) for x in (plain, images))
-    return found | {"frechet": round(metrics.frechet_distance(*sets), 4)}
+    plain = np.asarray(draw(0 * trigger, DDIM(50)))
+    return found | {"frechet": round(garment_distance(plain, images), 4)}
 
 
 def main() -> None:

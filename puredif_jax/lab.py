@@ -35,6 +35,20 @@ ASSETS = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
 ZOO = ASSETS / "zoo"  # models that ship, as diffusers folders
 
 
+def garment_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Frechet distance over the shipped garment-net of two sets `[N, 16, 16, 1]`.
+
+    Images are clipped to [-1, 1]. Raises ValueError for a set of fewer than two.
+    """
+    shapes = jax.eval_shape(garment_net.init, jax.random.key(0))
+    path = ASSETS / f"{garment_net.NAME}.safetensors"
+    embed = functools.partial(
+        jax.jit(garment_net.embed), checkpoint.load_weights(path, shapes)
+    )
+    sets = (np.asarray(embed(x)) for x in (first, second))
+    return metrics.frechet_distance(*sets)
+
+
 def find_weights(name: str) -> pathlib.Path:
     """The folder of a shipped model's name, or a path.
 
@@ -342,17 +356,11 @@ class Lab:
         """
 
         def compute() -> Mapping[str, Any]:
-            shapes = jax.eval_shape(garment_net.init, self.key)
-            path = ASSETS / f"{garment_net.NAME}.safetensors"
-            weights = checkpoint.load_weights(path, shapes)
-            embed = jax.jit(functools.partial(garment_net.embed, weights))
             pairs = [
                 self.draw(params, sampler, self.zero, draws // 2, sign)
                 for sign in (1.0, -1.0)
             ]
-            drawn = np.clip(np.concatenate(pairs), -1, 1)
             real = data.to_float(images.load(self.unet.image_shape))
-            sets = (np.asarray(embed(x)) for x in (drawn, real))
-            return {"distance": metrics.frechet_distance(*sets)}
+            return {"distance": garment_distance(np.concatenate(pairs), real)}
 
         return float(self.run.once(f"frechet_{name}", compute)["distance"])
