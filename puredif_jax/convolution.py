@@ -12,7 +12,7 @@ platforms keep XLA's own. docs/speed.md has the figures.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -93,12 +93,15 @@ def _turned(taps: list[list[Array]]) -> list[list[Array]]:
     return [[taps[i][j].T for j in order] for i in order]
 
 
-def _of_products(products: list[list[Array]]) -> Array:
-    """A' m A of each 4x4 of products m, two by two pixels: `[B, H, W, D]`."""
+def _pair(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, Array]:
+    """A' m along one axis."""
+    return a + b + c, b - c - d
 
-    def pair(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, Array]:
-        return a + b + c, b - c - d
 
+def _of_products(
+    products: list[list[Array]], pair: Callable[..., tuple[Array, Array]] = _pair
+) -> Array:
+    """A' m A of each square of products m, two by two pixels: `[B, H, W, D]`."""
     rows = [pair(*column) for column in zip(*products, strict=True)]
     return _interleave([pair(*row) for row in zip(*rows, strict=True)])
 
@@ -294,7 +297,6 @@ def conv_of_upsampled(
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         tiles = [along(row, 2) for row in along(padded, 1)]
         products = _products(tiles, [taps(row) for row in taps(kernel)])
-        rows = [pair(*column) for column in zip(*products, strict=True)]
-        return _interleave([pair(*row) for row in zip(*rows, strict=True)])
+        return _of_products(products, pair)
 
     return lax.platform_dependent(x, kernel, cpu=parts, default=whole)
