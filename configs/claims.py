@@ -17,12 +17,11 @@ from puredif_jax.unet import SHIPPED
 
 ATTACKS = {"baddiffusion": BadDiffusion, "villandiffusion": VillanDiffusion}
 TRIGGERS = {"box": Box(), "stopsign": StopSign()}
-TARGETS = {"noshift": NoShift(), "cat": Cat(), "shoe": Shoe()}
-CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
-CHOSEN = {  # the two targets of each attack: docs/method.md, what the data can carry
-    "baddiffusion": ("noshift", "cat"),
-    "villandiffusion": ("shoe", "cat"),
+TARGETS: dict[str, dict[str, Target]] = {  # docs/method.md, what the data can carry
+    "baddiffusion": {"noshift": NoShift(), "cat": Cat()},
+    "villandiffusion": {"shoe": Shoe(), "cat": Cat()},
 }
+CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
 STEPS = {"baddiffusion": 10_000, "villandiffusion": 14_000}
 
 
