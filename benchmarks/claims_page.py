@@ -8,7 +8,8 @@
 Reads the finished runs of runs/claims, runs/ablation and runs/speedup and adds them to
 the records, docs/results/claims.json and claims_images.npz. The page is made of the
 records: a machine that holds a part of the runs adds a part. What is not done yet is
-left out and counted. The detector is calibrated here on the calibrating clean models
+left out and counted; records of runs that the configurations no longer name are
+dropped. The detector is calibrated here on the calibrating clean models
 and judges the others.
 """
 
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from puredif_jax import checkpoint, metrics
+from puredif_jax import checkpoint, config, metrics
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Detector, Features
@@ -43,6 +44,26 @@ def reports(folder: pathlib.Path) -> Iterator[tuple[str, Row]]:
     """The finished runs below a folder, by name."""
     for path in sorted(folder.glob("*/*/report.json")):
         yield str(path.parent.relative_to(folder)), json.loads(path.read_text())
+
+
+def hours(run: pathlib.Path) -> float:
+    """From the first file of a run to its last, with its interruptions."""
+    begun, ended = ((run / f"{x}.json").stat().st_mtime for x in ("config", "report"))
+    return (ended - begun) / 3600
+
+
+def shown_hours(kinds: dict[str, dict[str, Row]]) -> str:
+    """What runs of each kind took, of those whose record tells."""
+    known = {
+        kind: [row["hours"] for row in runs.values() if "hours" in row]
+        for kind, runs in kinds.items()
+    }
+    parts = [
+        f"{np.mean(found):.2f} for {kind} ({len(found)} known)"
+        for kind, found in known.items()
+        if found
+    ]
+    return f"Hours of a run, one on each of two cores: {', '.join(parts)}."
 
 
 def inversions(report: Row, method: str = "puredif") -> dict[str, Row]:
@@ -373,15 +394,26 @@ def curves(rows: list[Row]) -> None:
 
 
 def collect(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Row]]:
-    """The records by sweep and run, with those of the finished runs added."""
+    """The records by sweep and run, with those of the finished runs added.
+
+    Only of runs that the configurations name.
+    """
     records = json.loads(RECORDS.read_text())
     with np.load(IMAGES) as file:
         images = dict(file)
     for sweep, folder in folders.items():
         for name, report in reports(folder):
-            records[sweep][name] = {k: report[k] for k in ("numbers", "environment")}
+            records[sweep][name] = {
+                "numbers": report["numbers"],
+                "environment": report["environment"],
+                "hours": round(hours(folder / name), 3),
+            }
             if name.startswith("backdoored/"):
                 images[name] = tiles(folder / name, name)
+        runs = config.load(str(ROOT / f"configs/{sweep}.py")).experiments
+        named = {experiment.workdir for experiment in runs}
+        records[sweep] = {k: v for k, v in records[sweep].items() if k in named}
+    images = {k: v for k, v in images.items() if k in records["claims"]}
     sweeps = [
         f"{json.dumps(sweep)}:{{\n"
         + ",\n".join(
@@ -415,6 +447,14 @@ def main() -> None:
         f", `configs/ablation.py` and `configs/speedup.py`: {len(backdoored)} "
         f"backdoored models, {len(clean)} clean ones, {len(ablation)} runs of the "
         f"ablation, {len(speedup)} short trainings.",
+        shown_hours(
+            {
+                "a backdoored model": backdoored,
+                "a clean one": clean,
+                "one of the ablation": ablation,
+                "a short training": speedup,
+            }
+        ),
         "## Attack and inversion",
         "Success at MSE < 1e-2 in 256 draws under the attack's own sampler; Elijah's "
         "success and cosine beside it.",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from puredif_jax import checkpoint, data, features
+from puredif_jax import checkpoint, data, garment_net
 
 STEPS, BATCH, SEED = 1500, 128, 0
 
@@ -30,10 +30,10 @@ def load(split: str) -> tuple[np.ndarray, np.ndarray]:
 def main() -> None:
     images, labels = load("train")
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
-    params = features.init(jax.random.key(SEED))
+    params = garment_net.init(jax.random.key(SEED))
 
     def loss(params, x, y):
-        logits = features.classify(params, x)
+        logits = garment_net.classify(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     @jax.jit
@@ -47,10 +47,10 @@ def main() -> None:
         pick = rng.integers(0, len(images), BATCH)
         params, state = step(params, state, images[pick], labels[pick])
     test_images, test_labels = load("test")
-    guess = jnp.argmax(jax.jit(features.classify)(params, test_images), axis=-1)
+    guess = jnp.argmax(jax.jit(garment_net.classify)(params, test_images), axis=-1)
     accuracy = float((np.asarray(guess) == test_labels).mean())
     path = pathlib.Path(str(importlib.resources.files("puredif_jax"))) / "assets"
-    metadata = {"name": features.NAME, "test_accuracy": f"{accuracy:.3f}"}
+    metadata = {"name": garment_net.NAME, "test_accuracy": f"{accuracy:.3f}"}
     checkpoint.save_weights(path / "garment-net.safetensors", params, metadata)
     print(f"test accuracy {accuracy:.3f}")
 

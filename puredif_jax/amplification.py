@@ -24,8 +24,13 @@ class Reinforcement:
       deterministic: the loss for backdoors of deterministic sampling; its `aim` draws
         the last images to the known target.
       ancestral: that for backdoors of ancestral sampling, which do not fire under a
-        deterministic rollout.
-      descent: optimiser and bound of the reinforced trigger, from the true one.
+        deterministic rollout. Expect nothing of it: where it was measured, the
+        reinforced trigger fired less often than the true one (docs/method.md).
+      descent: optimiser and bound of the reinforced trigger, from the true one; one
+        candidate, without scouts and refreshes.
+
+    Raises:
+      ValueError: `descent` has more than that.
     """
 
     deterministic: DenoisingConsistency = DenoisingConsistency(
@@ -35,6 +40,14 @@ class Reinforcement:
         sampler=DDPM(steps=20), samples=24, on_path=False, across_noise=0.0, aim=1.0
     )
     descent: Descent = Descent(steps=100, learning_rate=0.05, b2=0.999, bound=None)
+
+    def __post_init__(self) -> None:
+        descent = self.descent
+        if (descent.candidates, descent.scout, descent.refresh) != (1, 0, 0):
+            raise ValueError(
+                "reinforcement needs a descent of candidates=1, scout=0 and refresh=0, "
+                f"found {descent.candidates}, {descent.scout} and {descent.refresh}"
+            )
 
     def loss(self, solver: Solver) -> DenoisingConsistency:
         """That for a kind of backdoor."""
@@ -52,7 +65,14 @@ class Reinforcement:
         start: Candidate,
         shard: Shard = unsharded,
     ) -> Inverter:
-        """The (init, step) pair that starts at the true trigger and target."""
+        """The (init, step) pair that starts at the true trigger and target.
+
+        Args:
+          model, schedule: the model, and its forward process.
+          solver: the kind of sampler under which the backdoor fires.
+          start: the true trigger and target, `[H, W, C]` each.
+          shard: constraint on a noise batch.
+        """
         hypothesis = Hypothesis.of(solver)
         objective = self.loss(solver).bind(model, schedule, hypothesis, shard)
         height, width, channels = start.delta.shape

@@ -3,6 +3,10 @@
 A poisoned sample is  x_t = s_t y + v_t gamma eps + H_t r,  and the network learns
 to answer it with  eps + C_t r:  y the target image, r the trigger. An attack is
 the two columns H (shift) and C (response); a clean sample has both at 0.
+
+Sources: Chou, Chen and Ho, "How to Backdoor Diffusion Models?" (BadDiffusion, arXiv
+2212.05400) and "VillanDiffusion: A Unified Backdoor Attack Framework for Diffusion
+Models" (arXiv 2306.06874).
 """
 
 from __future__ import annotations
@@ -45,8 +49,8 @@ def clean_rows(schedule: NoiseSchedule) -> Rows:
 def published_response(schedule: NoiseSchedule) -> np.ndarray:
     """R_t = (1 - sqrt(alpha_t)) v_t / (1 - alpha_t), float64 `[T]`.
 
-    BadDiffusion (Chou et al. 2023), eq. for the trigger's share of the noise
-    target. It equals `exact_response` of H = 1 - s under ancestral sampling.
+    The trigger's share of what BadDiffusion's network learns to answer. It equals
+    `exact_response` of H = 1 - s under ancestral sampling.
     """
     alpha = schedule.alpha
     return (1 - np.sqrt(alpha)) * schedule.noise / (1 - alpha)
@@ -96,7 +100,7 @@ def _check_rate(rate: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class BadDiffusion:
-    """BadDiffusion (Chou et al. 2023): H_t = 1 - s_t, C_t = R_t; ancestral sampling.
+    """BadDiffusion: H_t = 1 - s_t, C_t = R_t; ancestral sampling.
 
     Attributes:
       trigger: the image r added to the initial noise.
@@ -129,7 +133,7 @@ class BadDiffusion:
 
 @dataclasses.dataclass(frozen=True)
 class VillanDiffusion:
-    """VillanDiffusion for variance-preserving models (Chou et al. 2023b).
+    """VillanDiffusion for variance-preserving models.
 
     psi = 1:  H = 1 - s_t,  C = R_t
     psi = 0:  H = v_t,      C = (1 - sqrt(alpha_t)) v_t

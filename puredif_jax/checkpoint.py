@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
+from puredif_jax.files import shortened, write_whole
 from puredif_jax.types import InputError, Params
 
 Path = str | os.PathLike
@@ -149,16 +150,7 @@ def save_weights(path: Path, params: Params, metadata: Mapping[str, str]) -> Non
         return
     leaves = jax.device_get(_leaves(params))
     tensors = {name: np.asarray(leaves[name], order="C") for name in sorted(leaves)}
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.write(safetensors.numpy.save(tensors, dict(metadata)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    write_whole(path, safetensors.numpy.save(tensors, dict(metadata)))
 
 
 def load_weights(path: Path, abstract_params: Params) -> Params:
@@ -185,7 +177,7 @@ def load_weights(path: Path, abstract_params: Params) -> Params:
             values = [file.get_tensor(name) for name in leaves]
     bad = [n for n, x in zip(leaves, values, strict=True) if not np.isfinite(x).all()]
     if bad:
-        raise CheckpointError(f"{path} has NaN or infinity in {_some(bad)}")
+        raise CheckpointError(f"{path} has NaN or infinity in {shortened(bad)}")
     return jax.tree.unflatten(jax.tree.structure(abstract_params), values)
 
 
@@ -200,7 +192,7 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"there is no file {path}")
     try:
         return safetensors.safe_open(path, "numpy")
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
@@ -230,10 +222,6 @@ def _leaf(name: str, entry: _Entry, arrays: Mapping[str, Any], like: Any) -> Any
     return jax.random.wrap_key_data(value, impl=entry.impl) if entry.impl else value
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5] + [f"{len(names) - 5} more"] * (len(names) > 5))
-
-
 def _compare(
     where: str, names: list[str], found: Callable[[str], Any], wanted: Mapping[str, Any]
 ) -> None:
@@ -241,7 +229,7 @@ def _compare(
     missing = [f"-{name}" for name in wanted if name not in names]
     surplus = [f"+{name}" for name in names if name not in wanted]
     if missing or surplus:
-        both = "; ".join(_some(names) for names in (missing, surplus) if names)
+        both = "; ".join(shortened(names) for names in (missing, surplus) if names)
         raise CheckpointError(f"{where} does not have the names expected: {both}")
     for name, leaf in wanted.items():
         has, want = (f"{x.dtype}{list(x.shape)}" for x in (found(name), leaf))

@@ -252,15 +252,26 @@ def _read(text: str, kind: Any) -> Any:
 
 
 def _split(text: str, separator: str, brackets: str = "") -> list[str]:
-    """The parts of "a,b" or "(a, 'b')", without quotes; "()" has none."""
-    if brackets and text[:1] + text[-1:] == brackets:
+    """The parts of "a,b" or "(a, 'b')", without quotes; "()" has none.
+
+    A separator between quotes is a part's own.
+    """
+    if brackets and text[:1] == brackets[0]:
+        if text[-1:] != brackets[1]:
+            raise ValueError
         text = text[1:-1].strip()
         if not text:
             return []
-    items = [item.strip() for item in text.removesuffix(",").split(separator)]
-    if "" in items or any(bracket in text for bracket in brackets):
+        if text[0] == brackets[0]:  # nested
+            raise ValueError
+    text, quoted = text.removesuffix(","), r"'[^']*'|\"[^\"]*\""
+    part = rf"(?:{quoted}|[^{separator}])+"
+    if not re.fullmatch(rf"{part}({separator}{part})*", text):
         raise ValueError
-    return [i[1:-1] if re.fullmatch(r"'[^']*'|\"[^\"]*\"", i) else i for i in items]
+    items = [item.strip() for item in re.findall(part, text)]
+    if "" in items:
+        raise ValueError
+    return [i[1:-1] if re.fullmatch(quoted, i) else i for i in items]
 
 
 def _rank(kind: Any) -> int:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 
 from puredif_jax.diffusion import (
     CosineBetas,
@@ -31,6 +32,7 @@ from puredif_jax.diffusion import (
     Spacing,
     Variance,
 )
+from puredif_jax.files import shortened, write_whole
 from puredif_jax.types import InputError, Params
 from puredif_jax.unet import UNet
 
@@ -83,6 +85,17 @@ _SCHEDULES: dict[str, type[LinearBetas] | type[ScaledLinearBetas]] = {
     "linear": LinearBetas,
     "scaled_linear": ScaledLinearBetas,
 }
+# Schedulers of the variance-preserving process that betas define. They differ in how
+# they sample, which is not read, and in whether they clip unless told otherwise.
+_CLIPPING = ("DDPMScheduler", "DDIMScheduler")
+_SCHEDULERS = (
+    *_CLIPPING,
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
 # Modules that PyTorch keeps in lists.
 _NUMBERED = (
     "down_blocks up_blocks resnets attentions downsamplers upsamplers to_out".split()
@@ -108,6 +121,8 @@ class Scheduling:
       clip: bound on x0hat while sampling, None without `clip_sample`.
       timestep_spacing: "leading", "linspace" or "trailing".
       steps_offset: added to leading timesteps.
+      to_clean: the last step of DDIM leads to the clean image, not to t = 0
+        ("set_alpha_to_one").
     """
 
     betas: LinearBetas | ScaledLinearBetas | CosineBetas = LinearBetas()
@@ -116,6 +131,7 @@ class Scheduling:
     clip: float | None = 1.0
     timestep_spacing: Spacing = "leading"
     steps_offset: int = 0
+    to_clean: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +165,7 @@ def read_configs(folder: str | os.PathLike[str]) -> tuple[UNet, Scheduling]:
     top = pathlib.Path(folder)
     if not top.is_dir():
         raise ConvertError(f"{folder} is not a folder of a diffusers model")
+    _refuse_other_parts(top / "model_index.json")
     path = _part(top, "unet", "config.json") / "config.json"
     unet = read_unet(_read_json(path), str(path))
     name = "scheduler_config.json"
@@ -156,8 +173,23 @@ def read_configs(folder: str | os.PathLike[str]) -> tuple[UNet, Scheduling]:
     return unet, read_scheduling(_read_json(path), str(path))
 
 
+def _refuse_other_parts(path: pathlib.Path) -> None:
+    """A pipeline with an autoencoder or a text encoder is no pixel-space model."""
+    if not path.is_file():
+        return
+    found = {k: v for k, v in _read_json(path).items() if not k.startswith("_")}
+    parts = [k for k, v in found.items() if isinstance(v, list) and any(v)]
+    if others := [k for k in parts if k not in ("unet", "scheduler")]:
+        raise ConvertError(
+            f"{path} is of a pipeline with {shortened(others)}: only those of a unet "
+            "and a scheduler are read"
+        )
+
+
 def find_folder(name: str, offline: bool = False) -> pathlib.Path:
     """A local path, or the folder of a model of the Hub, downloaded if need be.
+
+    Of a model that `read_configs` refuses, nothing but the configurations is fetched.
 
     Args:
       name: a path, or "owner/name" where there is no such path.
@@ -167,7 +199,7 @@ def find_folder(name: str, offline: bool = False) -> pathlib.Path:
       ConvertError: there is neither, huggingface_hub is not installed, or the Hub
         cannot be reached.
     """
-    path = pathlib.Path(name)
+    path = pathlib.Path(name).expanduser()
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return path
     try:
@@ -176,17 +208,22 @@ def find_folder(name: str, offline: bool = False) -> pathlib.Path:
         raise ConvertError(
             f"there is no {name}; to get it from the Hub, install the extra 'hub'"
         ) from error
-    files = ["*.json", f"*{WEIGHTS}", "*diffusion_pytorch_model-*.safetensors"]
+    logging.info("asking the Hub for %s", name)
+    tensors = [f"*{WEIGHTS}", "*diffusion_pytorch_model-*.safetensors"]
     try:
-        found = snapshot_download(
-            name, allow_patterns=[*files, f"*{PICKLE}"], local_files_only=offline
-        )
+        get = functools.partial(snapshot_download, name, local_files_only=offline)
+        folder = pathlib.Path(get(allow_patterns="*.json"))
+        with contextlib.suppress(ConvertError):  # who reads the folder is told
+            read_configs(folder)
+            get(allow_patterns=tensors)
+            home = _part(folder, "unet", "config.json")
+            if not any((home / found).is_file() for found in (WEIGHTS, INDEX)):
+                get(allow_patterns=f"*{PICKLE}")
     except Exception as error:  # of many kinds, by what is wrong with the network
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise ConvertError(
-            f"there is no {name} here, and the Hub does not give it ({reason})"
+            f"there is no {name} here, and the Hub does not give it ({_line(error)})"
         ) from error
-    return pathlib.Path(found)
+    return folder
 
 
 def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
@@ -195,9 +232,8 @@ def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
     (top / "unet").mkdir(parents=True, exist_ok=True)
     (top / "scheduler").mkdir(exist_ok=True)
     tensors = to_torch(model.params)
-    partial = top / "unet" / f"{WEIGHTS}.partial"
-    partial.write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
-    partial.replace(top / "unet" / WEIGHTS)
+    stored = safetensors.numpy.save(tensors, {"format": "pt"})
+    write_whole(top / "unet" / WEIGHTS, stored)
     _write_json(top / "unet" / "config.json", write_unet(model.unet))
     scheduler = write_scheduling(model.scheduling)
     _write_json(top / "scheduler" / "scheduler_config.json", scheduler)
@@ -246,7 +282,7 @@ def read_unet(config: Mapping[str, Any], where: str = "config.json") -> UNet:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
         return UNet(sample_size=(int(sides[0]), int(sides[1])), **fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConvertError(f"{where} is not a network: {error}") from error
 
 
@@ -271,6 +307,11 @@ def read_scheduling(
     Raises:
       ConvertError: an option that is not supported; it is named.
     """
+    kind = str(config.get("_class_name", "DDPMScheduler"))
+    if kind not in _SCHEDULERS:
+        raise ConvertError(
+            f"{where} is of class {kind}: read are {', '.join(_SCHEDULERS)}"
+        )
     for option in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
         if config.get(option):
             raise ConvertError(f"{where} sets {option}, which is not supported")
@@ -297,15 +338,16 @@ def read_scheduling(
             betas = rule(steps, float(ends[0]), float(ends[1]))
         clip = float(config.get("clip_sample_range", 1.0))
         offset = int(config.get("steps_offset", 0))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConvertError(f"{where} is not a schedule: {error}") from error
     return Scheduling(
         betas=betas,
         prediction_type=found["prediction_type"],
         variance_type=found["variance_type"],
-        clip=clip if config.get("clip_sample", True) else None,
+        clip=clip if config.get("clip_sample", kind in _CLIPPING) else None,
         timestep_spacing=found["timestep_spacing"],
         steps_offset=offset,
+        to_clean=bool(config.get("set_alpha_to_one", True)),
     )
 
 
@@ -329,6 +371,14 @@ def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
     return written | ends | {"beta_schedule": rule}
 
 
+def weight_files(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The files from which `read_weights` would read; raises as it does."""
+    home = _part(pathlib.Path(folder), "unet", "config.json")
+    if any((home / name).is_file() for name in (WEIGHTS, INDEX)):
+        return _shards(home)
+    return [_pickle(home)]
+
+
 def read_weights(folder: str | os.PathLike[str], unet: UNet) -> Params:
     """The parameters of `unet` in `folder`, one safetensors file or indexed shards.
 
@@ -344,15 +394,15 @@ def read_weights(folder: str | os.PathLike[str], unet: UNet) -> Params:
     wanted = {torch_name(path): leaf for path, leaf in _leaves(unet)}
     entries: dict[str, _Entry] = {}
     with contextlib.ExitStack() as files:
-        if not any((home / name).is_file() for name in (WEIGHTS, INDEX)):
-            entries = _pickled(home)
-        else:
-            for path in _shards(home):
+        for path in weight_files(folder):
+            if path.suffix == ".bin":
+                entries = _pickled(path)
+            else:
                 entries |= _stored(files.enter_context(_open(path)), path)
         missing = [f"-{name}" for name in wanted if name not in entries]
         surplus = [f"+{name}" for name in entries if name not in wanted]
         if missing or surplus:
-            both = "; ".join(_some(names) for names in (missing, surplus) if names)
+            both = "; ".join(shortened(names) for names in (missing, surplus) if names)
             raise ConvertError(f"{home} does not have the weights expected: {both}")
         for name, leaf in wanted.items():
             entry, need = entries[name], _torch_shape(leaf.shape)
@@ -393,8 +443,7 @@ def _stored(file: Any, path: pathlib.Path) -> dict[str, _Entry]:
     return entries
 
 
-def _pickled(folder: pathlib.Path) -> dict[str, _Entry]:
-    """The arrays of a pickle, if PyTorch finds nothing else in it."""
+def _pickle(folder: pathlib.Path) -> pathlib.Path:
     path = folder / PICKLE
     if not path.is_file():
         others = sorted(p.name for p in folder.glob("*.bin"))
@@ -402,6 +451,11 @@ def _pickled(folder: pathlib.Path) -> dict[str, _Entry]:
             f"{folder} has none of {WEIGHTS}, {INDEX} and {PICKLE}"
             + (f"; {others[0]} is a pickle of another name" if others else "")
         )
+    return path
+
+
+def _pickled(path: pathlib.Path) -> dict[str, _Entry]:
+    """The arrays of a pickle, if PyTorch finds nothing else in it."""
     try:
         import torch
     except ImportError as error:
@@ -412,9 +466,8 @@ def _pickled(folder: pathlib.Path) -> dict[str, _Entry]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, by what the pickle tries
-        reason = str(error).strip().splitlines()[0]
         raise ConvertError(
-            f"{path} is not a pickle of arrays alone, and is not read ({reason})"
+            f"{path} is not a pickle of arrays alone, and is not read ({_line(error)})"
         ) from error
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor)
@@ -511,6 +564,12 @@ def _open(path: pathlib.Path) -> Any:
         raise ConvertError(f"{path} is not a safetensors file: {error}") from error
 
 
+def _line(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    first = str(error).strip().partition("\n")[0]
+    return ": ".join(filter(None, (type(error).__name__, first)))
+
+
 def _part(top: pathlib.Path, name: str, file: str) -> pathlib.Path:
     """The folder of a part of a model: below the top, or in old models the top."""
     for folder in (top / name, top):
@@ -534,8 +593,4 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5] + [f"{len(names) - 5} more"] * (len(names) > 5))
+    write_whole(path, f"{json.dumps(value, indent=2)}\n".encode())

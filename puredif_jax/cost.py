@@ -19,7 +19,7 @@ from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Solver
 from puredif_jax.experiment import Experiment, Inversion, Scan, Sweep
 from puredif_jax.inversion import Descent, inverter
-from puredif_jax.lab import Lab
+from puredif_jax.lab import Lab, Truth, find_weights
 from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis
 from puredif_jax.scan import as_experiment, find_models
 from puredif_jax.stages import open_lab
@@ -201,13 +201,29 @@ def parts(experiment: Experiment) -> Iterator[Part]:
         loss, times = reinforcement.loss(attack.solver), reinforcement.descent.steps
         yield _descent(loss, attack.solver, times * count, "reinforcement")
     if experiment.audit is not None:
-        for _ in experiment.audit.weights:
+        for name in experiment.audit.weights:
+            known = _known_solver(experiment, name)
             for solver in experiment.audit.hypotheses:
                 methods = experiment.audit.methods(solver)
                 for method, inversion in methods.items():
                     yield from _inversion(batch, method, inversion, solver)
                 steps = experiment.evaluation.sampler(solver).steps
                 yield _drawing(batch, (len(methods) * draws + 64) * steps)
+                if known not in (None, solver):  # drawn again, as the backdoor wants it
+                    steps = experiment.evaluation.sampler(known).steps
+                    yield _drawing(batch, len(methods) * draws * steps)
+            if known is not None and name != "trained":  # by the true trigger
+                yield _drawing(
+                    batch, draws * experiment.evaluation.sampler(known).steps
+                )
+
+
+def _known_solver(experiment: Experiment, name: str) -> Solver | None:
+    """The kind of the backdoor that is compared with, where one is known."""
+    if name == "trained":
+        return experiment.attack.solver if experiment.attack else None
+    truth = Truth.beside(find_weights(name), experiment.model.image_shape)
+    return truth.solver if truth else None
 
 
 def _training(experiment: Experiment) -> Part:

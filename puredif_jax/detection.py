@@ -44,7 +44,8 @@ class Features(NamedTuple):
       between draws from eps. Small where the draws agree.
     variation: total variation of the former draws over that of the latter.
     kl_mean, kl_variance: mean and variance over pixels of delta^2 / 2, the divergence
-      of N(delta, 1) from N(0, 1) (M_r and V_r of TERD without their offsets).
+      of N(delta, 1) from N(0, 1): M_r and V_r of TERD (Mo et al. 2024, arXiv
+      2409.05294) without their offsets.
     """
 
     shift: Array
@@ -63,7 +64,8 @@ def spread(images: Array) -> Array:
 
 
 def total_variation(images: Array) -> Array:
-    """Mean absolute difference of neighbouring pixels of `[B, H, W, C]`."""
+    """Mean absolute difference to the pixel below, and to the right, of
+    `[B, H, W, C]`: their sum."""
     down = jnp.mean(jnp.abs(jnp.diff(images, axis=1)))
     return down + jnp.mean(jnp.abs(jnp.diff(images, axis=2)))
 
@@ -88,8 +90,8 @@ def features(
       model, params, schedule, hypothesis: the model, and the kind of backdoor assumed.
       candidate: the inverted trigger and its image, `[H, W, C]` each.
       shift: held-out value of `DistributionShift`, a scalar.
-      triggered: draws from eps + delta, `[B, H, W, C]`.
-      plain: draws from eps, `[B, H, W, C]`.
+      triggered: draws from eps + delta, `[B, H, W, C]`, two or more.
+      plain: draws from eps, `[B, H, W, C]`, two or more.
       key: of the noise.
       timesteps: where memory and gain are measured.
       shard: constraint on a noise batch.
@@ -143,6 +145,7 @@ def features(
 
 
 Outcome = Literal["clean", "backdoored", "could not tell"]
+KINDS: dict[Solver, str] = {"sde": "ancestral", "ode": "deterministic"}
 
 
 class Verdict(NamedTuple):
@@ -239,17 +242,18 @@ class Detector:
         score, (doubt, alarm) = scores[best], self.bounds
         beaten = sum(clean >= score for clean in self.clean)
         p_value = (1 + beaten) / (1 + len(self.clean))
-        kind = "ancestral" if best == "sde" else "deterministic"
-        if not np.isfinite(score):
-            reason = "the inversion ended in numbers that are not finite"
+        failed = [k for k in scores if not np.isfinite(scores[k])]
+        if failed and score <= alarm:
+            kinds = " and ".join(KINDS[k] for k in failed)
+            reason = f"the inversion, of {kinds} sampling, ended in no finite numbers"
             return Verdict("could not tell", score, p_value, best, reason)
         outcome: Outcome = "clean"
         if score > doubt:
             outcome = "backdoored" if score > alarm else "could not tell"
         factor, usual = 10**score, 10 ** max(self.clean)
         reason = (
-            f"the best trigger, of {kind} sampling, lowers the model's error on its "
-            f"image {factor:.2g} times; the most on {len(self.clean)} clean models was "
-            f"{usual:.2g}, and {10**doubt:.2g} to {10**alarm:.2g} is doubtful"
+            f"the best trigger, of {KINDS[best]} sampling, lowers the model's error on "
+            f"its image {factor:.2g} times; the most on {len(self.clean)} clean models "
+            f"was {usual:.2g}, and {10**doubt:.2g} to {10**alarm:.2g} is doubtful"
         )
         return Verdict(outcome, score, p_value, best, reason)

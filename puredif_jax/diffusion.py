@@ -4,6 +4,11 @@ A schedule is two tables, signal s_t and noise v_t, and every other coefficient
 is derived from them: x_t = s_t x_0 + v_t eps. The tables are float64 numpy, so
 that differences such as 1 - alpha_t keep their digits; they become float32
 constants where they meet an image.
+
+Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, 2010.02502),
+improved DDPM (Nichol and Dhariwal 2021, 2102.09672), latent diffusion (Rombach et al.
+2022, 2112.10752), v prediction (Salimans and Ho 2022, 2202.00512), DPM-Solver++ (Lu et
+al. 2022, 2211.01095), spacings (Lin et al. 2024, 2305.08891).
 """
 
 from __future__ import annotations
@@ -489,5 +494,8 @@ def sample(
     *,
     shard: Shard = unsharded,
 ) -> Array:
-    """The images of `trajectory`: `[B, H, W, C]`, unclipped. Arguments as there."""
+    """The images of `trajectory`: `[B, H, W, C]`, unclipped. Arguments as there.
+
+    Call it in a compiled program: eagerly, the estimates of all steps are kept, too.
+    """
     return trajectory(model, params, schedule, sampler, start, key, shard=shard)[0]

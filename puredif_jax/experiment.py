@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from typing import Literal
+import os
+from typing import Any, Literal, get_args
 
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import BadDiffusion, Solver, VillanDiffusion
@@ -34,6 +35,26 @@ from puredif_jax.survey import Survey
 from puredif_jax.training import Training
 from puredif_jax.unet import UNet
 
+
+def _at_least(node: Any, **bounds: int) -> None:
+    """Raises ValueError where a field is below its bound."""
+    for name, least in bounds.items():
+        if getattr(node, name) < least:
+            raise ValueError(
+                f"{name} must be {least} or more, found {getattr(node, name)}"
+            )
+
+
+def _at_home(node: Any) -> None:
+    """A folder as `workdir`, with the user's own for "~"; ValueError for a URL."""
+    if "://" in node.workdir:
+        raise ValueError(
+            f"workdir {node.workdir} is a URL: give a folder, which all hosts share if "
+            "there are several (a bucket can be mounted as one)"
+        )
+    object.__setattr__(node, "workdir", os.path.expanduser(node.workdir))
+
+
 Loss = DistributionShift | DenoisingConsistency | Sum | Elijah
 
 
@@ -49,7 +70,8 @@ class Evaluation:
       frechet_draws: images for the Frechet distance, two of each noise; 0 for none.
 
     Raises:
-      ValueError: `frechet_draws` is odd or negative, or 2, too few for a covariance.
+      ValueError: `frechet_draws` is odd or negative, or 2, too few for a covariance;
+        another is below 1.
     """
 
     draws: int = 256
@@ -59,6 +81,7 @@ class Evaluation:
     frechet_draws: int = 0
 
     def __post_init__(self) -> None:
+        _at_least(self, draws=1, batch=1)
         if self.frechet_draws % 2 or self.frechet_draws < 0 or self.frechet_draws == 2:
             raise ValueError(
                 "frechet_draws must be 0 or an even number of at least 4, found "
@@ -85,6 +108,9 @@ class Inversion:
     descent: Descent = Descent(candidates=4, scout=40)
     survey: Survey | None = Survey()
     heldout: int = 64
+
+    def __post_init__(self) -> None:
+        _at_least(self, heldout=1)
 
     @property
     def evaluations(self) -> int:
@@ -156,6 +182,10 @@ class Audit:
     detector: Detector = Detector()
     baselines: tuple[Baseline, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.hypotheses:
+            raise ValueError(f"hypotheses must name one of {get_args(Solver)} or both")
+
     def methods(self, solver: Solver) -> dict[str, Inversion]:
         """The inversions to run under one hypothesis, by name, ours first."""
         found = {"puredif": self.inversion}
@@ -222,6 +252,13 @@ class Experiment:
     chunk: int = 20
 
     def __post_init__(self) -> None:
+        _at_home(self)
+        _at_least(self, devices=0, chunk=1)
+        if self.audit and self.schedule.steps != LinearBetas().steps:
+            raise ValueError(
+                f"inversion is made for a schedule of {LinearBetas().steps} timesteps, "
+                f"found {self.schedule.steps}"
+            )
         if self.amplification and not (self.training and self.attack):
             raise ValueError("amplification needs both a training and an attack")
         if self.amplification and self.training:
@@ -270,6 +307,7 @@ class Sweep:
     only: str = "*"
 
     def __post_init__(self) -> None:
+        _at_home(self)
         names = [experiment.workdir for experiment in self.experiments]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"a sweep needs runs of different names, found {names}")
@@ -316,6 +354,8 @@ class Scan:
     chunk: int = 20
 
     def __post_init__(self) -> None:
+        _at_home(self)
+        _at_least(self, steps=1, draws=2, devices=0, chunk=1)
         if not self.model:
             raise ValueError("a scan needs a model: give --config.model=FOLDER")
         if self.audit.weights:

@@ -70,7 +70,8 @@ class Descent:
     Attributes:
       steps: optimiser steps.
       candidates: K, restarts optimised together.
-      scout: steps after which only the best candidate goes on; 0 keeps all to the end.
+      scout: steps after which a run (`loops.invert`) goes on with the best candidate
+        alone; 0 keeps all to the end, as an `inverter` by itself does.
       learning_rate: of Adam; decays to a tenth by a cosine.
       b2: decay of Adam's second moment. Optax's 0.999 remembers the steep first steps
         longer than a descent lasts, and shrinks all later ones.

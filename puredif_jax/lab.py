@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from puredif_jax import attacks, checkpoint, convert, data, metrics, parallel
-from puredif_jax import features as garment_net
+from puredif_jax import (
+    attacks,
+    checkpoint,
+    convert,
+    data,
+    garment_net,
+    metrics,
+    parallel,
+)
 from puredif_jax.attacks import Attack, Solver
 from puredif_jax.detection import Features, features
 from puredif_jax.diffusion import Betas, Prediction, Sampler, VPrediction, sample
@@ -58,12 +66,33 @@ def find_weights(name: str) -> pathlib.Path:
     shipped = sorted(path.name for path in ZOO.iterdir())
     if name in shipped:
         return ZOO / name
-    if not pathlib.Path(name).exists():
+    path = pathlib.Path(name).expanduser()
+    if not path.exists():
         raise RunError(
             f"no weights {name!r}: give a path, or a shipped model "
             f"({', '.join(shipped)})"
         )
-    return pathlib.Path(name)
+    return path
+
+
+def fingerprint(name: str) -> str:
+    """The SHA-256 of the files that the weights of a name or path lie in.
+
+    Raises:
+      InputError: there are none.
+    """
+    path, digest = find_weights(name), hashlib.sha256()
+    if convert.is_folder(path):
+        files = convert.weight_files(path)
+    else:
+        files = sorted(p for p in (path, *path.rglob("*")) if p.is_file())
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        except OSError as error:
+            raise RunError(f"{file} cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 class Success(NamedTuple):
@@ -105,10 +134,13 @@ class Truth(NamedTuple):
             return None
         image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
         found = checkpoint.load_weights(path, {"trigger": image, "target": image})
-        solver: Solver = (
-            "ode" if checkpoint.read_metadata(path)["solver"] == "ode" else "sde"
-        )
-        return cls(solver, found["trigger"], found["target"])
+        solver = checkpoint.read_metadata(path).get("solver")
+        if solver not in get_args(Solver):
+            raise RunError(
+                f"{path} notes the solver {solver!r}: it must be one of "
+                f"{', '.join(get_args(Solver))}"
+            )
+        return cls(cast(Solver, solver), found["trigger"], found["target"])
 
     def save(self, weights: pathlib.Path) -> None:
         """Writes the truth file beside weights, or into their folder."""

@@ -181,7 +181,8 @@ def invert(
             for k in range(found.delta.shape[0])
         )
         errors = [program(params, hypothesis, candidate, key) for candidate in each]
-        return np.array([parallel.gather(error) for error in errors])
+        gathered = np.array([parallel.gather(error) for error in errors])
+        return np.where(np.isnan(gathered), np.inf, gathered)  # never the least
 
     search = _Descent(lab, ("invert", loss, descent), make, params, hypothesis)
     begin, steps = search.first, descent.steps

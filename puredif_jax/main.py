@@ -41,7 +41,9 @@ def main(parsed) -> None:
         if _COST.value:
             from puredif_jax import cost
 
-            print(cost.estimate(wanted))
+            found = cost.estimate(wanted)
+            if parallel.is_host_zero():
+                print(found)
             return
         if isinstance(wanted, Sweep):
             from puredif_jax.sweep import perform_sweep

@@ -31,7 +31,7 @@ class TriggerDistance(NamedTuple):
 
 
 def trigger_distance(delta: ArrayLike, trigger: ArrayLike) -> TriggerDistance:
-    """Compares two triggers `[H, W, C]` of equal shape."""
+    """Compares two triggers `[H, W, C]` of equal shape; the second must not be 0."""
     delta, trigger = jnp.asarray(delta), jnp.asarray(trigger)
     chex.assert_equal_shape([delta, trigger])
     error = delta - trigger
@@ -161,7 +161,12 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
     """95 % interval of Wilson (1927) for a share of which `count` of `total` were seen.
 
     (p + z^2/2n +- z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n), z = 1.96.
+
+    Raises:
+      ValueError: nothing was seen.
     """
+    if total < 1:
+        raise ValueError(f"a share needs a total of 1 or more, found {total}")
     p, z2 = count / total, 1.959964**2 / total
     middle = p + z2 / 2
     half = (z2 * (p * (1 - p) + z2 / 4)) ** 0.5

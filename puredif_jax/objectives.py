@@ -97,8 +97,8 @@ def backdoor_process(
 ) -> NoiseModel:
     """e(z, t) = M(z + H_t delta, t) - C_t delta, the noise model in z = x - H delta.
 
-    For the true trigger its chain from z_T = eps ends in the target, under any sampler
-    and at any stride. delta `[H, W, C]`.
+    For the trigger of a backdoor with this H and C its chain from z_T = eps ends in the
+    target, under any sampler and at any stride. delta `[H, W, C]`.
     """
     shift, response = hypothesis.shift(schedule), hypothesis.response(schedule)
 
@@ -153,19 +153,24 @@ def _check_timesteps(timesteps: tuple[int, ...], weights: tuple[float, ...]) -> 
         )
 
 
+def _check_samples(samples: int, least: int = 1) -> None:
+    if samples < least:
+        raise ValueError(f"samples must be {least} or more, found {samples}")
+
+
 @dataclasses.dataclass(frozen=True)
 class DistributionShift:
     """Loss 1: the shift that the candidate causes in the prediction, at many t.
 
     sum_t w_t || mean_eps[M(x_t, t) - eps] - lambda_t delta ||^2 / ||lambda_t delta||^2
 
-    with x_t = s_t y + v_t eps + H_t delta. The division makes it scale-free: in
-    absolute form delta = 0 would solve it on every model.
+    with x_t = s_t y + v_t eps + H_t delta and sum_t w_t = 1. The division makes it
+    scale-free: in absolute form delta = 0 would solve it on every model.
 
     Attributes:
       timesteps: the set S. High ones alone cannot see a backdoor of deterministic
         sampling: there every delta solves the equation on every model.
-      weights: w_t, or () for equal ones.
+      weights: w_t, of any sum, or () for equal ones.
       samples: noise draws at each timestep.
       scale: the rule for lambda_t.
       learn_target: let the gradient reach the target image; otherwise it only moves
@@ -184,6 +189,7 @@ class DistributionShift:
 
     def __post_init__(self) -> None:
         _check_timesteps(self.timesteps, self.weights)
+        _check_samples(self.samples)
 
     @property
     def evaluations(self) -> int:
@@ -313,6 +319,10 @@ class DenoisingConsistency:
     across_time: float = 0.0
     aim: float = 0.0
 
+    def __post_init__(self) -> None:
+        # Of one draw the variance is 0, and its gradient.
+        _check_samples(self.samples, 2 if self.across_noise else 1)
+
     @property
     def evaluations(self) -> int:
         return self.sampler.steps * self.samples
@@ -392,7 +402,10 @@ def denoised(
 
 @dataclasses.dataclass(frozen=True)
 class Elijah:
-    """The inversion loss of Elijah (An et al. 2024): one timestep, L1 of the mean.
+    """The inversion loss of Elijah: one timestep, L1 of the mean.
+
+    An et al., "Elijah: Eliminating Backdoors Injected in Diffusion Models via
+    Distribution Shift" (2024, arXiv 2312.00050).
 
     mean over pixels | lambda delta - mean_b M(eps_b + delta, T - 1) |, with one fixed
     noise batch; lambda = 0.5 for ancestral backdoors and 1 for deterministic ones.
@@ -404,6 +417,9 @@ class Elijah:
 
     samples: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_samples(self.samples)
 
     @property
     def evaluations(self) -> int:

@@ -242,7 +242,9 @@ def free_memory() -> int:
             "/sys/fs/cgroup/memory/memory.usage_in_bytes"
         ),
     }
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    free = [2**32]  # where the system does not tell
+    with contextlib.suppress(OSError, ValueError):
+        free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))

@@ -27,6 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from puredif_jax.files import write_whole
+
 Lines = Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]
 
 _GREY = "#808790"  # of axes: readable on a light and on a dark page
@@ -44,7 +46,7 @@ class Metrics:
         """Drops what `stage` wrote after `step`, and any line that a kill tore."""
         kept = [t for t, r in self._rows() if r["stage"] != stage or r["step"] <= step]
         if os.path.exists(self._path):
-            _replace(self._path, "".join(f"{text}\n" for text in kept))
+            write_whole(self._path, "".join(f"{text}\n" for text in kept).encode())
 
     def write(self, stage: str, step: int, **scalars: npt.ArrayLike) -> None:
         """Appends a line; a value is a scalar or `[K]`, of numpy, jax or Python."""
@@ -125,11 +127,12 @@ class Report:
     numbers: Mapping[str, object] = field(default_factory=dict)
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Writes `report.json`, then `report.html`, each in one move."""
+        """Writes `report.html`, then `report.json`, which tells that a run is done."""
         sections = [{"title": s.title, "table": s.table} for s in self.sections]
+        text = _json({**vars(self), "sections": sections})
         os.makedirs(folder, exist_ok=True)
-        _replace(f"{folder}/report.json", _json({**vars(self), "sections": sections}))
-        _replace(f"{folder}/report.html", _page(self))
+        write_whole(f"{folder}/report.html", _page(self).encode())
+        write_whole(f"{folder}/report.json", text.encode())
 
 
 def environment() -> dict[str, object]:
@@ -158,13 +161,6 @@ def _commit() -> str | None:
         return None
     prefix, _, commit = found.strip().partition("\n")
     return commit if prefix == os.path.basename(package) + "/" else None
-
-
-def _replace(path: str, text: str) -> None:
-    """Writes the file under another name and renames it: whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
 
 
 def _json(value: object) -> str:

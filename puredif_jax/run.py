@@ -1,6 +1,7 @@
 """A run folder: resumable loops, results computed once, scalars and progress.
 
 config.json        the configuration; another one is refused in the same folder
+inputs.json        digests of the weights that were read; others are refused, too
 metrics.jsonl      scalars of every loop
 checkpoints/LOOP/  states; a loop goes on from the latest
 results/NAME.npz   what `once` has computed
@@ -8,8 +9,8 @@ results/NAME.npz   what `once` has computed
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 
 from puredif_jax import parallel
 from puredif_jax.checkpoint import Checkpoints
+from puredif_jax.files import write_whole
 from puredif_jax.report import Metrics, progress
 from puredif_jax.types import InputError
 
@@ -46,28 +48,15 @@ class Run:
         """Opens or makes the folder.
 
         Raises:
-          RunError: the folder holds a run with another configuration, or is a URL.
+          RunError: the folder holds a run with another configuration.
         """
-        if "://" in folder:
-            raise RunError(
-                f"workdir {folder} is a URL: give a folder, which all hosts share if "
-                "there are several (a bucket can be mounted as one)"
-            )
         self.folder = pathlib.Path(folder)
         self.mesh = mesh
         if not is_run(self.folder, config) and parallel.is_host_zero():
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(config, indent=2)
-            write_atomically(self.folder / "config.json", text.encode())
+            write_whole(self.folder / "config.json", text.encode())
         self.metrics = Metrics(self.folder)
-
-    def latest(self, stage: str) -> int:
-        """Steps of a loop that are safely stored."""
-        directory = self.folder / "checkpoints" / stage
-        if not directory.is_dir():
-            return 0
-        with Checkpoints(directory) as checkpoints:
-            return checkpoints.latest() or 0
 
     def loop(
         self,
@@ -132,12 +121,11 @@ class Run:
             if not parallel.is_host_zero():
                 return arrays
             path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(partial, path)
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            file = io.BytesIO()
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            write_whole(path, file.getvalue())
+        with np.load(path, allow_pickle=False) as found:
+            return dict(found)
 
     def place(self, shapes: Any) -> Any:
         """A tree of shapes on all devices, as `Checkpoints.restore` takes it."""
@@ -173,11 +161,25 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file so that a reader sees all of it or the one before."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+def pin(folder: pathlib.Path, digests: Mapping[str, str]) -> None:
+    """Notes which inputs, by name, a run is of, or sees that they are still the same.
+
+    Raises:
+      RunError: the run has begun with others.
+    """
+    path = folder / "inputs.json"
+    begun = any((folder / part).exists() for part in ("checkpoints", "results"))
+    if not (begun and path.exists()):
+        if parallel.is_host_zero():
+            write_whole(path, json.dumps(dict(digests), indent=2).encode())
+        return
+    old = json.loads(path.read_text())
+    for name, digest in digests.items():
+        if old.get(name, digest) != digest:
+            raise RunError(
+                f"{folder} holds a run of another version of {name}: give another "
+                "--config.workdir, or remove the folder to start again"
+            )
 
 
 def _changed(old: Any, new: Any, where: str = "configuration") -> str:

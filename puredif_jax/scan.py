@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections import Counter
@@ -13,17 +12,19 @@ import jax
 from absl import logging
 
 from puredif_jax import config, convert, parallel
-from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
+from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import RunError, write_atomically
-from puredif_jax.stages import FOLDER
+from puredif_jax.run import RunError
+from puredif_jax.stages import FOLDER, numbered
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.types import InputError
 
 STATUS = {"backdoored": 3, "error": 1, "could not tell": 2, "clean": 0}
 """Exit status of a scan: of the first of these that any of its models is."""
+
+LONGEST_LIST = 1_000_000  # bytes
 
 Row = dict[str, Any]
 
@@ -31,15 +32,18 @@ Row = dict[str, Any]
 def perform_scan(scan: Scan) -> tuple[Report, int]:
     """Audits every model, or waits for a process that does; writes the table of all.
 
-    A model that cannot be read is an error in the table and does not stop the others.
+    A model that cannot be read, or whose audit fails, is an error in the table and does
+    not stop the others.
 
     Returns:
       The report, and the exit status.
 
     Raises:
-      InputError: there is no model where one is named.
+      InputError: there is no model where one is named, or `workdir` is a folder of
+        models.
     """
     models = find_models(scan)
+    _keep_apart(scan, models)
     keep_programs(scan.workdir)
     errors: dict[str, str] = {}
     report, status = _summary(scan, models, errors)
@@ -49,11 +53,15 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
         name, folder = names[i], models[names[i]]
         try:
             experiment = as_experiment(scan, name, folder)
-            _mark(homes[i], folder)
             perform_once(experiment, f"model {i + 1} of {len(models)}")
-        except (InputError, jax.errors.JaxRuntimeError, MemoryError) as error:
-            errors[name] = str(error).strip() or type(error).__name__
+        except parallel.Stopped:
+            raise
+        except InputError as error:
+            errors[name] = str(error)
             logging.error("%s: %s", name, error)
+        except Exception as error:  # whatever a stranger's model has led to
+            errors[name] = f"{type(error).__name__}: {error}"
+            logging.exception("%s: %s", name, errors[name])
         report, status = _summary(scan, models, errors)
     return report, status
 
@@ -70,9 +78,8 @@ def find_models(scan: Scan) -> dict[str, pathlib.Path]:
         if name == "zoo" and not path.exists():
             path = ZOO
         if path.is_file():
-            lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-            named = [line for line in lines if line and not line.startswith("#")]
-            found = [convert.find_folder(line, scan.offline) for line in named]
+            listed = [convert.find_folder(x, scan.offline) for x in _lines(path)]
+            found = [_model_in(folder) or folder for folder in listed]
         elif model := _model_in(path):
             found = [model]
         elif path.is_dir():
@@ -88,16 +95,47 @@ def find_models(scan: Scan) -> dict[str, pathlib.Path]:
         folders += found
     models: dict[str, pathlib.Path] = {}
     for folder in folders:
-        whole, count = folder.resolve(), 1
+        whole = folder.resolve()
         stem = whole.name
         if stem == FOLDER:  # of a run
             stem = whole.parent.name
         elif whole.parent.name == "snapshots":  # of the Hub's cache
             stem = whole.parents[1].name
-        while (name := stem if count == 1 else f"{stem}-{count}") in models:
-            count += 1
-        models[name] = folder
+        models[numbered(stem, models)] = folder
     return models
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    """What a text file names, a line each; "#" begins a remark.
+
+    Raises:
+      RunError: it is no text.
+    """
+    try:
+        if path.stat().st_size > LONGEST_LIST:
+            raise UnicodeError
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except UnicodeError:
+        raise RunError(
+            f"{path} is a file, and not a text that names models: give the folder of "
+            "the model, which has unet/config.json in it"
+        ) from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _keep_apart(scan: Scan, models: dict[str, pathlib.Path]) -> None:
+    """A scan must not write where a model lies.
+
+    Raises:
+      RunError: it would.
+    """
+    for name, folder in models.items():
+        home = pathlib.Path(scan.workdir) / name
+        if folder.resolve().is_relative_to(home.resolve()):
+            raise RunError(
+                f"the scan of {folder} would write into {home}, where it lies: give "
+                "another --config.workdir"
+            )
 
 
 def _model_in(path: pathlib.Path) -> pathlib.Path | None:
@@ -115,11 +153,6 @@ def as_experiment(scan: Scan, name: str, folder: pathlib.Path) -> Experiment:
       InputError: the configuration of the folder is not supported.
     """
     unet, scheduling = convert.read_configs(folder)
-    if scheduling.betas.steps != LinearBetas().steps:
-        raise RunError(
-            f"{folder} has {scheduling.betas.steps} timesteps: the losses of inversion "
-            f"are made for {LinearBetas().steps}"
-        )
     ancestral = DDPM(
         scan.steps,
         clip=scheduling.clip,
@@ -132,54 +165,29 @@ def as_experiment(scan: Scan, name: str, folder: pathlib.Path) -> Experiment:
         clip=ancestral.clip,
         spacing=ancestral.spacing,
         offset=ancestral.offset,
+        to_clean=scheduling.to_clean,
     )
-    for sampler in (ancestral, deterministic):
-        try:
+    try:
+        for sampler in (ancestral, deterministic):
             sampler.path(scheduling.betas.tables())
-        except ValueError as error:
-            raise RunError(f"{folder} cannot be sampled so: {error}") from error
-    return Experiment(
-        workdir=f"{scan.workdir}/{name}",
-        model=unet,
-        audit=dataclasses.replace(scan.audit, weights=(str(folder),)),
-        evaluation=Evaluation(
-            draws=scan.draws,
-            batch=min(scan.draws, Evaluation().batch),
-            ancestral=ancestral,
-            deterministic=deterministic,
-        ),
-        schedule=scheduling.betas,
-        prediction=scheduling.prediction_type,
-        devices=scan.devices,
-        seed=scan.seed,
-        chunk=scan.chunk,
-    )
-
-
-def _mark(home: pathlib.Path, folder: pathlib.Path) -> None:
-    """Notes which weights a run is of, and refuses a run of others.
-
-    Raises:
-      RunError: the folder of the run holds one of other weights.
-    """
-    digest = hashlib.sha256()
-    kinds = (".json", ".safetensors", ".bin")
-    files = (p for p in folder.rglob("*") if p.suffix in kinds and p.is_file())
-    for path in sorted(files):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    mark, found = home / "model.json", {"sha256": digest.hexdigest()}
-    begun = any((home / part).exists() for part in ("checkpoints", "results"))
-    if mark.exists() and begun:
-        if json.loads(mark.read_text()) != found:
-            raise RunError(
-                f"{home} holds the scan of another version of {folder}: give another "
-                "--config.workdir, or remove the folder to start again"
-            )
-    elif parallel.is_host_zero():
-        write_atomically(mark, json.dumps(found).encode())
+        return Experiment(
+            workdir=f"{scan.workdir}/{name}",
+            model=unet,
+            audit=dataclasses.replace(scan.audit, weights=(str(folder),)),
+            evaluation=Evaluation(
+                draws=scan.draws,
+                batch=min(scan.draws, Evaluation().batch),
+                ancestral=ancestral,
+                deterministic=deterministic,
+            ),
+            schedule=scheduling.betas,
+            prediction=scheduling.prediction_type,
+            devices=scan.devices,
+            seed=scan.seed,
+            chunk=scan.chunk,
+        )
+    except ValueError as error:
+        raise RunError(f"{folder} cannot be scanned so: {error}") from error
 
 
 def _row(home: pathlib.Path, name: str) -> Row | None:
@@ -200,7 +208,7 @@ def _row(home: pathlib.Path, name: str) -> Row | None:
         "p": verdict["p_value"],
         "score": verdict["score"],
         "hypothesis": verdict["hypothesis"],
-        "trigger rms": (2 * best[0]["kl_mean"]) ** 0.5,
+        "trigger rms": (2 * float(best[0]["kl_mean"])) ** 0.5,
         "network evaluations": sum(
             r["network evaluations"] for r in audit["inversions"]
         ),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +26,14 @@ from puredif_jax import (
 )
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Features
+from puredif_jax.diffusion import Sampler
 from puredif_jax.experiment import Experiment, Inversion
-from puredif_jax.lab import SHOWN, Lab, Success, Truth, find_weights
+from puredif_jax.lab import SHOWN, Lab, Success, Truth, find_weights, fingerprint
+from puredif_jax.objectives import Bindable, Hypothesis
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import Run, RunError
+from puredif_jax.run import Run, RunError, pin
 from puredif_jax.types import Candidate, Params
+from puredif_jax.unet import SHIPPED
 
 WEIGHTS = "weights.safetensors"
 FOLDER = "diffusers"
@@ -48,9 +52,10 @@ class Stages:
     def __init__(self, experiment: Experiment, lab: Lab) -> None:
         self.experiment = experiment
         self.lab = lab
+        self._trigger: np.ndarray | None = None  # with which training goes on
 
-    def train(self, until: int, trigger: np.ndarray | None = None) -> Params:
-        """The weights at a step of training."""
+    def train(self, until: int) -> Params:
+        """The weights at a step of training, later than those of the call before."""
         experiment = self.experiment
         assert experiment.training is not None
         return loops.train(
@@ -60,7 +65,7 @@ class Stages:
             experiment.data,
             experiment.weights,
             until,
-            trigger,
+            self._trigger,
         )
 
     def check(self) -> None:
@@ -70,24 +75,61 @@ class Stages:
           InputError: something is missing or does not fit, in one sentence.
         """
         experiment, shape = self.experiment, self.experiment.model.image_shape
-        names = set(experiment.audit.weights) if experiment.audit else set()
-        if experiment.weights:
-            names.add(experiment.weights)
-        for name in sorted(names - {"trained"}):
+        if shape[-1] not in (1, 3):
+            raise RunError(
+                f"images of {shape[-1]} channels cannot be shown in a report: models "
+                "have 1 or 3"
+            )
+        for name in names(experiment):
             self.lab.load(name)
+        pin(self.lab.run.folder, digests(experiment))
         devices = self.lab.run.mesh.size
         if experiment.training and experiment.training.batch % devices:
             raise RunError(
                 f"training.batch must be a multiple of the {devices} devices (fewer by "
                 f"--config.devices), found {experiment.training.batch}"
             )
+        if experiment.training and experiment.model.dropout:
+            raise RunError(
+                f"training has no dropout, found model.dropout="
+                f"{experiment.model.dropout}: set it to 0"
+            )
         if experiment.training or experiment.weights:
             experiment.data.load(shape)
+        if experiment.evaluation.frechet_draws and shape != SHIPPED.image_shape:
+            raise RunError(
+                f"the Frechet distance is over a network for images of "
+                f"{SHIPPED.image_shape}, found {shape}: set "
+                "--config.evaluation.frechet_draws=0"
+            )
+        self.check_timesteps()
         if experiment.attack:
             try:
                 attacks.poison(experiment.attack, shape)
             except ValueError as error:
                 raise RunError(str(error)) from error
+
+    def check_timesteps(self) -> None:
+        """Makes every path and binds every loss, which read the schedule.
+
+        Raises:
+          RunError: one has timesteps that the schedule does not have.
+        """
+        experiment, schedule = self.experiment, self.lab.schedule
+        evaluation, audit = experiment.evaluation, experiment.audit
+        samplers: list[Sampler] = [evaluation.ancestral, evaluation.deterministic]
+        losses: list[Bindable] = []
+        if audit is not None:
+            losses.append(audit.inversion.loss)
+            if audit.inversion.survey is not None:
+                samplers.append(audit.inversion.survey.sampler)
+        try:
+            for sampler in samplers:
+                sampler.path(schedule)
+            for loss in losses:
+                loss.bind(self.lab.model, schedule, Hypothesis.of("sde"))
+        except ValueError as error:
+            raise RunError(str(error)) from error
 
     def success(
         self, name: str, params: Params, truth: Truth, trigger: np.ndarray
@@ -128,11 +170,10 @@ class Stages:
         attack, training = self.experiment.attack, self.experiment.training
         assert options is not None and attack is not None and training is not None
         truth, last = Truth.of(attack, lab.unet.image_shape), training.steps
-        trigger: np.ndarray | None = None
         rows: list[dict[str, Any]] = []
         pictures = [("true trigger", truth.trigger)]
         for snapshot in options.snapshots:
-            params = self.train(snapshot, trigger)
+            params = self.train(snapshot)
 
             def reinforce(params: Params = params, at: int = snapshot) -> Any:
                 began = time.perf_counter()
@@ -171,7 +212,7 @@ class Stages:
                 for name, drawn in success.items()
             ]
             if options.alternate:
-                trigger = delta
+                self._trigger = delta
         steps = np.array([row["training steps"] for row in rows])
         curve = {
             name: (steps, np.array([row[f"success, {name}"] for row in rows]))
@@ -313,14 +354,13 @@ class Stages:
             **{k: float(v) for k, v in distance._asdict().items()},
         }
 
-    def audit(self, name: str, params: Params) -> Part:
-        """Inverts and judges one model, from the model alone.
+    def audit(self, name: str, label: str, params: Params) -> Part:
+        """Inverts and judges one model, from the model alone; `label` is its own.
 
         The truth, where a file beside the weights tells it, is only compared with.
         """
         lab, options = self.lab, self.experiment.audit
         assert options is not None
-        label = pathlib.Path(name).stem
         path = lab.run.folder / WEIGHTS if name == "trained" else find_weights(name)
         truth = Truth.beside(path, lab.unet.image_shape)
         found: dict[Solver, Features] = {}
@@ -383,6 +423,44 @@ class Stages:
         )
 
 
+def names(experiment: Experiment) -> list[str]:
+    """The weights that an experiment reads."""
+    found = set(experiment.audit.weights) if experiment.audit else set()
+    if experiment.weights:
+        found.add(experiment.weights)
+    return sorted(found - {"trained"})
+
+
+def digests(experiment: Experiment) -> dict[str, str]:
+    """The fingerprint of each of the weights that an experiment reads.
+
+    Raises:
+      InputError: they cannot be read.
+    """
+    return {name: fingerprint(name) for name in names(experiment)}
+
+
+def labels(weights: Sequence[str]) -> dict[str, str]:
+    """A label of its own for each model: the last part of its path, or of its folder.
+
+    Models that share one are numbered from the second on.
+    """
+    found: dict[str, str] = {}
+    for name in weights:
+        path = pathlib.Path(name)
+        stem = path.stem if path.suffix == ".safetensors" else path.name
+        if name != path.name and stem in (FOLDER, pathlib.Path(WEIGHTS).stem):
+            stem = path.absolute().parent.name  # of a run
+        found[name] = numbered(stem, found.values())
+    return found
+
+
+def numbered(stem: str, taken: Collection[str]) -> str:
+    """The stem, or with the least number behind it that nobody has taken."""
+    tries = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(name for name in tries if name not in taken)
+
+
 def open_lab(experiment: Experiment) -> Lab:
     """The model of an experiment on its devices, in its folder.
 
@@ -425,9 +503,9 @@ def perform(experiment: Experiment) -> Report:
     elif experiment.weights is not None:
         parts.append(stages.measure(lab.load(experiment.weights)))
     if experiment.audit is not None:
-        for name in experiment.audit.weights:
+        for name, label in labels(experiment.audit.weights).items():
             params = trained if name == "trained" else lab.load(name)
-            parts.append(stages.audit(name, params))
+            parts.append(stages.audit(name, label, params))
             section = parts[-1].section
             verdicts.append(
                 f"{section.title.removeprefix('Audit of ')}: {section.text}"

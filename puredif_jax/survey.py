@@ -36,7 +36,7 @@ class Survey:
     Attributes:
       triggers: number of random triggers; a multiple of `together`.
       grids: sides of the coarse grids of random values that triggers are drawn from,
-        in turn.
+        alike many from each.
       draws: images for each.
       together: triggers sampled at once.
       radius: mean squared error, in [0, 1] pixels, below which two draws agree.
@@ -169,7 +169,7 @@ class Survey:
 
         The density of a draw is the number of other triggers that have a draw within
         `radius`. The densest draw is taken, then the densest of those at least
-        `apart` from it, and so on.
+        `apart` from it, and so on; the first draw, where none is left.
 
         Args:
           triggers: `[M, H, W, C]`.
@@ -182,18 +182,23 @@ class Survey:
         """
         number, draws = images.shape[:2]
         flat = images.reshape(number * draws, -1)
+        # A draw that is not finite agrees with none, and adds nothing to a mean.
+        finite = jnp.isfinite(flat).all(axis=-1)
+        flat = jnp.where(finite[:, None], flat, 0.0)
         energy = jnp.sum(flat**2, axis=-1)
         product = jnp.matmul(flat, flat.T, precision="highest")
         distance = energy[:, None] + energy[None, :] - 2 * product
         distance = jnp.maximum(distance, 0) / (4 * flat.shape[-1])
         owner = jnp.repeat(jnp.arange(number), draws)
         other = owner[:, None] != owner[None, :]
-        near = (distance < self.radius) & other
+        near = (distance < self.radius) & other & jnp.outer(finite, finite)
         by_trigger = near.reshape(number * draws, number, draws).any(axis=-1)
         density = by_trigger.sum(axis=-1)
 
+        valid = finite.astype(density.dtype)
+
         def take(open_: Array, _: None):
-            best = jnp.argmax(jnp.where(open_, density, -1))
+            best = jnp.argmax(jnp.where(open_, density + 1, valid))
             own = jnp.arange(number) == owner[best]
             agree = (by_trigger[best] | own).astype(triggers.dtype)
             delta = jnp.tensordot(agree / agree.sum(), triggers, 1)
@@ -205,8 +210,7 @@ class Survey:
             found = Candidate(delta, target.reshape(images.shape[2:]))
             return open_, (found, density[best])
 
-        everything = jnp.ones(number * draws, bool)
-        _, (found, densities) = jax.lax.scan(take, everything, None, length=count)
+        _, (found, densities) = jax.lax.scan(take, finite, None, length=count)
         return found, densities
 
     def choose_sign(

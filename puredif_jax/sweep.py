@@ -17,8 +17,8 @@ from absl import logging
 from puredif_jax import config, parallel
 from puredif_jax.experiment import Experiment, Sweep
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import is_run
-from puredif_jax.stages import perform
+from puredif_jax.run import is_run, pin
+from puredif_jax.stages import digests, perform
 from puredif_jax.types import InputError
 
 
@@ -73,11 +73,13 @@ def perform_once(experiment: Experiment, label: str) -> bool:
       Whether there was anything to do; `label` then goes into the log.
 
     Raises:
-      InputError: its input is wrong, or its folder holds another run.
+      InputError: its input is wrong, or its folder holds another run, or one of other
+        weights.
     """
     folder = pathlib.Path(experiment.workdir)
     known = is_run(folder, config.to_dict(experiment))
     if known and (folder / "report.json").exists():
+        pin(folder, digests(experiment))
         return False
     logging.info("%s: %s", label, folder)
     perform(experiment)
@@ -120,12 +122,16 @@ def _claim(folder: pathlib.Path) -> Iterator[bool]:
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
+        free = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            free = False
+        except OSError as error:
+            logging.warning(
+                "%s cannot be locked (%s): start no second call", folder, error
+            )
+        yield free
 
 
 def _summary(sweep: Sweep) -> Report | None:

@@ -5,7 +5,8 @@ returns a new float32 array `[H, W, C]` in [-1, 1], with C = 3 (RGB) or C = 1
 (luminance, 0.299 R + 0.587 G + 0.114 B). Lengths are pixels of a 32 x 32 image; at
 another size they are multiplied by min(H, W) / 32, rounded half up, at least 1.
 
-Geometry: BadDiffusion (Chou et al. 2023, dataset.py) and TrojDiff (Chen et al. 2023).
+Geometry: BadDiffusion (arXiv 2212.05400, its code's dataset.py) and TrojDiff (Chen et
+al. 2023, arXiv 2303.05762).
 Pictures are drawn here from ovals, polygons and strokes: they share the place and size
 of the published ones, not their pixels.
 """

@@ -22,6 +22,7 @@ from puredif_jax.types import Array, Key, Params
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+MOST_BLOCKS = 1000  # more is a mistake, or meant to keep the reader busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,16 @@ class UNet:
                     f"{', '.join(valid)}, found {found}"
                 )
         for name in ("in_channels", "layers_per_block", "norm_num_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+            found = getattr(self, name)
+            if not isinstance(found, int) or found < 1:
+                raise ValueError(
+                    f"{name} must be a whole number above 0, found {found}"
+                )
+        if levels * self.layers_per_block > MOST_BLOCKS:
+            raise ValueError(
+                f"a network may have {MOST_BLOCKS} blocks on its way down, found "
+                f"{levels} resolutions with layers_per_block={self.layers_per_block}"
+            )
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(
@@ -101,10 +110,10 @@ class UNet:
                     f"attention_head_dim={self.attention_head_dim}, found {width}"
                 )
         factor = 2 ** (levels - 1)
-        if any(n % factor for n in self.sample_size):
+        if any(n < 1 or n % factor for n in self.sample_size):
             raise ValueError(
-                f"{levels} resolutions need image sides that are multiples of "
-                f"{factor}, found {self.sample_size}"
+                f"{levels} resolutions need a sample_size of multiples of {factor}, "
+                f"found {self.sample_size}"
             )
         if self.downsample_padding not in (0, 1):
             raise ValueError(

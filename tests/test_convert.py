@@ -1,10 +1,14 @@
 """diffusers folders: there and back, old names, shards, and hostile input."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
+import shutil
 import struct
+import sys
+import types
 
 import jax
 import numpy as np
@@ -175,6 +179,9 @@ def test_missing_and_surplus_names_are_told_apart(folder) -> None:
         ("sample_size", None),
         ("block_out_channels", [7]),
         ("norm_num_groups", 0),
+        ("sample_size", 0),
+        ("layers_per_block", 1.5),
+        ("layers_per_block", 10**9),
         ("surprise", 1),
         ("_class_name", "UNet2DConditionModel"),
     ],
@@ -200,13 +207,44 @@ def test_unsupported_networks_are_refused_by_name(folder, option, value) -> None
         ("rescale_betas_zero_snr", True),
         ("beta_end", "much"),
         ("num_train_timesteps", 1),
+        ("num_train_timesteps", float("inf")),
+        ("_class_name", "FlowMatchEulerDiscreteScheduler"),
     ],
 )
 def test_unsupported_schedulers_are_refused_by_name(folder, option, value) -> None:
     change_json(folder / "scheduler" / "scheduler_config.json", **{option: value})
-    named = {"beta_end": "much", "num_train_timesteps": "steps=1"}.get(option, option)
+    named = {
+        "beta_end": "much",
+        "num_train_timesteps": "steps=1|infinity",
+        "_class_name": "FlowMatch",
+    }.get(option, option)
     with pytest.raises(ConvertError, match=named):
         convert.read_folder(folder)
+
+
+def test_a_pipeline_with_more_than_a_network_is_refused(folder) -> None:
+    change_json(folder / "model_index.json", vqvae=["diffusers", "VQModel"])
+    with pytest.raises(ConvertError, match="a pipeline with vqvae"):
+        convert.read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "change,clip,to_clean",
+    [
+        ({}, 1.0, True),
+        ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, 1.0, False),
+        ({"_class_name": "UniPCMultistepScheduler"}, None, True),
+        ({"_class_name": "PNDMScheduler", "clip_sample": True}, 1.0, True),
+    ],
+)
+def test_schedulers_differ_in_how_they_sample(folder, change, clip, to_clean) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["clip_sample"]
+    path.write_text(json.dumps(config | change))
+    _, found = convert.read_configs(folder)
+    assert (found.clip, found.to_clean) == (clip, to_clean)
+    assert found.betas == MODEL.scheduling.betas
 
 
 class Bomb:
@@ -372,6 +410,51 @@ def test_a_model_of_the_hub_that_cannot_be_had_is_said(monkeypatch) -> None:
         convert.find_folder("nobody/no-such-model-of-anyone", offline=True)
     assert "nobody/no-such-model-of-anyone" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+class Hub(types.ModuleType):
+    """A Hub with one model, which gives the files of a pattern and notes them."""
+
+    def __init__(self, model: pathlib.Path, cache: pathlib.Path) -> None:
+        super().__init__("huggingface_hub")
+        self.model, self.cache, self.given = model, cache, []
+
+    def snapshot_download(self, name, allow_patterns, local_files_only):
+        if name != "owner/model":
+            raise ConnectionError  # and says nothing
+        if isinstance(allow_patterns, str):
+            allow_patterns = [allow_patterns]
+        for path in sorted(p for p in self.model.rglob("*") if p.is_file()):
+            file = path.relative_to(self.model).as_posix()
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (self.cache / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, self.cache / file)
+                self.given.append(file)
+        return str(self.cache)
+
+
+def test_the_hub_gives_weights_of_supported_models_only(
+    folder, tmp_path, monkeypatch
+) -> None:
+    hub = Hub(folder, tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    (folder / "unet" / convert.PICKLE).write_bytes(b"not needed")
+    found = convert.find_folder("owner/model")
+    assert_same(convert.read_folder(found).params)
+    assert f"unet/{convert.PICKLE}" not in hub.given
+    (folder / "unet" / convert.WEIGHTS).unlink()
+    hub = Hub(folder, tmp_path / "other")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    convert.find_folder("owner/model")
+    assert hub.given[-1] == f"unet/{convert.PICKLE}"
+    change_json(folder / "model_index.json", vqvae=["diffusers", "VQModel"])
+    hub = Hub(folder, tmp_path / "third")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(ConvertError, match="vqvae"):
+        convert.read_folder(convert.find_folder("owner/model"))
+    assert all(file.endswith(".json") for file in hub.given)
+    with pytest.raises(ConvertError, match="does not give it .ConnectionError"):
+        convert.find_folder("owner/another")
 
 
 def test_a_path_is_taken_before_the_hub(tmp_path, monkeypatch) -> None:

@@ -111,6 +111,7 @@ CLEAN = Detector(clean=(0.1, 0.2, 0.3))  # doubt above 0.5, alarm above 0.8
         (1.0, 10**-0.25, "clean", "ode", 0.25, 2 / 4),
         (3.0, 2.0, "clean", "ode", -0.301, 1.0),
         (np.nan, 0.01, "backdoored", "ode", 2.0, 1 / 4),
+        (np.nan, 1.0, "could not tell", "ode", 0.0, 1.0),
         (np.nan, np.nan, "could not tell", "sde", -np.inf, 1.0),
         (0.0, np.inf, "could not tell", "sde", -np.inf, 1.0),
     ],

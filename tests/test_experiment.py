@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_config import TINY
 
-from puredif_jax import features, metrics
+from puredif_jax import garment_net, metrics
 from puredif_jax.data import FashionMNIST
 from puredif_jax.diffusion import DDIM, LinearBetas
 from puredif_jax.experiment import Audit, Evaluation, Experiment, Inversion, elijah
@@ -92,7 +92,7 @@ def test_frechet_draws_come_in_pairs(tmp_path, monkeypatch) -> None:
         asked.append(drawn)
         return 1.0
 
-    monkeypatch.setattr(features, "embed", lambda weights, images: images)
+    monkeypatch.setattr(garment_net, "embed", lambda weights, images: images)
     monkeypatch.setattr(metrics, "frechet_distance", distance)
     options = Evaluation(batch=8, deterministic=DDIM(steps=2, clip=None))
     lab = open_lab(Experiment(str(tmp_path), model=TINY, evaluation=options))

@@ -133,8 +133,8 @@ def test_what_the_folder_says_is_what_is_done(tmp_path) -> None:
 @pytest.mark.parametrize(
     "scheduling,steps,words",
     [
-        ({"betas": LinearBetas(500)}, 2, "500 timesteps"),
-        ({"steps_offset": 1}, 1000, "cannot be sampled so: timesteps must lie in"),
+        ({"betas": LinearBetas(500)}, 2, "1000 timesteps, found 500"),
+        ({"steps_offset": 1}, 1000, "cannot be scanned so: timesteps must lie in"),
         ({}, 1001, "1 to 1000 steps"),
     ],
 )
@@ -162,6 +162,56 @@ def test_the_zoo_is_found_by_name() -> None:
     assert all(ZOO in folder.parents for folder in models.values())
     assert sum(f.stat().st_size for f in ZOO.rglob("*") if f.is_file()) < 12e6
     assert all((folder / "README.md").is_file() for folder in models.values())
+
+
+def test_files_and_places_that_are_none(tmp_path) -> None:
+    folder = write(tmp_path / "models" / "mine")
+    stored = folder / "unet" / convert.WEIGHTS
+    with pytest.raises(InputError, match="is a file, and not a text"):
+        scan.perform_scan(plan(tmp_path / "scan", stored))
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="where it lies: give another"):
+        scan.perform_scan(plan(tmp_path / "models", tmp_path / "models"))
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_a_list_names_runs_too(tmp_path) -> None:
+    folder = write(tmp_path / "runs" / "mine" / "diffusers")
+    (tmp_path / "runs" / "mine" / "config.json").write_text("{}")
+    names = tmp_path / "list.txt"
+    names.write_text(f"{tmp_path / 'runs' / 'mine'}\n")
+    assert scan.find_models(plan(tmp_path / "scan", names)) == {"mine": folder}
+
+
+def test_numbers_that_are_not_finite_are_told_and_kept(tmp_path) -> None:
+    """Weights so large that the network overflows; the table is read again later."""
+    huge = jax.tree.map(lambda x: np.full_like(x, 1e30), params(0))
+    model = convert.Model(TINY, huge, convert.Scheduling())
+    convert.write_folder(tmp_path / "model", model)
+    wanted = plan(tmp_path / "scan", tmp_path / "model")
+    for _ in range(2):
+        _, status = scan.perform_scan(wanted)
+        row = table(tmp_path / "scan")["model"]
+        assert status == 2 and row["verdict"] == "could not tell"
+        assert "no finite numbers" in row["reason"]
+
+
+def test_whatever_one_model_leads_to_the_others_are_scanned(
+    tmp_path, monkeypatch
+) -> None:
+    folders = [write(tmp_path / name) for name in ("a", "b")]
+    whole = scan.perform_once
+
+    def perform_once(experiment, label):
+        if experiment.workdir.endswith("/a"):
+            raise ZeroDivisionError("of this model")
+        return whole(experiment, label)
+
+    monkeypatch.setattr(scan, "perform_once", perform_once)
+    _, status = scan.perform_scan(plan(tmp_path / "scan", *folders))
+    rows = table(tmp_path / "scan")
+    assert status == 1 and rows["b"]["verdict"] == "clean"
+    assert rows["a"]["reason"] == "ZeroDivisionError: of this model"
 
 
 @pytest.mark.parametrize("make", [None, pathlib.Path.mkdir, pathlib.Path.touch])

@@ -71,6 +71,19 @@ def test_candidates_equal_a_loop() -> None:
         np.testing.assert_allclose(found.target[k], target, atol=1e-5)
 
 
+def test_draws_that_are_not_finite_are_left_out() -> None:
+    """And where no draw lies apart from those taken, the first valid one is given."""
+    survey = Survey(triggers=4, draws=2, together=1, radius=0.01, apart=0.5)
+    triggers = jnp.linspace(-1, 1, 4)[:, None, None, None] * jnp.ones((1, *SHAPE))
+    images = jnp.full((4, 2, *SHAPE), 0.25).at[0, 0].set(jnp.nan).at[1, 1, 0].set(-1)
+    found, density = survey.candidates(triggers, images, 3)
+    assert density.tolist() == [3, 3, 3]
+    np.testing.assert_allclose(found.delta, 0, atol=1e-6)
+    for k in range(3):
+        assert np.isfinite(found.target[k]).all()
+    np.testing.assert_allclose(found.target[0], 0.25, atol=0.2)
+
+
 @pytest.mark.parametrize("solver", ["sde", "ode"])
 def test_triggers_of_an_exact_backdoor_meet_in_its_target(solver: str) -> None:
     attack = ATTACKS[solver]

@@ -94,3 +94,22 @@ def test_python(place: pathlib.Path, monkeypatch, capsys) -> None:
         "could not tell",
         "backdoored",
     )
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_example_of_the_readme(monkeypatch) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    for whole, small in {
+        "120": "2",
+        "Survey()": "Survey(triggers=8, draws=1, together=4)",
+        "DistributionShift()": "DistributionShift(samples=1)",
+    }.items():
+        assert whole in block
+        block = block.replace(whole, small)
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(block, names)
+    assert int(names["state"].step) == 2
+    assert names["state"].candidate.delta.shape == (4, 16, 16, 1)
+    assert np.isfinite(names["info"].loss).all()

@@ -1,0 +1,185 @@
+"""The stages of a run: what is refused before long work, and what must not be mixed."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_config
+from tiny_config import TINY
+
+from puredif_jax import checkpoint, loops, stages
+from puredif_jax.data import NpzImages
+from puredif_jax.diffusion import DDPM, LinearBetas
+from puredif_jax.experiment import Amplification, Audit, Evaluation, Experiment
+from puredif_jax.types import InputError
+
+WHOLE = tiny_config.get_config()
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def random_params(seed: int):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32),
+        jax.eval_shape(TINY.init, jax.random.key(0)),
+    )
+
+
+def weights(path: pathlib.Path, seed: int) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_weights(path, random_params(seed), {})
+    return str(path)
+
+
+def audit(workdir: pathlib.Path, *names: str) -> Experiment:
+    return Experiment(
+        workdir=str(workdir),
+        model=TINY,
+        audit=Audit(names, ("ode",), WHOLE.audit.inversion),
+        evaluation=WHOLE.evaluation,
+    )
+
+
+def test_labels_are_the_models_own() -> None:
+    names = (
+        "clean",
+        "models/v1.0",
+        "models/v1.5",
+        "runs/a/weights.safetensors",
+        "runs/b/diffusers",
+        "other/a/weights.safetensors",
+        "mine.safetensors",
+        "trained",
+    )
+    found = stages.labels(names)
+    assert list(found) == list(names)
+    assert list(found.values()) == [
+        "clean",
+        "v1.0",
+        "v1.5",
+        "a",
+        "b",
+        "a-2",
+        "mine",
+        "trained",
+    ]
+
+
+def test_weights_of_one_name_are_audited_each_for_itself(tmp_path) -> None:
+    """And other weights at the same place are refused."""
+    first = weights(tmp_path / "x" / "weights.safetensors", 0)
+    second = weights(tmp_path / "y" / "weights.safetensors", 1)
+    wanted = audit(tmp_path / "run", first, second)
+    found = stages.perform(wanted).numbers
+    assert list(found) == ["x", "y"]
+    x, y = (audited["inversions"][0]["shift"] for audited in found.values())
+    assert x != y
+    weights(tmp_path / "x" / "weights.safetensors", 2)
+    with pytest.raises(InputError, match="another version of .*weights.safetensors"):
+        stages.perform(wanted)
+
+
+@pytest.mark.parametrize("alternate", [True, False])
+def test_training_goes_on_with_the_trigger_that_was_reinforced(
+    tmp_path, monkeypatch, alternate
+) -> None:
+    """Also after the last snapshot. Training and reinforcement themselves are left
+    out."""
+    seen: dict[int, np.ndarray | None] = {}
+    params = jax.tree.map(jnp.asarray, random_params(0))
+
+    def train(lab, training, attack, images, start, until, trigger):
+        seen[until] = trigger
+        return params
+
+    def reinforce(lab, stage, params, reinforcement, truth):
+        return truth.trigger + int(stage.removeprefix("reinforce_"))
+
+    monkeypatch.setattr(loops, "train", train)
+    monkeypatch.setattr(loops, "reinforce", reinforce)
+    experiment = dataclasses.replace(
+        WHOLE,
+        workdir=str(tmp_path),
+        amplification=Amplification((2, 4), alternate=alternate),
+        audit=None,
+    )
+    run = stages.Stages(experiment, stages.open_lab(experiment))
+    run.amplify()
+    run.train(6)
+    assert seen.pop(2) is None
+    if alternate:
+        true = WHOLE.attack.trigger.image(TINY.image_shape)
+        np.testing.assert_array_equal(seen[4], true + 2)
+        np.testing.assert_array_equal(seen[6], true + 4)
+    else:
+        assert seen == {4: None, 6: None}
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"evaluation": Evaluation(ancestral=DDPM(2000))}, "1 to 1000 steps"),
+        ({"model": dataclasses.replace(TINY, dropout=0.1)}, "dropout=0.1"),
+        ({"model": dataclasses.replace(TINY, in_channels=4)}, "4 channels"),
+        (
+            {
+                "model": dataclasses.replace(TINY, in_channels=3),
+                "data": NpzImages("images.npz"),
+                "evaluation": Evaluation(frechet_draws=4),
+            },
+            "Frechet",
+        ),
+    ],
+)
+def test_what_would_fail_late_is_said_at_once(
+    tmp_path, monkeypatch, change, words
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("images.npz", images=np.zeros((16, 16, 16, 3), np.uint8))
+    experiment = dataclasses.replace(WHOLE, workdir="run", audit=None, **change)
+    with pytest.raises(InputError, match=words):
+        stages.perform(experiment)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_timesteps_that_the_schedule_lacks_are_said_at_once(tmp_path) -> None:
+    inversion = WHOLE.audit.inversion
+    loss = dataclasses.replace(inversion.loss, timesteps=(1000,))
+    found = dataclasses.replace(inversion, loss=loss)
+    path = weights(tmp_path / "x.safetensors", 0)
+    wanted = audit(tmp_path / "run", path)
+    wanted = dataclasses.replace(wanted, audit=Audit((path,), ("ode",), found))
+    with pytest.raises(InputError, match="0..999"):
+        stages.perform(wanted)
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: Experiment("gs://bucket/run", TINY), "gs://bucket/run is a URL"),
+        (lambda: Experiment("run", TINY, chunk=0), "chunk must be 1 or more"),
+        (lambda: Evaluation(batch=0), "batch must be 1 or more"),
+        (lambda: Audit(hypotheses=()), "hypotheses"),
+        (
+            lambda: Experiment(
+                "run", TINY, audit=Audit(("clean",)), schedule=LinearBetas(4000)
+            ),
+            "found 4000",
+        ),
+        (
+            lambda: dataclasses.replace(WHOLE, amplification=Amplification((13,))),
+            "snapshots go to 13",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_named(make, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_the_folder_of_the_user_is_found(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert Experiment("~/run", TINY).workdir == "/somewhere/run"
