@@ -158,7 +158,12 @@ def test_a_run_is_scanned_by_the_model_that_it_left(tmp_path) -> None:
 
 def test_the_zoo_is_found_by_name() -> None:
     models = scan.find_models(Scan("scan", ("zoo",)))
-    assert set(models) >= {"clean", "baddiffusion", "villandiffusion"}
+    assert set(models) >= {
+        "clean",
+        "clean-finetuned",
+        "baddiffusion",
+        "villandiffusion",
+    }
     assert all(ZOO in folder.parents for folder in models.values())
     assert sum(f.stat().st_size for f in ZOO.rglob("*") if f.is_file()) < 12e6
     assert all((folder / "README.md").is_file() for folder in models.values())
