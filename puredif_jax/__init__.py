@@ -17,6 +17,7 @@ from puredif_jax.diffusion import DDIM as DDIM
 from puredif_jax.diffusion import DDPM as DDPM
 from puredif_jax.diffusion import DPMSolver as DPMSolver
 from puredif_jax.diffusion import LinearBetas as LinearBetas
+from puredif_jax.diffusion import UniPC as UniPC
 from puredif_jax.diffusion import sample as sample
 from puredif_jax.inversion import Descent as Descent
 from puredif_jax.inversion import inverter as inverter

@@ -8,13 +8,15 @@ constants where they meet an image.
 Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, 2010.02502),
 improved DDPM (Nichol and Dhariwal 2021, 2102.09672), latent diffusion (Rombach et al.
 2022, 2112.10752), v prediction (Salimans and Ho 2022, 2202.00512), DPM-Solver++ (Lu et
-al. 2022, 2211.01095), spacings (Lin et al. 2024, 2305.08891).
+al. 2022, 2211.01095), UniPC (Zhao et al. 2023, 2302.04867), spacings (Lin et al. 2024,
+2305.08891).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol, get_args
+import math
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import chex
 import jax
@@ -184,25 +186,22 @@ class VPrediction:
         return signal * v + noise * x
 
 
-class Before(NamedTuple):
-    """The step before, of which multistep samplers make use.
-
-    x0: its estimate x0hat, `[B, H, W, C]`.
-    t: its timestep, a scalar; -1 if there was none.
-    """
-
-    x0: Array
-    t: Array
-
-
 class Sampler(Protocol):
-    """A reverse process on a grid of timesteps."""
+    """A reverse process on a grid of timesteps.
+
+    A multistep sampler remembers something of the steps before, a tree of arrays; the
+    memory of the others is ().
+    """
 
     @property
     def steps(self) -> int: ...
 
     def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
         """(t, t_prev) of each step, from high t to low, int32 `[n]`; -1 is clean."""
+        ...
+
+    def begin(self, x: Array) -> Any:
+        """The memory before the first step, from images like x."""
         ...
 
     def step(
@@ -213,9 +212,10 @@ class Sampler(Protocol):
         t: Array,
         t_prev: Array,
         key: Key,
-        before: Before | None = None,
-    ) -> Array:
-        """x at t_prev from x at t and the predicted noise; t, t_prev scalars."""
+        memory: Any,
+    ) -> tuple[Array, Any]:
+        """x at t_prev, and the memory, from x at t, the predicted noise and the memory;
+        t, t_prev scalars."""
         ...
 
 
@@ -281,6 +281,37 @@ def _bounded_x0(x: Array, eps: Array, s: Array, v: Array, clip: float | None) ->
     return x0 if clip is None else jnp.clip(x0, -clip, clip)
 
 
+class Estimate(NamedTuple):
+    """An estimate of the clean image, which multistep samplers remember.
+
+    x0: x0hat, `[B, H, W, C]`.
+    t: its timestep, a scalar; -1 if there is none.
+    """
+
+    x0: Array
+    t: Array
+
+
+def _multistep_path(
+    sampler: DPMSolver | UniPC, schedule: NoiseSchedule
+) -> tuple[np.ndarray, np.ndarray]:
+    if sampler.spacing == "trailing":
+        return _to_next(grid(schedule, sampler.steps, sampler.spacing))
+    more = sampler.steps + 1
+    if more > schedule.steps:
+        raise ValueError(
+            f"{type(sampler).__name__} with {sampler.spacing} spacing needs 1 to "
+            f"{schedule.steps - 1} steps, found {sampler.steps}"
+        )
+    return _to_next(grid(schedule, more, sampler.spacing, sampler.offset)[1:])
+
+
+def _log_ratio(schedule: NoiseSchedule, t: Array, n: Array, valid: Array) -> Array:
+    """l_n - l_t with l = log(s / v), from timestep t down to n; 1 if not valid."""
+    level = np.log(schedule.signal / schedule.noise)
+    return jnp.where(valid, lookup(level, n) - lookup(level, t), 1.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class DDPM:
     """Ancestral sampling (Ho et al. 2020), on all T timesteps or strided.
@@ -307,6 +338,10 @@ class DDPM:
         """Each step leads to the next timestep of the grid, the last to clean."""
         return _to_next(grid(schedule, self.steps, self.spacing, self.offset))
 
+    def begin(self, x: Array) -> tuple[()]:
+        """Nothing."""
+        return ()
+
     def step(
         self,
         schedule: NoiseSchedule,
@@ -315,9 +350,8 @@ class DDPM:
         t: Array,
         t_prev: Array,
         key: Key,
-        before: Before | None = None,
-    ) -> Array:
-        del before
+        memory: tuple[()] = (),
+    ) -> tuple[Array, tuple[()]]:
         s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
         x0 = _bounded_x0(x, eps, s, v, self.clip)
         a = (s / s_n) ** 2
@@ -327,7 +361,7 @@ class DDPM:
             std = v_n * jnp.sqrt(w) / v
         else:
             std = jnp.where(t > 0, jnp.sqrt(w), 0.0)
-        return mean + std * jax.random.normal(key, x.shape, x.dtype)
+        return mean + std * jax.random.normal(key, x.shape, x.dtype), memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,6 +394,10 @@ class DDIM:
         end = -1 if self.to_clean else 0
         return falling, np.where(before < 0, end, before).astype(np.int32)
 
+    def begin(self, x: Array) -> tuple[()]:
+        """Nothing."""
+        return ()
+
     def step(
         self,
         schedule: NoiseSchedule,
@@ -368,17 +406,17 @@ class DDIM:
         t: Array,
         t_prev: Array,
         key: Key,
-        before: Before | None = None,
-    ) -> Array:
-        del before
+        memory: tuple[()] = (),
+    ) -> tuple[Array, tuple[()]]:
         s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
         x0 = _bounded_x0(x, eps, s, v, self.clip)
         if self.eta == 0.0:
             del key
-            return s_n * x0 + v_n * eps
+            return s_n * x0 + v_n * eps, memory
         c = self.eta * v_n * jnp.sqrt(v**2 - (s / s_n) ** 2 * v_n**2) / v
         noise = jax.random.normal(key, x.shape, x.dtype)
-        return s_n * x0 + jnp.sqrt(jnp.maximum(v_n**2 - c**2, 0)) * eps + c * noise
+        x_n = s_n * x0 + jnp.sqrt(jnp.maximum(v_n**2 - c**2, 0)) * eps + c * noise
+        return x_n, memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,17 +441,11 @@ class DPMSolver:
 
     def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
         """Each step leads to the next timestep of the grid, the last to clean."""
-        if self.spacing == "trailing":
-            rising = grid(schedule, self.steps, self.spacing)
-        else:
-            more = self.steps + 1
-            if more > schedule.steps:
-                raise ValueError(
-                    f"DPMSolver with {self.spacing} spacing needs 1 to "
-                    f"{schedule.steps - 1} steps, found {self.steps}"
-                )
-            rising = grid(schedule, more, self.spacing, self.offset)[1:]
-        return _to_next(rising)
+        return _multistep_path(self, schedule)
+
+    def begin(self, x: Array) -> Estimate:
+        """No estimate yet."""
+        return Estimate(jnp.zeros_like(x), jnp.int32(-1))
 
     def step(
         self,
@@ -423,20 +455,113 @@ class DPMSolver:
         t: Array,
         t_prev: Array,
         key: Key,
-        before: Before | None = None,
-    ) -> Array:
+        memory: Estimate,
+    ) -> tuple[Array, Estimate]:
         del key
         s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
         x0 = _bounded_x0(x, eps, s, v, None)
         decay = (v_n * s) / (v * s_n)  # e^-h, 0 at the clean end
-        direction = x0
-        if before is not None:
-            s_b, v_b, _, _ = _endpoints(schedule, before.t, t_prev)
-            inner = (t_prev >= 0) & (before.t >= 0)
-            h = jnp.where(inner, -jnp.log(jnp.where(inner, decay, 0.5)), 0.0)
-            ratio = jnp.where(inner, (s * v_b) / jnp.where(inner, v * s_b, 1.0), 2.0)
-            direction = x0 + h / (2 * jnp.log(ratio)) * (x0 - before.x0)
-        return v_n / v * x + s_n * (1 - decay) * direction
+        second = (t_prev >= 0) & (memory.t >= 0)
+        h = _log_ratio(schedule, t, t_prev, second)
+        h_b = _log_ratio(schedule, memory.t, t, second)
+        change = jnp.where(second, h / (2 * h_b), 0.0) * (x0 - memory.x0)
+        x_n = v_n / v * x + s_n * (1 - decay) * (x0 + change)
+        return x_n, Estimate(x0, t)
+
+
+class Correction(NamedTuple):
+    """What UniPC remembers: the state that it stepped from, as corrected, with its
+    estimate, and the estimate of the step before that."""
+
+    x: Array
+    last: Estimate
+    earlier: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class UniPC:
+    """Deterministic sampling by UniPC (Zhao et al. 2023), B_2(h), of order 2.
+
+    A predictor as of `DPMSolver`, and, with the x0hat found where it leads, a
+    correction of that step, which costs no evaluation. For the step from m to t, with
+    l_t = log(s_t / v_t), h = l_t - l_m, phi = e^-h - 1, the x0hat_e of the step before,
+    r = (l_e - l_m) / h and D = (x0hat_e - x0hat_m) / r:
+      predicted:  x_t = (v_t / v_m) x_m - s_t phi (x0hat_m + D / 2),
+      corrected:  x_t = (v_t / v_m) x_m
+                        - s_t phi (x0hat_m + a D + b (x0hat_t - x0hat_m)),
+    where a + b = p / phi, a r + b = 2 q / phi, p = -phi / h - 1, q = -p / h - 1 / 2.
+    The first step and the last leave D out of the prediction, and the first correction
+    has a = 0, b = 1/2.
+
+    Attributes:
+      steps: number of model evaluations.
+      spacing, offset: as of `DPMSolver`.
+    """
+
+    steps: int = 20
+    spacing: Spacing = "linspace"
+    offset: int = 0
+
+    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+        """Each step leads to the next timestep of the grid, the last to clean."""
+        return _multistep_path(self, schedule)
+
+    def begin(self, x: Array) -> Correction:
+        """No step to be corrected yet."""
+        none = Estimate(jnp.zeros_like(x), jnp.int32(-1))
+        return Correction(jnp.zeros_like(x), none, none)
+
+    def step(
+        self,
+        schedule: NoiseSchedule,
+        eps: Array,
+        x: Array,
+        t: Array,
+        t_prev: Array,
+        key: Key,
+        memory: Correction,
+    ) -> tuple[Array, Correction]:
+        del key
+        s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
+        x0 = _bounded_x0(x, eps, s, v, None)
+        _, last, earlier = memory
+        first, third = last.t < 0, earlier.t >= 0
+        x = jnp.where(first, x, self._corrected(schedule, memory, x0, t, third))
+        second = (t_prev >= 0) & ~first
+        h = _log_ratio(schedule, t, t_prev, second)
+        r = -_log_ratio(schedule, last.t, t, second) / h
+        change = jnp.where(second, 1 / (2 * r), 0.0) * (last.x0 - x0)
+        phi = (v_n * s) / (v * s_n) - 1  # -1 at the clean end
+        x_n = v_n / v * x - s_n * phi * (x0 + change)
+        return x_n, Correction(x, Estimate(x0, t), last)
+
+    def _corrected(
+        self,
+        schedule: NoiseSchedule,
+        memory: Correction,
+        x0: Array,
+        t: Array,
+        second: Array,
+    ) -> Array:
+        """Where the step before should have led, now that x0hat is known there."""
+        x, last, earlier = memory
+        begun = last.t >= 0
+        s_m, v_m, s, v = _endpoints(schedule, jnp.where(begun, last.t, t), t)
+        h = _log_ratio(schedule, last.t, t, begun)
+        r = -_log_ratio(schedule, earlier.t, last.t, second) / h
+        phi = jnp.expm1(-h)
+        # Short steps by the series, sum_k (-h)^k / (k + 1)! and / (k + 2)!.
+        terms = [
+            [1 / math.factorial(k + more) for k in range(7, 0, -1)] + [0.0]
+            for more in (1, 2)
+        ]
+        p, q = (jnp.polyval(jnp.asarray(each, jnp.float32), -h) for each in terms)
+        p = jnp.where(h < 0.5, p, -phi / h - 1)
+        q = jnp.where(h < 0.5, q, -p / h - 1 / 2)
+        a = jnp.where(second, (2 * q - p) / (phi * (r - 1)), 0.0)
+        b = jnp.where(second, p / phi - a, 0.5)
+        slope = a / jnp.where(second, r, 1.0) * (earlier.x0 - last.x0)
+        return v / v_m * x - s * phi * (last.x0 + slope + b * (x0 - last.x0))
 
 
 def trajectory(
@@ -469,18 +594,18 @@ def trajectory(
     """
     t_all, n_all = map(jnp.asarray, sampler.path(schedule))
 
-    def body(carry: tuple[Array, Before], pair: tuple[Array, Array]):
-        (x, before), (t, t_prev) = carry, pair
+    def body(carry: tuple[Array, Any], pair: tuple[Array, Array]):
+        (x, memory), (t, t_prev) = carry, pair
         eps = model(params, x, jnp.full((x.shape[0],), t))
         step_key = jax.random.fold_in(key, t)
-        x_prev = sampler.step(schedule, eps, x, t, t_prev, step_key, before)
+        x_prev, memory = sampler.step(schedule, eps, x, t, t_prev, step_key, memory)
         x0 = predict_x0(schedule, x, eps, t)
-        return (shard(x_prev), Before(x0, t)), x0
+        return (shard(x_prev), memory), x0
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    none = Before(jnp.zeros_like(start), jnp.int32(-1))
-    (images, _), x0 = jax.lax.scan(body, (shard(start), none), (t_all, n_all))
+    first = (shard(start), sampler.begin(start))
+    (images, _), x0 = jax.lax.scan(body, first, (t_all, n_all))
     return images, x0
 
 

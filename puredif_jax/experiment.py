@@ -23,6 +23,7 @@ from puredif_jax.diffusion import (
     Prediction,
     Sampler,
     ScaledLinearBetas,
+    UniPC,
 )
 from puredif_jax.inversion import Descent
 from puredif_jax.objectives import (
@@ -77,7 +78,7 @@ class Evaluation:
     draws: int = 256
     batch: int = 64
     ancestral: DDPM = DDPM(steps=100)
-    deterministic: DDIM | DPMSolver = DDIM(steps=50)
+    deterministic: DDIM | DPMSolver | UniPC = DDIM(steps=50)
     frechet_draws: int = 0
 
     def __post_init__(self) -> None:

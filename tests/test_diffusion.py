@@ -16,12 +16,12 @@ import pytest
 from puredif_jax.diffusion import (
     DDIM,
     DDPM,
-    Before,
     CosineBetas,
     DPMSolver,
     LinearBetas,
     NoiseSchedule,
     ScaledLinearBetas,
+    UniPC,
     diffuse,
     grid,
     lookup,
@@ -54,9 +54,11 @@ SAMPLERS = [
     DDIM(steps=40, eta=0.5),
     DDIM(steps=40, eta=1.0),
     DPMSolver(steps=40),
+    UniPC(steps=40),
 ]
 over_samplers = pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 SHORT = [DDPM(steps=7), DDIM(steps=7), DDIM(steps=7, eta=0.5), DPMSolver(steps=7)]
+SHORT += [UniPC(steps=7)]
 over_short_samplers = pytest.mark.parametrize("sampler", SHORT, ids=repr)
 
 
@@ -272,9 +274,10 @@ def test_grid_refuses_a_number_of_steps(steps):
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
 def test_multistep_grids_need_a_step_more(spacing):
-    assert len(DPMSolver(999, spacing).path(SCHEDULE)[0]) == 999
-    with pytest.raises(ValueError, match="1 to 999 steps, found 1000"):
-        DPMSolver(1000, spacing).path(SCHEDULE)
+    for sampler in (DPMSolver, UniPC):
+        assert len(sampler(999, spacing).path(SCHEDULE)[0]) == 999
+        with pytest.raises(ValueError, match="1 to 999 steps, found 1000"):
+            sampler(1000, spacing).path(SCHEDULE)
 
 
 # --- One step ------------------------------------------------------------------------
@@ -291,8 +294,8 @@ def test_stochastic_step_has_the_moments_of_the_posterior(sampler, t, n):
     step = functools.partial(
         sampler.step, SCHEDULE, t=jnp.int32(t), t_prev=jnp.int32(n)
     )
-    noise = step(eps=0 * eps, x=0 * x, key=jax.random.key(2))
-    mean = step(eps=eps, x=x, key=jax.random.key(2)) - noise
+    noise, _ = step(eps=0 * eps, x=0 * x, key=jax.random.key(2))
+    mean = step(eps=eps, x=x, key=jax.random.key(2))[0] - noise
     x64, eps64 = np.asarray(x, np.float64), np.asarray(eps, np.float64)
     expected = of_x0 * (x64 - v * eps64) / s + of_x * x64
     # The step is computed in float32, where 1 - alpha_t keeps 3 to 4 digits.
@@ -307,7 +310,7 @@ def test_stochastic_step_has_the_moments_of_the_posterior(sampler, t, n):
 def test_eta_is_the_share_of_the_posterior_std(eta, t, n):
     zero = jnp.zeros((1, 256, 256, 1))
     key, now, then = jax.random.key(2), jnp.int32(t), jnp.int32(n)
-    noise = DDIM(eta=eta).step(SCHEDULE, zero, zero, now, then, key)
+    noise, _ = DDIM(eta=eta).step(SCHEDULE, zero, zero, now, then, key)
     np.testing.assert_allclose(noise.std(), eta * posterior(t, n)[2], rtol=0.015)
 
 
@@ -317,9 +320,9 @@ def test_step_keeps_the_marginals_of_a_single_image(sampler, t, n):
     """With data at y alone, x_t ~ N(s_t y, v_t^2) gives x_n ~ N(s_n y, v_n^2)."""
     y, (s, v, s_n, v_n) = 0.7, coefficients(t, n)
     eps = normal(3, 1, 256, 256, 1)
-    found = sampler.step(
-        SCHEDULE, eps, s * y + v * eps, jnp.int32(t), jnp.int32(n), jax.random.key(4)
-    )
+    x = s * y + v * eps
+    key, now, then = jax.random.key(4), jnp.int32(t), jnp.int32(n)
+    found, _ = sampler.step(SCHEDULE, eps, x, now, then, key, sampler.begin(x))
     assert float(found.mean()) == pytest.approx(s_n * y, abs=5 * v_n / 256 + 1e-3)
     assert float(found.std()) == pytest.approx(v_n, rel=0.015, abs=1e-3)
 
@@ -397,15 +400,15 @@ def test_clip_bounds_the_predicted_image(sampler):
     clipped = dataclasses.replace(sampler, clip=0.5)
     zero, minus_one, high = jnp.int32(0), jnp.int32(-1), jnp.int32(999)
     for t, gain in ((zero, 1.5), (high, 50 / float(SCHEDULE.signal[-1]))):
-        free = sampler.step(SCHEDULE, eps, x, t, minus_one, key)
+        free, _ = sampler.step(SCHEDULE, eps, x, t, minus_one, key)
         np.testing.assert_allclose(free, gain * x, rtol=0.02)
-        bounded = clipped.step(SCHEDULE, eps, x, t, minus_one, key)
+        bounded, _ = clipped.step(SCHEDULE, eps, x, t, minus_one, key)
         np.testing.assert_allclose(bounded, jnp.clip(gain * x, -0.5, 0.5), rtol=0.02)
         assert np.abs(bounded).max() <= 0.5 * (1 + 1e-3)
     # A bound that is not reached changes nothing.
     middle = (SCHEDULE, 0.1 * x, x, jnp.int32(100), jnp.int32(90), key)
-    loose = dataclasses.replace(sampler, clip=1.2).step(*middle)
-    np.testing.assert_array_equal(loose, sampler.step(*middle))
+    loose, _ = dataclasses.replace(sampler, clip=1.2).step(*middle)
+    np.testing.assert_array_equal(loose, sampler.step(*middle)[0])
 
 
 @over_short_samplers
@@ -413,15 +416,14 @@ def test_trajectory_is_a_loop_over_steps(sampler):
     key = quick_key(10)
     x = start = normal(11, 2, 3, 3, 1)
     params, estimates = jnp.float32(1.5), []
-    before = Before(jnp.zeros_like(x), jnp.int32(-1))
+    memory = sampler.begin(x)
     for t, n in zip(*sampler.path(SCHEDULE), strict=True):
         eps = nonlinear(params, x, jnp.full((2,), t))
         s, v, _, _ = coefficients(t, n)
         estimates.append((x - v * eps) / s)
         step_key = jax.random.fold_in(key, t)
         now, then = jnp.int32(t), jnp.int32(n)
-        x = sampler.step(SCHEDULE, eps, x, now, then, step_key, before)
-        before = Before(estimates[-1], now)
+        x, memory = sampler.step(SCHEDULE, eps, x, now, then, step_key, memory)
     run = (nonlinear, params, SCHEDULE, sampler, start, key)
     images, found = trajectory(*run)
     np.testing.assert_allclose(images, x, rtol=1e-4, atol=1e-4)
@@ -437,11 +439,14 @@ class Trace:
     def path(self, schedule):
         return DDPM(self.steps).path(schedule)
 
-    def step(self, schedule, eps, x, t, t_prev, key, before=None):
+    def begin(self, x):
+        return ()
+
+    def step(self, schedule, eps, x, t, t_prev, key, memory):
         row = t // (schedule.steps // self.steps)
         seen = jnp.stack([t, t_prev]).astype(jnp.float32)
         seen = jnp.concatenate([seen, eps[0, 0, :1, 0], jax.random.normal(key, (1,))])
-        return x.at[0, row, :, 0].set(seen)
+        return x.at[0, row, :, 0].set(seen), memory
 
 
 def traced(seed=0):
@@ -478,9 +483,14 @@ class Still:
         del schedule
         return np.array([2, 1, 0]), np.array([1, 0, -1])
 
-    def step(self, schedule, eps, x, t, t_prev, key, before=None):
-        del schedule, eps, t, t_prev, key, before
-        return x
+    def begin(self, x):
+        return jnp.int32(0)
+
+    def step(self, schedule, eps, x, t, t_prev, key, memory):
+        """Counts its own steps, to see that what it remembers comes back."""
+        del schedule, eps, key
+        x = jnp.where(memory == 2 - t, x, jnp.nan)
+        return x, memory + 1
 
 
 def test_shard_is_put_on_the_start_and_on_every_step():
@@ -532,7 +542,7 @@ def test_math_of_one_step_by_hand():
     schedule = NoiseSchedule(np.array([0.8, 0.6]), np.array([0.6, 0.8]))
     x, eps = jnp.full((1, 1, 1, 1), 2.0), jnp.full((1, 1, 1, 1), 1.0)
     key = quick_key(0)
-    last = DDIM(1).step(schedule, eps, x, jnp.int32(0), jnp.int32(-1), key)
+    last, _ = DDIM(1).step(schedule, eps, x, jnp.int32(0), jnp.int32(-1), key)
     assert math.isclose(last.item(), (2 - 0.6) / 0.8, rel_tol=1e-6)
-    first = DDIM(2).step(schedule, eps, x, jnp.int32(1), jnp.int32(0), key)
+    first, _ = DDIM(2).step(schedule, eps, x, jnp.int32(1), jnp.int32(0), key)
     assert math.isclose(first.item(), 0.8 * (2 - 0.8) / 0.6 + 0.6, rel_tol=1e-6)

@@ -16,6 +16,7 @@ from puredif_jax.diffusion import (
     DPMSolver,
     LinearBetas,
     ScaledLinearBetas,
+    UniPC,
     grid,
     sample,
 )
@@ -48,6 +49,7 @@ SAMPLERS = {
     "ddim": functools.partial(DDIM, maker.STEPS),
     "bounded": functools.partial(DDIM, maker.STEPS, clip=1.0, to_clean=False),
     "solver": functools.partial(DPMSolver, maker.STEPS),
+    "unipc": functools.partial(UniPC, maker.STEPS),
 }
 
 
@@ -57,8 +59,8 @@ def golden():
         return dict(arrays)
 
 
-ONE_STEP = [name for name in maker.CASES if not name.endswith("solver")]
-DETERMINISTIC = [n for n in maker.CASES if n.endswith(("ddim", "bounded", "solver"))]
+ONE_STEP = [n for n in maker.CASES if n.endswith(("small", "large", "ddim", "bounded"))]
+DETERMINISTIC = [n for n in maker.CASES if not n.endswith(("small", "large"))]
 
 
 @pytest.mark.parametrize("name", ONE_STEP)
@@ -74,7 +76,7 @@ def test_each_step_is_that_of_diffusers(name) -> None:
     for i, (t, t_prev) in enumerate(zip(times, before, strict=True)):
         x = jnp.asarray(states[i])
         eps = maker.predict(jnp, x, float(t))
-        found = step(eps, x, jnp.int32(t), jnp.int32(t_prev), key)
+        found, _ = step(eps, x, jnp.int32(t), jnp.int32(t_prev), key)
         wanted = states[i + 1] + stds[i] * z
         scale = np.abs(wanted).max()
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * scale)

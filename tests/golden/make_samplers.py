@@ -37,6 +37,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "ddim": dict(kind="DDIM", clip_sample=False),
     "bounded": dict(kind="DDIM", clip_sample=True, set_alpha_to_one=False),
     "solver": dict(kind="DPMSolverMultistep"),
+    "unipc": dict(kind="UniPCMultistep"),
 }
 CASES = {
     "_".join(names): names for names in itertools.product(BETAS, SPACINGS, SAMPLERS)
@@ -72,7 +73,7 @@ def main() -> None:
         for t in scheduler.timesteps:
             eps = predict(torch, x, int(t))
             found = []
-            for value in (0.0,) if sampler == "solver" else (0.0, 1.0):
+            for value in (0.0,) if sampler in ("solver", "unipc") else (0.0, 1.0):
                 noise(value)
                 found.append(scheduler.step(eps, t, x).prev_sample)
             x = found[0]
