@@ -1,5 +1,7 @@
 """The models behind the claims: eight backdoored ones and 28 clean ones, all audited.
 
+And a control for their quality: trained as long as the longest, without a backdoor.
+
     python -m puredif_jax.main --config=configs/claims.py
 
 Started twice, on one core each (`taskset -c 0`, `taskset -c 1`), the two calls share
@@ -25,19 +27,31 @@ CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
 STEPS = {"baddiffusion": 10_000, "villandiffusion": 14_000}
 
 
+def training(steps: int) -> Training:
+    return Training(
+        steps=steps, batch=64, learning_rate=1e-3, warmup=200, ema_decay=0.999
+    )
+
+
+def control() -> Experiment:
+    """The training of the backdoors, without one."""
+    return Experiment(
+        workdir="control/clean",
+        model=SHIPPED,
+        weights="clean",
+        training=training(max(STEPS.values())),
+        evaluation=Evaluation(frechet_draws=4096),
+        chunk=50,
+    )
+
+
 def backdoored(attack: str, trigger: str, target: str) -> Experiment:
     """A backdoor trained into the shipped clean model."""
     return Experiment(
         workdir=f"backdoored/{attack}-{trigger}-{target}",
         model=SHIPPED,
         weights="clean",
-        training=Training(
-            steps=STEPS[attack],
-            batch=64,
-            learning_rate=1e-3,
-            warmup=200,
-            ema_decay=0.999,
-        ),
+        training=training(STEPS[attack]),
         attack=ATTACKS[attack](
             trigger=TRIGGERS[trigger],
             target=TARGETS[attack][target],
@@ -83,6 +97,7 @@ def get_config() -> Sweep:
         workdir="runs/claims",
         experiments=(
             *(backdoored(*name) for name in names),
+            control(),
             *(clean(number) for number in range(CLEAN)),
         ),
     )
