@@ -465,8 +465,8 @@ def main() -> None:
         "success and cosine beside it.",
         table(attacks),
         *(
-            "Frechet distance after a training as long as the longest of these, without "
-            f"a backdoor: {frechet_ratio(report):.2f} of the clean model's."
+            "Frechet distance after a training as long as the longest of these, "
+            f"without a backdoor: {frechet_ratio(report):.2f} of the clean model's."
             for name, report in runs.items()
             if name.startswith("control/")
         ),
