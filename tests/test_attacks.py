@@ -176,7 +176,7 @@ def trigger_share(sampler, rows: Rows) -> np.ndarray:
         step = functools.partial(
             sampler.step, SCHEDULE, t=t, t_prev=t - 1, key=jax.random.key(0, impl="rbg")
         )
-        mean = step(eps=eps, x=x) - step(eps=0 * x, x=0 * x)
+        mean = step(eps=eps, x=x)[0] - step(eps=0 * x, x=0 * x)[0]
         return mean[0, 0, 0, 0], h
 
     t = jnp.arange(1000)
