@@ -153,7 +153,7 @@ def elijah(solver: Solver, evaluations: int | None = None) -> Inversion:
             low=-1.0,
             high=0.0 if solver == "sde" else 1.0,
             bound=None,
-            constant_rate=True,
+            cosine=False,
         ),
     )
     if evaluations is None:

@@ -72,7 +72,7 @@ class Descent:
       candidates: K, restarts optimised together.
       scout: steps after which a run (`loops.invert`) goes on with the best candidate
         alone; 0 keeps all to the end, as an `inverter` by itself does.
-      learning_rate: of Adam; decays to a tenth by a cosine.
+      learning_rate: of Adam.
       b2: decay of Adam's second moment. Optax's 0.999 remembers the steep first steps
         longer than a descent lasts, and shrinks all later ones.
       low, high: range of the uniform initial trigger; every second candidate starts
@@ -82,7 +82,7 @@ class Descent:
         to a constant wins some losses. None leaves them free.
       refresh: steps between two estimates of the target from the present trigger; 0
         leaves the target to the gradient.
-      constant_rate: no decay of the learning rate.
+      cosine: the rate decays to a tenth by a cosine; False holds it.
     """
 
     steps: int = 120
@@ -94,7 +94,7 @@ class Descent:
     high: float = 0.0
     bound: float | None = 1.0
     refresh: int = 0
-    constant_rate: bool = False
+    cosine: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "candidates", "learning_rate"):
@@ -117,7 +117,7 @@ class Descent:
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optax transformation that these numbers describe."""
-        if self.constant_rate:
+        if not self.cosine:
             return optax.adam(self.learning_rate, b2=self.b2)
         rate = optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1)
         return optax.adam(rate, b2=self.b2)

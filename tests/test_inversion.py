@@ -54,7 +54,7 @@ def test_a_step_compiles_once() -> None:
 
 @pytest.mark.parametrize("bound", [0.25, None])
 def test_bound_projects(bound) -> None:
-    descent = Descent(steps=50, bound=bound, low=-0.1, high=0.0, constant_rate=True)
+    descent = Descent(steps=50, bound=bound, low=-0.1, high=0.0, cosine=False)
     made = inverter(quadratic, descent, (2, 2, 1))
     state, _ = run(made, jnp.full((2, 2, 1), 2.0), 50)
     largest = float(jnp.abs(state.candidate.delta).max())
