@@ -8,10 +8,10 @@ import jax
 import pytest
 
 from puredif_jax import cost, main
-from puredif_jax.experiment import Experiment, Sweep
+from puredif_jax.experiment import Audit, Evaluation, Experiment, Sweep
 from puredif_jax.stages import perform
 from puredif_jax.types import Params
-from puredif_jax.unet import UNet
+from puredif_jax.unet import SHIPPED, UNet
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from tiny_config import TINY, get_config  # noqa: E402
@@ -91,6 +91,18 @@ def test_the_network_is_evaluated_as_often_as_told(tmp_path, monkeypatch) -> Non
     perform(experiment)
     jax.effects_barrier()
     assert sum(images) == wanted
+
+
+def test_what_is_compared_with_the_truth_is_drawn_as_the_backdoor_wants() -> None:
+    """The true trigger, and what was found under the other hypothesis."""
+
+    def drawn(name: str) -> float:
+        audit = Experiment("runs/never", SHIPPED, audit=Audit(weights=(name,)))
+        parts = cost.parts(audit)
+        return sum(p.times * p.evaluations for p in parts if "network" in p.name)
+
+    ancestral, draws = Evaluation().ancestral.steps, Evaluation().draws
+    assert drawn("baddiffusion") - drawn("clean") == 2 * draws * ancestral
 
 
 def test_a_sweep_measures_equal_parts_once() -> None:
