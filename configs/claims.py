@@ -7,7 +7,7 @@ And a control for their quality: trained as long as the longest, without a backd
 Started twice, on one core each (`taskset -c 0`, `taskset -c 1`), the two calls share
 the runs. `--config.only='clean/*'` does a part. docs/claims.md shows the results.
 
-Hardware: two CPU cores. Duration: 4 hours. Expected: docs/claims.md.
+Hardware: two CPU cores. Duration: 5 hours. Expected: docs/claims.md.
 """
 
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion

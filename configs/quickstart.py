@@ -6,7 +6,7 @@ From the shipped clean model a VillanDiffusion backdoor is trained for 240 steps
 few for its trigger to work well; the trigger is reinforced on those weights; then the
 shipped backdoored model and the clean one are inverted and judged.
 
-Hardware: two CPU cores. Duration: 8 minutes. Expected: docs/models.md.
+Hardware: two CPU cores. Duration: 3 to 8 minutes. Expected: docs/models.md.
 """
 
 import dataclasses

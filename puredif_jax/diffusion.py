@@ -292,20 +292,6 @@ class Estimate(NamedTuple):
     t: Array
 
 
-def _multistep_path(
-    sampler: DPMSolver | UniPC, schedule: NoiseSchedule
-) -> tuple[np.ndarray, np.ndarray]:
-    if sampler.spacing == "trailing":
-        return _to_next(grid(schedule, sampler.steps, sampler.spacing))
-    more = sampler.steps + 1
-    if more > schedule.steps:
-        raise ValueError(
-            f"{type(sampler).__name__} with {sampler.spacing} spacing needs 1 to "
-            f"{schedule.steps - 1} steps, found {sampler.steps}"
-        )
-    return _to_next(grid(schedule, more, sampler.spacing, sampler.offset)[1:])
-
-
 def _log_ratio(schedule: NoiseSchedule, t: Array, n: Array, valid: Array) -> Array:
     """l_n - l_t with l = log(s / v), from timestep t down to n; 1 if not valid."""
     level = np.log(schedule.signal / schedule.noise)
@@ -420,7 +406,45 @@ class DDIM:
 
 
 @dataclasses.dataclass(frozen=True)
-class DPMSolver:
+class _Multistep:
+    """What `DPMSolver` and `UniPC` share: their grid, and the step of the former."""
+
+    steps: int = 20
+    spacing: Spacing = "linspace"
+    offset: int = 0
+
+    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+        """Each step leads to the next timestep of the grid, the last to clean."""
+        if self.spacing == "trailing":
+            return _to_next(grid(schedule, self.steps, self.spacing))
+        more = self.steps + 1
+        if more > schedule.steps:
+            raise ValueError(
+                f"{type(self).__name__} with {self.spacing} spacing needs 1 to "
+                f"{schedule.steps - 1} steps, found {self.steps}"
+            )
+        return _to_next(grid(schedule, more, self.spacing, self.offset)[1:])
+
+    def _predicted(
+        self,
+        schedule: NoiseSchedule,
+        x: Array,
+        now: Estimate,
+        last: Estimate,
+        t_prev: Array,
+    ) -> Array:
+        """x at t_prev, from x where the estimate is that of now."""
+        s, v, s_n, v_n = _endpoints(schedule, now.t, t_prev)
+        decay = (v_n * s) / (v * s_n)  # e^-h, 0 at the clean end
+        second = (t_prev >= 0) & (last.t >= 0)
+        h = _log_ratio(schedule, now.t, t_prev, second)
+        h_b = _log_ratio(schedule, last.t, now.t, second)
+        change = jnp.where(second, h / (2 * h_b), 0.0) * (now.x0 - last.x0)
+        return v_n / v * x + s_n * (1 - decay) * (now.x0 + change)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolver(_Multistep):
     """Deterministic sampling by DPM-Solver++(2M) (Lu et al. 2022), with midpoints.
 
     With l_t = log(s_t / v_t), h = l_n - l_t for the step from t to n, and the x0hat of
@@ -434,14 +458,6 @@ class DPMSolver:
       spacing, offset: as in `grid`; but leading and linspace, as in diffusers'
         multistep solvers, take n + 1 timesteps and leave the lowest out.
     """
-
-    steps: int = 20
-    spacing: Spacing = "linspace"
-    offset: int = 0
-
-    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-        """Each step leads to the next timestep of the grid, the last to clean."""
-        return _multistep_path(self, schedule)
 
     def begin(self, x: Array) -> Estimate:
         """No estimate yet."""
@@ -458,15 +474,8 @@ class DPMSolver:
         memory: Estimate,
     ) -> tuple[Array, Estimate]:
         del key
-        s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
-        x0 = _bounded_x0(x, eps, s, v, None)
-        decay = (v_n * s) / (v * s_n)  # e^-h, 0 at the clean end
-        second = (t_prev >= 0) & (memory.t >= 0)
-        h = _log_ratio(schedule, t, t_prev, second)
-        h_b = _log_ratio(schedule, memory.t, t, second)
-        change = jnp.where(second, h / (2 * h_b), 0.0) * (x0 - memory.x0)
-        x_n = v_n / v * x + s_n * (1 - decay) * (x0 + change)
-        return x_n, Estimate(x0, t)
+        now = Estimate(predict_x0(schedule, x, eps, t), t)
+        return self._predicted(schedule, x, now, memory, t_prev), now
 
 
 class Correction(NamedTuple):
@@ -479,7 +488,7 @@ class Correction(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class UniPC:
+class UniPC(_Multistep):
     """Deterministic sampling by UniPC (Zhao et al. 2023), B_2(h), of order 2.
 
     A predictor as of `DPMSolver`, and, with the x0hat found where it leads, a
@@ -498,14 +507,6 @@ class UniPC:
       spacing, offset: as of `DPMSolver`.
     """
 
-    steps: int = 20
-    spacing: Spacing = "linspace"
-    offset: int = 0
-
-    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-        """Each step leads to the next timestep of the grid, the last to clean."""
-        return _multistep_path(self, schedule)
-
     def begin(self, x: Array) -> Correction:
         """No step to be corrected yet."""
         none = Estimate(jnp.zeros_like(x), jnp.int32(-1))
@@ -522,31 +523,18 @@ class UniPC:
         memory: Correction,
     ) -> tuple[Array, Correction]:
         del key
-        s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
-        x0 = _bounded_x0(x, eps, s, v, None)
-        _, last, earlier = memory
-        first, third = last.t < 0, earlier.t >= 0
-        x = jnp.where(first, x, self._corrected(schedule, memory, x0, t, third))
-        second = (t_prev >= 0) & ~first
-        h = _log_ratio(schedule, t, t_prev, second)
-        r = -_log_ratio(schedule, last.t, t, second) / h
-        change = jnp.where(second, 1 / (2 * r), 0.0) * (last.x0 - x0)
-        phi = (v_n * s) / (v * s_n) - 1  # -1 at the clean end
-        x_n = v_n / v * x - s_n * phi * (x0 + change)
-        return x_n, Correction(x, Estimate(x0, t), last)
+        now, last = Estimate(predict_x0(schedule, x, eps, t), t), memory.last
+        x = jnp.where(last.t < 0, x, self._corrected(schedule, memory, now))
+        x_n = self._predicted(schedule, x, now, last, t_prev)
+        return x_n, Correction(x, now, last)
 
     def _corrected(
-        self,
-        schedule: NoiseSchedule,
-        memory: Correction,
-        x0: Array,
-        t: Array,
-        second: Array,
+        self, schedule: NoiseSchedule, memory: Correction, now: Estimate
     ) -> Array:
         """Where the step before should have led, now that x0hat is known there."""
-        x, last, earlier = memory
-        begun = last.t >= 0
-        s_m, v_m, s, v = _endpoints(schedule, jnp.where(begun, last.t, t), t)
+        (x, last, earlier), (x0, t) = memory, now
+        begun, second = last.t >= 0, earlier.t >= 0
+        _, v_m, s, v = _endpoints(schedule, jnp.where(begun, last.t, t), t)
         h = _log_ratio(schedule, last.t, t, begun)
         r = -_log_ratio(schedule, earlier.t, last.t, second) / h
         phi = jnp.expm1(-h)

@@ -80,9 +80,6 @@ class Stages:
                 f"images of {shape[-1]} channels cannot be shown in a report: models "
                 "have 1 or 3"
             )
-        for name in names(experiment):
-            self.lab.load(name)
-        pin(self.lab.run.folder, digests(experiment))
         devices = self.lab.run.mesh.size
         if experiment.training and experiment.training.batch % devices:
             raise RunError(
@@ -108,6 +105,9 @@ class Stages:
                 attacks.poison(experiment.attack, shape)
             except ValueError as error:
                 raise RunError(str(error)) from error
+        for name in names(experiment):
+            self.lab.load(name)
+        pin(self.lab.run.folder, digests(experiment))
 
     def check_timesteps(self) -> None:
         """Makes every path and binds every loss, which read the schedule.
@@ -117,12 +117,15 @@ class Stages:
         """
         experiment, schedule = self.experiment, self.lab.schedule
         evaluation, audit = experiment.evaluation, experiment.audit
+        amplification, attack = experiment.amplification, experiment.attack
         samplers: list[Sampler] = [evaluation.ancestral, evaluation.deterministic]
         losses: list[Bindable] = []
         if audit is not None:
             losses.append(audit.inversion.loss)
             if audit.inversion.survey is not None:
                 samplers.append(audit.inversion.survey.sampler)
+        if amplification is not None and attack is not None:
+            losses.append(amplification.reinforcement.loss(attack.solver))
         try:
             for sampler in samplers:
                 sampler.path(schedule)

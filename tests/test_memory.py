@@ -149,3 +149,15 @@ def test_v_prediction_is_the_noise_in_the_input() -> None:
 
 def test_free_memory_is_that_of_a_device() -> None:
     assert 2**20 < parallel.free_memory() < 2**50
+
+
+def test_a_system_that_does_not_tell_its_memory_has_a_little(monkeypatch) -> None:
+    def unknown(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    def missing(path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(parallel.os, "sysconf", unknown)
+    monkeypatch.setattr(parallel.pathlib.Path, "read_text", missing)
+    assert parallel.free_memory() == 2**32 // 8  # of eight devices

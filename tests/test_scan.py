@@ -120,6 +120,9 @@ def test_what_the_folder_says_is_what_is_done(tmp_path) -> None:
         variance_type="fixed_large",
         prediction_type="v_prediction",
     )
+    path = folder / "scheduler" / "scheduler_config.json"
+    ddim = {"_class_name": "DDIMScheduler", "set_alpha_to_one": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | ddim))
     wanted = plan(tmp_path, folder, steps=40, devices=8, seed=4)
     found = scan.as_experiment(wanted, "model", folder)
     assert found.model == TINY and found.schedule == LinearBetas(1000, 1e-3, 0.03)
@@ -127,6 +130,7 @@ def test_what_the_folder_says_is_what_is_done(tmp_path) -> None:
     for sampler in (found.evaluation.ancestral, found.evaluation.deterministic):
         assert (sampler.steps, sampler.clip, sampler.spacing) == (40, 2.0, "linspace")
     assert found.evaluation.ancestral.variance == "fixed_large"
+    assert not found.evaluation.deterministic.to_clean
     assert found.audit.inversion == INVERSION
 
 

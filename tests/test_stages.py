@@ -11,9 +11,11 @@ import tiny_config
 from tiny_config import TINY
 
 from puredif_jax import checkpoint, loops, stages
+from puredif_jax.amplification import Reinforcement
 from puredif_jax.data import NpzImages
-from puredif_jax.diffusion import DDPM, LinearBetas
+from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
 from puredif_jax.experiment import Amplification, Audit, Evaluation, Experiment
+from puredif_jax.objectives import DenoisingConsistency
 from puredif_jax.types import InputError
 
 WHOLE = tiny_config.get_config()
@@ -122,6 +124,15 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
     "change,words",
     [
         ({"evaluation": Evaluation(ancestral=DDPM(2000))}, "1 to 1000 steps"),
+        (
+            {
+                "amplification": Amplification(
+                    (12,),
+                    Reinforcement(DenoisingConsistency(sampler=DDIM(1001))),
+                )
+            },
+            "1 to 1000 steps, found 1001",
+        ),
         ({"model": dataclasses.replace(TINY, dropout=0.1)}, "dropout=0.1"),
         ({"model": dataclasses.replace(TINY, in_channels=4)}, "4 channels"),
         (

@@ -15,7 +15,7 @@ from puredif_jax import checkpoint
 from puredif_jax.attacks import VillanDiffusion
 from puredif_jax.diffusion import DDIM
 from puredif_jax.experiment import Evaluation, Experiment, Sweep
-from puredif_jax.sweep import perform_sweep
+from puredif_jax.sweep import in_turn, perform_sweep
 from puredif_jax.triggers import Box, Hat
 from puredif_jax.types import InputError
 
@@ -100,3 +100,18 @@ def test_bad_input_of_one_run_does_not_stop_the_others(tmp_path, weights) -> Non
 def test_a_sweep_needs_runs(names, only) -> None:
     with pytest.raises(ValueError, match="run"):
         Sweep("sweep", tuple(experiment(name, "clean") for name in names), only)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(
+    tmp_path, monkeypatch, caplog
+) -> None:
+    import errno
+    import fcntl
+
+    def unsupported(file, how):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert list(in_turn(folders)) == [0, 1]
+    assert "start no second call" in caplog.text
