@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # The README's command on every host of a TPU VM pod. Before: the TPU exists, gcloud is
-# logged in, and its hosts have the package with the extra "tpu" and mount one folder.
-# Usage: launch/tpu_vm.sh NAME ZONE --config=configs/x.py --config.workdir=/mnt/SHARED/x
+# logged in, and its hosts mount one folder, SHARED, that has a clone of the repository and
+# a virtual environment with the package and its extra "tpu" (Python 3.11 or newer):
+#   SHARED/puredif_jax  SHARED/venv
+# Usage: launch/tpu_vm.sh NAME ZONE SHARED --config=configs/x.py --config.workdir=SHARED/x
 set -euo pipefail
-name=$1 zone=$2
-shift 2
+name=$1 zone=$2 shared=$3
+shift 3
+place=$(printf %q "$shared")
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
-  --command="PUREDIF_DISTRIBUTED=1 python -m puredif_jax.main $(printf '%q ' "$@")"
+  --command="cd $place/puredif_jax && . $place/venv/bin/activate && \
+PUREDIF_DISTRIBUTED=1 python -m puredif_jax.main $(printf '%q ' "$@")"

@@ -14,8 +14,7 @@ import json
 import os
 import pathlib
 import re
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,78 +23,24 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from puredif_jax.diffusion import (
-    CosineBetas,
-    LinearBetas,
-    Prediction,
-    ScaledLinearBetas,
-    Spacing,
-    Variance,
+from puredif_jax.diffusers_config import (
+    ConvertError,
+    Scheduling,
+    read_scheduling,
+    read_unet,
+    write_scheduling,
+    write_unet,
 )
 from puredif_jax.files import shortened, write_whole
-from puredif_jax.types import InputError, Params
+from puredif_jax.types import Params
 from puredif_jax.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLE = "diffusion_pytorch_model.bin"
 LARGEST_JSON = 10_000_000  # bytes
+LONGEST_NAME = 200  # characters of a shard's
 
-# Fields of UNet2DModel's configuration that ours has too; "sample_size" is apart.
-_SHARED = (
-    "in_channels block_out_channels down_block_types up_block_types layers_per_block "
-    "attention_head_dim norm_num_groups norm_eps downsample_padding flip_sin_to_cos "
-    "freq_shift dropout"
-).split()
-# What diffusers takes where a configuration is silent.
-_DEFAULTS: dict[str, Any] = {
-    "in_channels": 3,
-    "block_out_channels": [224, 448, 672, 896],
-    "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
-    "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "dropout": 0.0,
-}
-# Options that the network does not have, and the values that leave them off.
-_OFF: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False,),
-    "time_embedding_type": ("positional",),
-    "time_embedding_dim": (None,),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "mid_block_scale_factor": (1,),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
-    "act_fn": ("silu", "swish"),
-    "attn_norm_num_groups": (None,),
-    "resnet_time_scale_shift": ("default",),
-    "add_attention": (True,),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-}
-# Fields without meaning for a forward pass.
-_IGNORED = {"out_channels", "sample_size", "num_train_timesteps"}
-
-_SCHEDULES: dict[str, type[LinearBetas] | type[ScaledLinearBetas]] = {
-    "linear": LinearBetas,
-    "scaled_linear": ScaledLinearBetas,
-}
-# Schedulers of the variance-preserving process that betas define. They differ in how
-# they sample, which is not read, and in whether they clip unless told otherwise.
-_CLIPPING = ("DDPMScheduler", "DDIMScheduler")
-_SCHEDULERS = (
-    *_CLIPPING,
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
 # Modules that PyTorch keeps in lists.
 _NUMBERED = (
     "down_blocks up_blocks resnets attentions downsamplers upsamplers to_out".split()
@@ -103,35 +48,6 @@ _NUMBERED = (
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Names of attention layers before diffusers 0.12.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-class ConvertError(InputError):
-    """A folder that is not a model we can read; says what was found."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheduling:
-    """What a folder says of the forward process and of sampling.
-
-    Attributes:
-      betas: the noise schedule.
-      prediction_type: "epsilon" or "v_prediction", what the network predicts.
-      variance_type: of ancestral sampling, "fixed_small" (that of the posterior) or
-        "fixed_large" (beta_t).
-      clip: bound on x0hat while sampling, None without `clip_sample`.
-      timestep_spacing: "leading", "linspace" or "trailing".
-      steps_offset: added to leading timesteps.
-      to_clean: the last step of DDIM leads to the clean image, not to t = 0
-        ("set_alpha_to_one").
-    """
-
-    betas: LinearBetas | ScaledLinearBetas | CosineBetas = LinearBetas()
-    prediction_type: Prediction = "epsilon"
-    variance_type: Variance = "fixed_small"
-    clip: float | None = 1.0
-    timestep_spacing: Spacing = "leading"
-    steps_offset: int = 0
-    to_clean: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +115,14 @@ def find_folder(name: str, offline: bool = False) -> pathlib.Path:
       ConvertError: there is neither, huggingface_hub is not installed, or the Hub
         cannot be reached.
     """
-    path = pathlib.Path(name).expanduser()
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return path
+    try:
+        path = pathlib.Path(name).expanduser()
+        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConvertError(
+            f"{name[:80]!r} is no path ({type(error).__name__})"
+        ) from error
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -227,148 +148,28 @@ def find_folder(name: str, offline: bool = False) -> pathlib.Path:
 
 
 def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
-    """Writes a folder that diffusers' `DDPMPipeline.from_pretrained` loads."""
-    top = pathlib.Path(folder)
+    """Writes a folder that diffusers' `DDPMPipeline.from_pretrained` loads.
+
+    That of DDIMPipeline where the scheduling asks for DDIMScheduler. Weights are stored
+    as float32.
+
+    Raises:
+      ConvertError: diffusers has no scheduler that says the same as `scheduling`.
+    """
+    top, scheduler = pathlib.Path(folder), write_scheduling(model.scheduling)
     (top / "unet").mkdir(parents=True, exist_ok=True)
     (top / "scheduler").mkdir(exist_ok=True)
-    tensors = to_torch(model.params)
+    tensors = {k: v.astype(np.float32) for k, v in to_torch(model.params).items()}
     stored = safetensors.numpy.save(tensors, {"format": "pt"})
     write_whole(top / "unet" / WEIGHTS, stored)
     _write_json(top / "unet" / "config.json", write_unet(model.unet))
-    scheduler = write_scheduling(model.scheduling)
     _write_json(top / "scheduler" / "scheduler_config.json", scheduler)
     index = {
-        "_class_name": "DDPMPipeline",
-        "scheduler": ["diffusers", "DDPMScheduler"],
+        "_class_name": scheduler["_class_name"].replace("Scheduler", "Pipeline"),
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DModel"],
     }
     _write_json(top / "model_index.json", index)
-
-
-def read_unet(config: Mapping[str, Any], where: str = "config.json") -> UNet:
-    """The network of a UNet2DModel configuration.
-
-    Raises:
-      ConvertError: another class, an option that is not supported, or a value that is
-        none; each is named.
-    """
-    kind = config.get("_class_name")
-    if kind != "UNet2DModel":
-        raise ConvertError(f"{where} is of class {kind!r}: only UNet2DModel is read")
-    for name, valid in _OFF.items():
-        if name in config and config[name] not in valid:
-            raise ConvertError(
-                f"{where} sets {name}={config[name]!r}, which is not supported: only "
-                f"{' or '.join(map(repr, valid))} is"
-            )
-    unknown = [
-        name
-        for name in config
-        if name not in {*_SHARED, *_OFF, *_IGNORED} and not name.startswith("_")
-    ]
-    if unknown:
-        raise ConvertError(f"{where} sets {', '.join(unknown)}, which we do not know")
-    fields = {name: config.get(name, _DEFAULTS[name]) for name in _SHARED}
-    channels = config.get("out_channels", fields["in_channels"])
-    if channels != fields["in_channels"]:
-        raise ConvertError(
-            f"{where} has in_channels={fields['in_channels']} and out_channels="
-            f"{channels}: only equal ones are read"
-        )
-    size = config.get("sample_size")
-    sides = (size, size) if isinstance(size, int) else size
-    if not (isinstance(sides, (list, tuple)) and len(sides) == 2):
-        raise ConvertError(f"{where} has sample_size={size!r}: give one or two sides")
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    try:
-        return UNet(sample_size=(int(sides[0]), int(sides[1])), **fields)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConvertError(f"{where} is not a network: {error}") from error
-
-
-def write_unet(unet: UNet) -> dict[str, Any]:
-    """The configuration of UNet2DModel for a network of ours."""
-    shared = {name: getattr(unet, name) for name in _SHARED}
-    height, width = unet.sample_size
-    return {
-        "_class_name": "UNet2DModel",
-        "sample_size": height if height == width else [height, width],
-        "out_channels": unet.in_channels,
-        **{name: values[0] for name, values in _OFF.items()},
-        **shared,
-    }
-
-
-def read_scheduling(
-    config: Mapping[str, Any], where: str = "scheduler_config.json"
-) -> Scheduling:
-    """The noise schedule and the sampling options of a scheduler configuration.
-
-    Raises:
-      ConvertError: an option that is not supported; it is named.
-    """
-    kind = str(config.get("_class_name", "DDPMScheduler"))
-    if kind not in _SCHEDULERS:
-        raise ConvertError(
-            f"{where} is of class {kind}: read are {', '.join(_SCHEDULERS)}"
-        )
-    for option in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
-        if config.get(option):
-            raise ConvertError(f"{where} sets {option}, which is not supported")
-    choices = {
-        "prediction_type": typing.get_args(Prediction),
-        "variance_type": typing.get_args(Variance),
-        "timestep_spacing": typing.get_args(Spacing),
-        "beta_schedule": (*_SCHEDULES, "squaredcos_cap_v2"),
-    }
-    found = {k: config.get(k, valid[0]) for k, valid in choices.items()}
-    for name, valid in choices.items():
-        if found[name] not in valid:
-            raise ConvertError(
-                f"{where} sets {name}={found[name]!r}: supported are {', '.join(valid)}"
-            )
-    try:
-        steps = int(config.get("num_train_timesteps", 1000))
-        betas: LinearBetas | ScaledLinearBetas | CosineBetas
-        if found["beta_schedule"] == "squaredcos_cap_v2":
-            betas = CosineBetas(steps)
-        else:
-            ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
-            rule = _SCHEDULES[found["beta_schedule"]]
-            betas = rule(steps, float(ends[0]), float(ends[1]))
-        clip = float(config.get("clip_sample_range", 1.0))
-        offset = int(config.get("steps_offset", 0))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConvertError(f"{where} is not a schedule: {error}") from error
-    return Scheduling(
-        betas=betas,
-        prediction_type=found["prediction_type"],
-        variance_type=found["variance_type"],
-        clip=clip if config.get("clip_sample", kind in _CLIPPING) else None,
-        timestep_spacing=found["timestep_spacing"],
-        steps_offset=offset,
-        to_clean=bool(config.get("set_alpha_to_one", True)),
-    )
-
-
-def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
-    """The configuration of diffusers' DDPMScheduler."""
-    betas = scheduling.betas
-    written: dict[str, Any] = {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": betas.steps,
-        "prediction_type": scheduling.prediction_type,
-        "variance_type": scheduling.variance_type,
-        "clip_sample": scheduling.clip is not None,
-        "clip_sample_range": 1.0 if scheduling.clip is None else scheduling.clip,
-        "timestep_spacing": scheduling.timestep_spacing,
-        "steps_offset": scheduling.steps_offset,
-    }
-    if isinstance(betas, CosineBetas):
-        return written | {"beta_schedule": "squaredcos_cap_v2"}
-    rule = next(name for name, kind in _SCHEDULES.items() if kind is type(betas))
-    ends = {"beta_start": betas.start, "beta_end": betas.end}
-    return written | ends | {"beta_schedule": rule}
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -377,6 +178,12 @@ def weight_files(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
     if any((home / name).is_file() for name in (WEIGHTS, INDEX)):
         return _shards(home)
     return [_pickle(home)]
+
+
+def check_weights(folder: str | os.PathLike[str], unet: UNet) -> None:
+    """Compares the headers of the weights with a network; raises as `read_weights`."""
+    with _entries(folder, unet):
+        pass
 
 
 def read_weights(folder: str | os.PathLike[str], unet: UNet) -> Params:
@@ -390,15 +197,38 @@ def read_weights(folder: str | os.PathLike[str], unet: UNet) -> Params:
       ConvertError: a file is missing or damaged, or names, shapes, dtypes or values are
         not those of the network: "-" names what is missing, "+" what is too many.
     """
+    tensors: dict[str, np.ndarray] = {}
+    with _entries(folder, unet) as entries:
+        for name, leaf in _named_leaves(unet).items():
+            entry = entries[name]
+            value = entry.read().reshape(_torch_shape(leaf.shape))
+            if not np.isfinite(value).all():
+                raise ConvertError(f"{entry.file} has NaN or infinity in {entry.name}")
+            tensors[name] = value
+    return from_torch(tensors, unet)
+
+
+@contextlib.contextmanager
+def _entries(folder: str | os.PathLike[str], unet: UNet) -> Iterator[dict[str, _Entry]]:
+    """The arrays of a network, compared with it by name, shape and dtype, open."""
     home = _part(pathlib.Path(folder), "unet", "config.json")
-    wanted = {torch_name(path): leaf for path, leaf in _leaves(unet)}
+    wanted = _named_leaves(unet)
     entries: dict[str, _Entry] = {}
     with contextlib.ExitStack() as files:
         for path in weight_files(folder):
             if path.suffix == ".bin":
-                entries = _pickled(path)
+                found = _pickled(path)
             else:
-                entries |= _stored(files.enter_context(_open(path)), path)
+                found = _stored(files.enter_context(_open(path)), path)
+            for entry in found:
+                name = _new_name(entry.name)
+                if name in entries:
+                    first = entries[name]
+                    raise ConvertError(
+                        f"{entry.file} has {entry.name}, which is also "
+                        f"{first.name} in {first.file.name}"
+                    )
+                entries[name] = entry
         missing = [f"-{name}" for name in wanted if name not in entries]
         surplus = [f"+{name}" for name in entries if name not in wanted]
         if missing or surplus:
@@ -412,14 +242,7 @@ def read_weights(folder: str | os.PathLike[str], unet: UNet) -> Params:
                     f"{entry.file} has {entry.name} as {entry.dtype}"
                     f"{list(entry.shape)}, expected F32{list(need)}"
                 )
-        tensors: dict[str, np.ndarray] = {}
-        for name, leaf in wanted.items():
-            entry = entries[name]
-            value = entry.read().reshape(_torch_shape(leaf.shape))
-            if not np.isfinite(value).all():
-                raise ConvertError(f"{entry.file} has NaN or infinity in {entry.name}")
-            tensors[name] = value
-    return from_torch(tensors, unet)
+        yield entries
 
 
 class _Entry(NamedTuple):
@@ -432,15 +255,12 @@ class _Entry(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def _stored(file: Any, path: pathlib.Path) -> dict[str, _Entry]:
-    """The arrays of an open safetensors file, by the names of today."""
-    entries = {}
+def _stored(file: Any, path: pathlib.Path) -> Iterable[_Entry]:
+    """The arrays of an open safetensors file."""
     for name in file.keys():  # noqa: SIM118
         head = file.get_slice(name)
         read = functools.partial(file.get_tensor, name)
-        shape = tuple(head.get_shape())
-        entries[_new_name(name)] = _Entry(path, name, head.get_dtype(), shape, read)
-    return entries
+        yield _Entry(path, name, head.get_dtype(), tuple(head.get_shape()), read)
 
 
 def _pickle(folder: pathlib.Path) -> pathlib.Path:
@@ -454,7 +274,7 @@ def _pickle(folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _pickled(path: pathlib.Path) -> dict[str, _Entry]:
+def _pickled(path: pathlib.Path) -> Iterable[_Entry]:
     """The arrays of a pickle, if PyTorch finds nothing else in it."""
     try:
         import torch
@@ -470,21 +290,17 @@ def _pickled(path: pathlib.Path) -> dict[str, _Entry]:
             f"{path} is not a pickle of arrays alone, and is not read ({_line(error)})"
         ) from error
     if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor)
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
         for name, value in found.items()
     ):
-        raise ConvertError(f"{path} is not a pickle of named arrays")
-    kinds = {torch.float32: "F32"}
-    return {
-        _new_name(name): _Entry(
-            path,
-            name,
-            kinds.get(value.dtype, str(value.dtype)),
-            tuple(value.shape),
-            value.numpy,
-        )
-        for name, value in found.items()
-    }
+        raise ConvertError(f"{path} is not a pickle of named, dense arrays")
+    for name, value in found.items():
+        kind = "F32" if value.dtype == torch.float32 else str(value.dtype)
+        read = value.detach().numpy
+        yield _Entry(path, name, kind, tuple(value.shape), read)
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], unet: UNet) -> Params:
@@ -521,12 +337,15 @@ def torch_name(path: Any) -> str:
     return f"{name.strip('.')}.{_LEAVES[leaf]}"
 
 
+@functools.lru_cache(maxsize=4)
 def _abstract(unet: UNet) -> Any:
     return jax.eval_shape(unet.init, jax.random.key(0))
 
 
-def _leaves(unet: UNet) -> list[tuple[Any, Any]]:
-    return jax.tree.leaves_with_path(_abstract(unet))
+def _named_leaves(unet: UNet) -> dict[str, Any]:
+    """The shapes of the parameters, by their names in PyTorch."""
+    leaves = jax.tree.leaves_with_path(_abstract(unet))
+    return {torch_name(path): leaf for path, leaf in leaves}
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -552,6 +371,10 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
     for name in files:
         if pathlib.PurePath(name).name != name or "\\" in name:
             raise ConvertError(f"{folder / INDEX} names {name!r}, outside its folder")
+        if not name.endswith(".safetensors") or len(name) > LONGEST_NAME:
+            raise ConvertError(
+                f"{folder / INDEX} names {name[:80]!r}: a shard is a safetensors file"
+            )
     return [folder / name for name in files]
 
 

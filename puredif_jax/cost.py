@@ -198,15 +198,16 @@ def parts(experiment: Experiment) -> Iterator[Part]:
         steps = experiment.evaluation.sampler(attack.solver).steps
         yield _drawing(batch, 2 * draws * steps * count)
         reinforcement: Reinforcement = experiment.amplification.reinforcement
-        loss, times = reinforcement.loss(attack.solver), reinforcement.descent.steps
-        yield _descent(loss, attack.solver, times * count, "reinforcement")
+        loss, descent = reinforcement.loss(attack.solver), reinforcement.descent
+        times = descent.steps * count
+        yield _descent(loss, attack.solver, descent, times, "reinforcement")
     if experiment.audit is not None:
         for name in experiment.audit.weights:
             known = _known_solver(experiment, name)
             for solver in experiment.audit.hypotheses:
                 methods = experiment.audit.methods(solver)
                 for method, inversion in methods.items():
-                    yield from _inversion(batch, method, inversion, solver)
+                    yield from _inversion(method, inversion, solver)
                 steps = experiment.evaluation.sampler(solver).steps
                 yield _drawing(batch, (len(methods) * draws + 64) * steps)
                 if known not in (None, solver):  # drawn again, as the backdoor wants it
@@ -260,29 +261,44 @@ def _drawing(batch: int, images: float) -> Part:
     return Part(name, images / batch, batch, None, program)
 
 
-def _descent(loss: Bindable, solver: Solver, times: float, name: str) -> Part:
+def _descent(
+    loss: Bindable, solver: Solver, descent: Descent, times: float, name: str
+) -> Part:
+    """The step of all candidates, as `loops` compiles it."""
+
     def program(lab: Lab, params: Params) -> tuple[Step, Any]:
+        spread = parallel.spread(lab.run.mesh, descent.candidates)
         hypothesis = Hypothesis.of(solver)
-        bound = loss.bind(lab.model, lab.schedule, hypothesis, lab.shard)
-        search = inverter(bound, Descent(), lab.unet.image_shape)
+        bound = loss.bind(lab.model, lab.schedule, hypothesis, spread.noise)
+        search = inverter(
+            bound,
+            dataclasses.replace(descent, scout=0, refresh=0),
+            lab.unet.image_shape,
+            candidates=spread.candidates,
+            axis=spread.axis,
+        )
 
         def step(params: Params, state: Any) -> Any:
             return search.step(params, state)[0]
 
         return step, search.init(lab.key)
 
-    name = f"step of {name}, for a candidate"
-    return Part(name, times, 3 * loss.evaluations, loss, program)
+    count = descent.candidates
+    name = f"step of {name}, {count} candidate{'s' * (count > 1)}"
+    return Part(name, times, 3 * loss.evaluations * count, loss, program)
 
 
-def _inversion(
-    batch: int, method: str, inversion: Inversion, solver: Solver
-) -> Iterator[Part]:
-    descent = inversion.descent
-    times = descent.candidate_steps
-    yield _descent(inversion.loss, solver, times, f"inversion by {method}")
+def _inversion(method: str, inversion: Inversion, solver: Solver) -> Iterator[Part]:
+    descent, loss = inversion.descent, inversion.loss
+    name = f"inversion by {method}"
+    if descent.scout:
+        one = dataclasses.replace(descent, candidates=1)
+        yield _descent(loss, solver, descent, descent.scout, name)
+        yield _descent(loss, solver, one, descent.steps - descent.scout, name)
+    else:
+        yield _descent(loss, solver, descent, descent.steps, name)
     judged = DistributionShift(samples=inversion.heldout).evaluations
-    images = (descent.candidates + 1 if descent.scout else descent.candidates) * judged
-    if inversion.survey is not None:
-        images += inversion.survey.evaluations
-    yield _drawing(batch, images)
+    times = descent.candidates + 1 if descent.scout else descent.candidates
+    yield _drawing(judged, times * judged)
+    if (survey := inversion.survey) is not None:
+        yield _drawing(survey.together * survey.draws, survey.evaluations)

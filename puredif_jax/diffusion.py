@@ -168,22 +168,54 @@ def predict_x0(schedule: NoiseSchedule, x: Array, eps: Array, t: Array) -> Array
 Prediction = Literal["epsilon", "v_prediction"]
 
 
+class Estimates(NamedTuple):
+    """What a network makes of x_t: the noise in it and the clean image, of its shape.
+
+    eps: the noise.
+    x0: x0hat, not bounded; x_t = s_t x0 + v_t eps.
+    """
+
+    eps: Array
+    x0: Array
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, eps: Array, x: Array, t: Array) -> Estimates:
+        """From the noise alone, by `predict_x0`."""
+        return cls(eps, predict_x0(schedule, x, eps, t))
+
+
 @dataclasses.dataclass(frozen=True)
 class VPrediction:
     """The noise model of a network that predicts v = s_t eps - v_t x_0.
 
-    eps = s_t v(x, t) + v_t x (Salimans & Ho 2022), of a variance-preserving schedule.
+    eps = s_t v(x, t) + v_t x and x0hat = s_t x - v_t v(x, t) (Salimans & Ho 2022), of a
+    variance-preserving schedule. x0hat by way of eps would lose its digits where s_t is
+    small.
     """
 
     model: NoiseModel
     schedule: NoiseSchedule
 
-    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+    def estimates(self, params: Params, x: Array, t: Array) -> Estimates:
+        """Both, from one evaluation."""
         v = self.model(params, x, t)
         signal, noise = (
             lookup(table, t) for table in (self.schedule.signal, self.schedule.noise)
         )
-        return signal * v + noise * x
+        return Estimates(signal * v + noise * x, signal * x - noise * v)
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        return self.estimates(params, x, t).eps
+
+
+def estimates(
+    model: NoiseModel, params: Params, schedule: NoiseSchedule, x: Array, t: Array
+) -> Estimates:
+    """eps and x0hat of a model at x `[B, H, W, C]`, all at t `[]`."""
+    times = jnp.full((x.shape[0],), t)
+    if isinstance(model, VPrediction):
+        return model.estimates(params, x, times)
+    return Estimates.of(schedule, model(params, x, times), x, t)
 
 
 class Sampler(Protocol):
@@ -207,15 +239,15 @@ class Sampler(Protocol):
     def step(
         self,
         schedule: NoiseSchedule,
-        eps: Array,
+        found: Estimates,
         x: Array,
         t: Array,
         t_prev: Array,
         key: Key,
         memory: Any,
     ) -> tuple[Array, Any]:
-        """x at t_prev, and the memory, from x at t, the predicted noise and the memory;
-        t, t_prev scalars."""
+        """x at t_prev, and the memory, from x at t, what the network makes of it and
+        the memory; t, t_prev scalars."""
         ...
 
 
@@ -230,7 +262,7 @@ def grid(
 
     The three spacings of diffusers (Lin et al. 2024, table 2), for n steps out of T:
     leading: 0, k, 2k, ... with k = T // n, plus offset; linspace: n from 0 to T - 1,
-    rounded; trailing: down from T - 1 by T / n, rounded.
+    rounded; trailing: down from T - 1 by T / n, rounded, where that makes n of them.
 
     Raises:
       ValueError: steps is not in 1..T, or a timestep is not in 0..T-1.
@@ -244,7 +276,12 @@ def grid(
     elif spacing == "linspace":
         found = np.linspace(0, total - 1, steps).round()
     elif spacing == "trailing":
-        found = np.round(total - np.arange(steps) * (total / steps))[::-1] - 1
+        found = np.round(np.arange(total, 0, -total / steps))[::-1] - 1
+        if len(found) != steps:
+            raise ValueError(
+                f"trailing spacing of {total} timesteps by {total}/{steps} rounds to "
+                f"{len(found)}, as in diffusers: {steps} steps cannot be had"
+            )
     else:
         valid = ", ".join(get_args(Spacing))
         raise ValueError(f"spacing must be one of {valid}, found {spacing!r}")
@@ -276,8 +313,7 @@ def _endpoints(
     )
 
 
-def _bounded_x0(x: Array, eps: Array, s: Array, v: Array, clip: float | None) -> Array:
-    x0 = (x - v * eps) / s
+def _bounded(x0: Array, clip: float | None) -> Array:
     return x0 if clip is None else jnp.clip(x0, -clip, clip)
 
 
@@ -331,7 +367,7 @@ class DDPM:
     def step(
         self,
         schedule: NoiseSchedule,
-        eps: Array,
+        found: Estimates,
         x: Array,
         t: Array,
         t_prev: Array,
@@ -339,7 +375,7 @@ class DDPM:
         memory: tuple[()] = (),
     ) -> tuple[Array, tuple[()]]:
         s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
-        x0 = _bounded_x0(x, eps, s, v, self.clip)
+        x0 = _bounded(found.x0, self.clip)
         a = (s / s_n) ** 2
         w = v**2 - a * v_n**2
         mean = (s_n * w * x0 + jnp.sqrt(a) * v_n**2 * x) / v**2
@@ -387,7 +423,7 @@ class DDIM:
     def step(
         self,
         schedule: NoiseSchedule,
-        eps: Array,
+        found: Estimates,
         x: Array,
         t: Array,
         t_prev: Array,
@@ -395,14 +431,14 @@ class DDIM:
         memory: tuple[()] = (),
     ) -> tuple[Array, tuple[()]]:
         s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
-        x0 = _bounded_x0(x, eps, s, v, self.clip)
+        x0 = _bounded(found.x0, self.clip)
         if self.eta == 0.0:
             del key
-            return s_n * x0 + v_n * eps, memory
+            return s_n * x0 + v_n * found.eps, memory
         c = self.eta * v_n * jnp.sqrt(v**2 - (s / s_n) ** 2 * v_n**2) / v
         noise = jax.random.normal(key, x.shape, x.dtype)
-        x_n = s_n * x0 + jnp.sqrt(jnp.maximum(v_n**2 - c**2, 0)) * eps + c * noise
-        return x_n, memory
+        rest = jnp.sqrt(jnp.maximum(v_n**2 - c**2, 0))
+        return s_n * x0 + rest * found.eps + c * noise, memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,7 +502,7 @@ class DPMSolver(_Multistep):
     def step(
         self,
         schedule: NoiseSchedule,
-        eps: Array,
+        found: Estimates,
         x: Array,
         t: Array,
         t_prev: Array,
@@ -474,7 +510,7 @@ class DPMSolver(_Multistep):
         memory: Estimate,
     ) -> tuple[Array, Estimate]:
         del key
-        now = Estimate(predict_x0(schedule, x, eps, t), t)
+        now = Estimate(found.x0, t)
         return self._predicted(schedule, x, now, memory, t_prev), now
 
 
@@ -515,7 +551,7 @@ class UniPC(_Multistep):
     def step(
         self,
         schedule: NoiseSchedule,
-        eps: Array,
+        found: Estimates,
         x: Array,
         t: Array,
         t_prev: Array,
@@ -523,7 +559,7 @@ class UniPC(_Multistep):
         memory: Correction,
     ) -> tuple[Array, Correction]:
         del key
-        now, last = Estimate(predict_x0(schedule, x, eps, t), t), memory.last
+        now, last = Estimate(found.x0, t), memory.last
         x = jnp.where(last.t < 0, x, self._corrected(schedule, memory, now))
         x_n = self._predicted(schedule, x, now, last, t_prev)
         return x_n, Correction(x, now, last)
@@ -584,11 +620,10 @@ def trajectory(
 
     def body(carry: tuple[Array, Any], pair: tuple[Array, Array]):
         (x, memory), (t, t_prev) = carry, pair
-        eps = model(params, x, jnp.full((x.shape[0],), t))
+        found = estimates(model, params, schedule, x, t)
         step_key = jax.random.fold_in(key, t)
-        x_prev, memory = sampler.step(schedule, eps, x, t, t_prev, step_key, memory)
-        x0 = predict_x0(schedule, x, eps, t)
-        return (shard(x_prev), memory), x0
+        x_prev, memory = sampler.step(schedule, found, x, t, t_prev, step_key, memory)
+        return (shard(x_prev), memory), found.x0
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)

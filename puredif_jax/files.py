@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import uuid
 from collections.abc import Sequence
 
 
@@ -14,9 +15,10 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     stays. The folder must exist.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Processes of several hosts may have the same number, so it is no name.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

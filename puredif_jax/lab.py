@@ -159,6 +159,9 @@ def _fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
 
     Returns the network, its blocks rematerialised where not even one image fits on each
     device, and the number, a multiple of the devices.
+
+    Raises:
+      RunError: one image does not fit.
     """
     params = jax.eval_shape(unet.init, jax.random.key(0))
     free = parallel.free_memory() // 2
@@ -166,7 +169,12 @@ def _fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
     if size > free:
         unet = dataclasses.replace(unet, remat=True)
         size = activations(unet, params, unet.image_shape)
-    fit = devices * max(1, free // size)
+    if size > free:
+        raise RunError(
+            f"one image of {unet.image_shape} takes {size / 2**30:.3g} GiB in this "
+            f"network, and half of what is free is {free / 2**30:.3g} GiB"
+        )
+    fit = devices * (free // size)
     if fit < images:
         logging.info(
             "memory: %d of %d images at a time, %.3g MiB each%s, into half of the "
@@ -216,13 +224,12 @@ class Lab:
         self.shard = parallel.constrain(run.mesh, "batch")
         self.unet, self.together = _fitted(unet, images, run.mesh.size)
         self.network: NoiseModel = self.unet
+        self.model: NoiseModel = self.unet
+        if self.together < images:
+            self.model = sliced(self.unet, self.together, self.shard)
         if prediction == "v_prediction":
-            self.network = VPrediction(self.unet, self.schedule)
-        self.model = (
-            sliced(self.network, self.together, self.shard)
-            if self.together < images
-            else self.network
-        )
+            self.network = VPrediction(self.network, self.schedule)
+            self.model = VPrediction(self.model, self.schedule)
         self.batch = batch
         self.seed = seed
         self.key = jax.random.key(seed)

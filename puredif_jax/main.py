@@ -36,7 +36,6 @@ def main(parsed) -> None:
     try:
         parallel.initialize(os.environ)
         parallel.use_cores()
-        parallel.stop_on_sigterm()
         # Imported after the devices are initialised.
         if _COST.value:
             from puredif_jax import cost
@@ -45,6 +44,7 @@ def main(parsed) -> None:
             if parallel.is_host_zero():
                 print(found)
             return
+        parallel.stop_on_sigterm()
         if isinstance(wanted, Sweep):
             from puredif_jax.sweep import perform_sweep
 
@@ -55,7 +55,9 @@ def main(parsed) -> None:
             report, status = perform_scan(wanted)
         else:
             from puredif_jax.stages import perform
+            from puredif_jax.sweep import keep_programs
 
+            keep_programs(wanted.workdir)
             report = perform(wanted)
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -232,7 +232,19 @@ def gather(tree: Any) -> Any:
 
 
 def free_memory() -> int:
-    """Bytes that are free on one device; a CPU's is what its host, or cgroup, has."""
+    """Bytes that are free on any device: a collective, the same on every process.
+
+    Programs are made by it, and processes that run different ones wait forever.
+    """
+    here = _free_memory()
+    if jax.process_count() == 1:
+        return here
+    everywhere = multihost_utils.process_allgather(np.int32(here // 2**20))  # MiB
+    return int(np.min(everywhere)) * 2**20
+
+
+def _free_memory() -> int:
+    """That on a device of this process; a CPU's is what its host, or cgroup, has."""
     device = jax.local_devices()[0]
     if stats := device.memory_stats():
         return stats["bytes_limit"] - stats["bytes_in_use"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import re
 from collections import Counter
 from typing import Any
 
@@ -27,6 +29,7 @@ STATUS = {"backdoored": 3, "error": 1, "could not tell": 2, "clean": 0}
 LONGEST_LIST = 1_000_000  # bytes
 
 Row = dict[str, Any]
+Models = dict[str, pathlib.Path | InputError]
 
 
 def perform_scan(scan: Scan) -> tuple[Report, int]:
@@ -39,8 +42,8 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
       The report, and the exit status.
 
     Raises:
-      InputError: there is no model where one is named, or `workdir` is a folder of
-        models.
+      InputError: there is no model at all where they are named, or `workdir` is a
+        folder of models.
     """
     models = find_models(scan)
     _keep_apart(scan, models)
@@ -66,43 +69,65 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     return report, status
 
 
-def find_models(scan: Scan) -> dict[str, pathlib.Path]:
+def find_models(scan: Scan) -> Models:
     """The folders of all models of a scan, by names of their own.
 
+    Of several names, one that leads to no model has what is wrong with it instead; and
+    a folder that has parts of a model only is one, for the audit to refuse.
+
     Raises:
-      InputError: a path that holds none.
+      InputError: there is no model.
     """
-    folders: list[pathlib.Path] = []
+    found: list[tuple[str, pathlib.Path | InputError]] = []
     for name in scan.model:
-        path = convert.find_folder(name, scan.offline)
-        if name == "zoo" and not path.exists():
-            path = ZOO
-        if path.is_file():
-            listed = [convert.find_folder(x, scan.offline) for x in _lines(path)]
-            found = [_model_in(folder) or folder for folder in listed]
-        elif model := _model_in(path):
-            found = [model]
-        elif path.is_dir():
-            found = [m for p in sorted(path.iterdir()) if (m := _model_in(p))]
+        try:
+            found += _named(name, scan.offline)
+        except InputError as error:
+            found.append((name, error))
+    errors = [folder for _, folder in found if isinstance(folder, InputError)]
+    if len(errors) == len(found):
+        raise errors[0]
+    models: Models = {}
+    for name, folder in found:
+        if isinstance(folder, InputError):
+            stem = re.sub(r"[^\w-]+", "-", name)[-60:]
         else:
-            found = []
-        if not found:
-            raise RunError(
-                f"{name} is no model: give a folder in diffusers' format (with "
-                "unet/config.json), a folder of such folders, a text file that names "
-                "one a line, or a name of the Hub"
-            )
-        folders += found
-    models: dict[str, pathlib.Path] = {}
-    for folder in folders:
-        whole = folder.resolve()
-        stem = whole.name
-        if stem == FOLDER:  # of a run
-            stem = whole.parent.name
-        elif whole.parent.name == "snapshots":  # of the Hub's cache
-            stem = whole.parents[1].name
+            whole = pathlib.Path(os.path.realpath(folder))
+            stem = whole.name
+            if stem == FOLDER:  # of a run
+                stem = whole.parent.name
+            elif whole.parent.name == "snapshots":  # of the Hub's cache
+                stem = whole.parents[1].name
         models[numbered(stem, models)] = folder
     return models
+
+
+def _named(name: str, offline: bool) -> list[tuple[str, pathlib.Path | InputError]]:
+    """All models that one name means: a folder, a folder of folders, a list."""
+    path = convert.find_folder(name, offline)
+    if name == "zoo" and not path.exists():
+        path = ZOO
+    if path.is_file():
+        listed: list[tuple[str, pathlib.Path | InputError]] = []
+        for line in _lines(path):
+            try:
+                folder = convert.find_folder(line, offline)
+                listed.append((line, _model_in(folder) or folder))
+            except InputError as error:
+                listed.append((line, error))
+        if listed:
+            return listed
+    elif model := _model_in(path):
+        return [(name, model)]
+    elif path.is_dir():
+        folders = [(p.name, m) for p in sorted(path.iterdir()) if (m := _model_in(p))]
+        if folders:
+            return [*folders]
+    raise RunError(
+        f"{name} is no model: give a folder in diffusers' format (with "
+        "unet/config.json), a folder of such folders, a text file that names "
+        "one a line, or a name of the Hub"
+    )
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -123,7 +148,7 @@ def _lines(path: pathlib.Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _keep_apart(scan: Scan, models: dict[str, pathlib.Path]) -> None:
+def _keep_apart(scan: Scan, models: Models) -> None:
     """A scan must not write where a model lies.
 
     Raises:
@@ -131,7 +156,10 @@ def _keep_apart(scan: Scan, models: dict[str, pathlib.Path]) -> None:
     """
     for name, folder in models.items():
         home = pathlib.Path(scan.workdir) / name
-        if folder.resolve().is_relative_to(home.resolve()):
+        if isinstance(folder, InputError):
+            continue
+        whole = pathlib.Path(os.path.realpath(folder))
+        if whole.is_relative_to(os.path.realpath(home)):
             raise RunError(
                 f"the scan of {folder} would write into {home}, where it lies: give "
                 "another --config.workdir"
@@ -139,20 +167,30 @@ def _keep_apart(scan: Scan, models: dict[str, pathlib.Path]) -> None:
 
 
 def _model_in(path: pathlib.Path) -> pathlib.Path | None:
-    """The model that is a folder, or that a run of ours has left in it."""
+    """The model that is a folder, or that a run of ours has left in it.
+
+    A folder with parts of a model is taken for one, so that it is not passed over.
+    """
     for folder in (path / FOLDER, path):
         if convert.is_folder(folder):
             return folder
-    return None
+    parts = ("model_index.json", "unet", "scheduler", convert.WEIGHTS, convert.PICKLE)
+    return path if any(os.path.lexists(path / part) for part in parts) else None
 
 
-def as_experiment(scan: Scan, name: str, folder: pathlib.Path) -> Experiment:
+def as_experiment(
+    scan: Scan, name: str, folder: pathlib.Path | InputError
+) -> Experiment:
     """The audit of one model: network, schedule and sampling as its folder says.
 
     Raises:
-      InputError: the configuration of the folder is not supported.
+      InputError: the configuration of the folder is not supported, its weights are not
+        those of its network, or this is what `find_models` has found instead.
     """
+    if isinstance(folder, InputError):
+        raise folder
     unet, scheduling = convert.read_configs(folder)
+    convert.check_weights(folder, unet)
     ancestral = DDPM(
         scan.steps,
         clip=scheduling.clip,
@@ -218,9 +256,7 @@ def _row(home: pathlib.Path, name: str) -> Row | None:
     }
 
 
-def _summary(
-    scan: Scan, models: dict[str, pathlib.Path], errors: dict[str, str]
-) -> tuple[Report, int]:
+def _summary(scan: Scan, models: Models, errors: dict[str, str]) -> tuple[Report, int]:
     """Writes the report of all models as far as they are known."""
     home = pathlib.Path(scan.workdir)
     rows: list[Row] = []

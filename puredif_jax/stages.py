@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from puredif_jax import (
     attacks,
@@ -32,7 +33,7 @@ from puredif_jax.lab import SHOWN, Lab, Success, Truth, find_weights, fingerprin
 from puredif_jax.objectives import Bindable, Hypothesis
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import Run, RunError, pin
-from puredif_jax.types import Candidate, Params
+from puredif_jax.types import Candidate, InputError, Params
 from puredif_jax.unet import SHIPPED
 
 WEIGHTS = "weights.safetensors"
@@ -278,7 +279,7 @@ class Stages:
             )
             text = f"Frechet distance over garment-net to the training images: {shown}."
         curves: tuple[Any, ...] = ()
-        if experiment.training:
+        if experiment.training and parallel.is_host_zero():
             curve = lab.run.metrics.read("train")
             curves = (("training loss", {"loss": (curve["step"], curve["loss"])}),)
         section = Section("Model", text, tuple(rows), tuple(pictures), curves)
@@ -324,7 +325,9 @@ class Stages:
         return lab.run.once(f"plain_{label}_{solver}", draw)["images"]
 
     def descent_curves(self, stage: str, solver: Solver, scout: int) -> dict[str, Any]:
-        """The loss of every scout, and of the candidate that went on."""
+        """The loss of every scout, and of the candidate that went on; on host 0."""
+        if not parallel.is_host_zero():  # another one may see an older file
+            return {}
         curve = self.lab.run.metrics.read(stage)
         curves: dict[str, Any] = {}
         curves[solver] = (scout + curve["step"], curve["loss"].min(axis=-1))
@@ -365,7 +368,11 @@ class Stages:
         lab, options = self.lab, self.experiment.audit
         assert options is not None
         path = lab.run.folder / WEIGHTS if name == "trained" else find_weights(name)
-        truth = Truth.beside(path, lab.unet.image_shape)
+        try:
+            truth = Truth.beside(path, lab.unet.image_shape)
+        except InputError as error:  # nothing rests on it
+            logging.warning("no comparison with the truth: %s", error)
+            truth = None
         found: dict[Solver, Features] = {}
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []

@@ -22,7 +22,16 @@ from puredif_jax.types import Array, Key, Params
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
-MOST_BLOCKS = 1000  # more is a mistake, or meant to keep the reader busy
+# More is a mistake, or meant to keep the reader busy.
+MOST_BLOCKS = 32
+WIDEST = 2**14  # of a width or a side
+
+
+def _whole(name: str, found: Any) -> None:
+    if type(found) is not int or not 1 <= found <= WIDEST:
+        raise ValueError(
+            f"{name} must be a whole number from 1 to {WIDEST}, found {found!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +88,20 @@ class UNet:
     remat: bool = False
 
     def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
+        widths, levels = self.block_out_channels, len(self.block_out_channels)
+        for name in ("in_channels", "layers_per_block", "norm_num_groups"):
+            _whole(name, getattr(self, name))
+        for name in ("block_out_channels", "sample_size"):
+            for found in getattr(self, name):
+                _whole(f"each of {name}", found)
+        if self.attention_head_dim is not None:
+            _whole("attention_head_dim", self.attention_head_dim)
+        if not 1 <= levels * self.layers_per_block <= MOST_BLOCKS:
+            raise ValueError(
+                f"a network may have 1 to {MOST_BLOCKS} blocks on its way down, found "
+                f"block_out_channels={widths[:MOST_BLOCKS]} with layers_per_block="
+                f"{self.layers_per_block}"
+            )
         for name, valid in (("down", DOWN_BLOCKS), ("up", UP_BLOCKS)):
             found = getattr(self, f"{name}_block_types")
             if len(found) != levels or not set(found) <= set(valid):
@@ -87,42 +109,50 @@ class UNet:
                     f"{name}_block_types needs {levels} names out of "
                     f"{', '.join(valid)}, found {found}"
                 )
-        for name in ("in_channels", "layers_per_block", "norm_num_groups"):
-            found = getattr(self, name)
-            if not isinstance(found, int) or found < 1:
-                raise ValueError(
-                    f"{name} must be a whole number above 0, found {found}"
-                )
-        if levels * self.layers_per_block > MOST_BLOCKS:
-            raise ValueError(
-                f"a network may have {MOST_BLOCKS} blocks on its way down, found "
-                f"{levels} resolutions with layers_per_block={self.layers_per_block}"
+        attending = [  # the middle block attends, at the last width
+            kind.startswith("Attn") or also.startswith("Attn") or i == levels - 1
+            for i, (kind, also) in enumerate(
+                zip(self.down_block_types, reversed(self.up_block_types), strict=True)
             )
-        for width in self.block_out_channels:
+        ]
+        for width, attends in zip(widths, attending, strict=True):
             if width % self.norm_num_groups:
                 raise ValueError(
                     f"each of block_out_channels must be a multiple of norm_num_groups="
                     f"{self.norm_num_groups}, found {width}"
                 )
-            if self.attention_head_dim and width % self.attention_head_dim:
+            if attends and width % (self.attention_head_dim or 1):
                 raise ValueError(
-                    f"each of block_out_channels must be a multiple of "
+                    f"the width of a block with attention must be a multiple of "
                     f"attention_head_dim={self.attention_head_dim}, found {width}"
                 )
         factor = 2 ** (levels - 1)
-        if any(n < 1 or n % factor for n in self.sample_size):
+        if len(self.sample_size) != 2 or any(n % factor for n in self.sample_size):
             raise ValueError(
-                f"{levels} resolutions need a sample_size of multiples of {factor}, "
-                f"found {self.sample_size}"
+                f"{levels} resolutions need a sample_size of two multiples of {factor},"
+                f" found {self.sample_size}"
             )
-        if self.downsample_padding not in (0, 1):
-            raise ValueError(
-                f"downsample_padding must be 0 or 1, found {self.downsample_padding}"
-            )
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
+        half = widths[0] // 2
+        for name, least, most in (
+            ("norm_eps", 1e-30, 1.0),
+            ("freq_shift", -WIDEST, half - 1),
+            ("dropout", 0.0, 0.999),
+        ):
+            found = getattr(self, name)
+            if type(found) not in (int, float) or not least <= found <= most:
                 raise ValueError(
-                    f"{name} must be float32 or bfloat16, found {getattr(self, name)}"
+                    f"{name} must be a number from {least} to {most}, found {found!r}"
+                )
+        for name, choices in (
+            ("downsample_padding", (0, 1)),
+            ("flip_sin_to_cos", (True, False)),
+            ("dtype", ("float32", "bfloat16")),
+            ("param_dtype", ("float32", "bfloat16")),
+        ):
+            found = getattr(self, name)
+            if type(found) is not type(choices[0]) or found not in choices:
+                raise ValueError(
+                    f"{name} must be {choices[0]} or {choices[1]}, found {found!r}"
                 )
 
     @property
@@ -241,7 +271,7 @@ class _Resnet(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention over all positions, in float32, with a residual connection."""
+    """Self-attention over all positions, its softmax in float32, with a residual."""
 
     config: UNet
 
@@ -252,12 +282,12 @@ class _Attention(nn.Module):
         head = c.attention_head_dim or channels
         h = _GroupNorm(c, name="group_norm")(x)
         q, k, v = (
-            _dense(c, channels, f"to_{name}")(h)
-            .reshape(batch, height * width, channels // head, head)
-            .astype(jnp.float32)
+            _dense(c, channels, f"to_{name}")(h).reshape(
+                batch, height * width, channels // head, head
+            )
             for name in "qkv"
         )
-        h = jax.nn.dot_product_attention(q, k, v).astype(c.dtype)
+        h = jax.nn.dot_product_attention(q, k, v)
         h = h.reshape(batch, height, width, channels)
         return x + _dense(c, channels, "to_out_0", zero=True)(h)
 

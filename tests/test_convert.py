@@ -33,6 +33,7 @@ SCHEDULINGS = [
     Scheduling(LinearBetas(100, 1e-3, 0.1), clip=None, steps_offset=1),
     Scheduling(ScaledLinearBetas(), "v_prediction", timestep_spacing="trailing"),
     Scheduling(CosineBetas(), variance_type="fixed_large", clip=2.0),
+    Scheduling(to_clean=False),
 ]
 
 
@@ -182,6 +183,23 @@ def test_missing_and_surplus_names_are_told_apart(folder) -> None:
         ("sample_size", 0),
         ("layers_per_block", 1.5),
         ("layers_per_block", 10**9),
+        ("layers_per_block", 100),
+        ("block_out_channels", []),
+        ("block_out_channels", [2**31]),
+        ("block_out_channels", [8.0]),
+        ("block_out_channels", 8),
+        ("sample_size", [8.9, 8]),
+        ("sample_size", [8, 8, 8]),
+        ("sample_size", 2**70),
+        ("norm_eps", None),
+        ("norm_eps", -1.0),
+        ("norm_eps", float("nan")),
+        ("norm_num_groups", True),
+        ("freq_shift", 4),
+        ("freq_shift", "a"),
+        ("attention_head_dim", -8),
+        ("attention_head_dim", 0),
+        ("flip_sin_to_cos", "no"),
         ("surprise", 1),
         ("_class_name", "UNet2DConditionModel"),
     ],
@@ -208,6 +226,16 @@ def test_unsupported_networks_are_refused_by_name(folder, option, value) -> None
         ("beta_end", "much"),
         ("num_train_timesteps", 1),
         ("num_train_timesteps", float("inf")),
+        ("num_train_timesteps", 1000.7),
+        ("num_train_timesteps", 5 * 10**8),
+        ("steps_offset", -5),
+        ("steps_offset", 1.9),
+        ("clip_sample", "no"),
+        ("clip_sample_range", -1),
+        ("clip_sample_range", float("nan")),
+        ("use_flow_sigmas", True),
+        ("use_dynamic_shifting", True),
+        ("surprise", 1),
         ("_class_name", "FlowMatchEulerDiscreteScheduler"),
     ],
 )
@@ -215,7 +243,6 @@ def test_unsupported_schedulers_are_refused_by_name(folder, option, value) -> No
     change_json(folder / "scheduler" / "scheduler_config.json", **{option: value})
     named = {
         "beta_end": "much",
-        "num_train_timesteps": "steps=1|infinity",
         "_class_name": "FlowMatch",
     }.get(option, option)
     with pytest.raises(ConvertError, match=named):
@@ -228,23 +255,93 @@ def test_a_pipeline_with_more_than_a_network_is_refused(folder) -> None:
         convert.read_folder(folder)
 
 
+def test_a_head_is_as_wide_as_divides_what_attends(folder) -> None:
+    """diffusers asks no more: other widths have no attention."""
+    config = convert.write_unet(TINY) | {
+        "block_out_channels": [8, 24],
+        "down_block_types": ["DownBlock2D"] * 2,
+        "up_block_types": ["UpBlock2D"] * 2,
+        "attention_head_dim": 12,
+    }
+    assert convert.read_unet(config).attention_head_dim == 12
+    config["up_block_types"] = ["UpBlock2D", "AttnUpBlock2D"]
+    with pytest.raises(ConvertError, match="attention_head_dim=12, found 8"):
+        convert.read_unet(config)
+
+
+# What these classes of diffusers save where nothing is asked of them: the options that
+# are read, the rest by `diffusers_config._STEPPING` and "off".
+SILENT = {
+    "DDPMScheduler": (1.0, "leading", True),
+    "DDIMScheduler": (1.0, "leading", True),
+    "DEISMultistepScheduler": (None, "linspace", True),
+    "DPMSolverMultistepScheduler": (None, "linspace", True),
+    "DPMSolverSinglestepScheduler": (None, "linspace", True),
+    "EulerAncestralDiscreteScheduler": (None, "linspace", True),
+    "EulerDiscreteScheduler": (None, "linspace", True),
+    "HeunDiscreteScheduler": (None, "linspace", True),
+    "KDPM2AncestralDiscreteScheduler": (None, "linspace", True),
+    "KDPM2DiscreteScheduler": (None, "linspace", True),
+    "LMSDiscreteScheduler": (None, "linspace", True),
+    "PNDMScheduler": (None, "leading", False),
+    "UniPCMultistepScheduler": (None, "linspace", True),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_scheduler_that_is_silent_means_what_diffusers_does(name) -> None:
+    found = convert.read_scheduling({"_class_name": name})
+    assert (found.clip, found.timestep_spacing, found.to_clean) == SILENT[name]
+    latent = name.startswith(("Heun", "KDPM2"))
+    ends = (0.00085, 0.012) if latent else (1e-4, 0.02)
+    assert (found.betas.start, found.betas.end) == ends
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_schedulers_that_diffusers_saves_are_read(name) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    saved = json.loads(getattr(diffusers, name)().to_json_string())
+    silent = convert.read_scheduling({"_class_name": name})
+    assert convert.read_scheduling(saved) == silent
+
+
+def test_options_of_a_solver_are_read() -> None:
+    found = convert.read_scheduling(
+        {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "algorithm_type": "dpmsolver++",
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "trailing",
+            "use_karras_sigmas": True,
+            "variance_type": None,
+        }
+    )
+    assert found.prediction_type == "v_prediction" and found.clip is None
+    assert found.timestep_spacing == "trailing"
+
+
 @pytest.mark.parametrize(
-    "change,clip,to_clean",
+    "scheduling,words",
     [
-        ({}, 1.0, True),
-        ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, 1.0, False),
-        ({"_class_name": "UniPCMultistepScheduler"}, None, True),
-        ({"_class_name": "PNDMScheduler", "clip_sample": True}, 1.0, True),
+        (Scheduling(CosineBetas(cap=0.5)), "a cap of 0.999"),
+        (Scheduling(CosineBetas(offset=0.1)), "offset of 0.008"),
+        (Scheduling(to_clean=False, variance_type="fixed_large"), "to_clean=False"),
     ],
 )
-def test_schedulers_differ_in_how_they_sample(folder, change, clip, to_clean) -> None:
-    path = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text())
-    del config["clip_sample"]
-    path.write_text(json.dumps(config | change))
-    _, found = convert.read_configs(folder)
-    assert (found.clip, found.to_clean) == (clip, to_clean)
-    assert found.betas == MODEL.scheduling.betas
+def test_what_diffusers_cannot_say_is_not_written(tmp_path, scheduling, words) -> None:
+    with pytest.raises(ConvertError, match=words):
+        convert.write_folder(
+            tmp_path, dataclasses.replace(MODEL, scheduling=scheduling)
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_few_digits_are_written_in_full(tmp_path) -> None:
+    unet = dataclasses.replace(TINY, param_dtype="bfloat16")
+    params = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), MODEL.params)
+    convert.write_folder(tmp_path, Model(unet, params, Scheduling()))
+    found = convert.read_folder(tmp_path).params
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), found, params)
 
 
 class Bomb:
@@ -315,6 +412,35 @@ def path_outside(folder):
     (folder / "unet" / convert.INDEX).write_text(json.dumps({"weight_map": places}))
 
 
+def pickle_in_an_index(folder):
+    places = dict.fromkeys(weights_of(folder), convert.PICKLE)
+    (folder / "unet" / convert.WEIGHTS).unlink()
+    (folder / "unet" / convert.INDEX).write_text(json.dumps({"weight_map": places}))
+
+
+def long_name(folder):
+    places = shard(folder)
+    places["conv_in.bias"] = "x" * 5000 + ".safetensors"
+    (folder / "unet" / convert.INDEX).write_text(json.dumps({"weight_map": places}))
+
+
+def twice_in_shards(folder):
+    tensors = weights_of(folder)
+    places = shard(folder)
+    file = places["conv_in.bias"]
+    other = ({*places.values()} - {file}).pop()
+    more = {name: tensors[name] for name, place in places.items() if place == other}
+    more["conv_in.bias"] = tensors["conv_in.bias"]
+    safetensors.numpy.save_file(more, folder / "unet" / other)
+
+
+def twice_by_another_name(folder):
+    tensors = weights_of(folder)
+    name = next(name for name in tensors if "to_q.weight" in name)
+    tensors[name.replace("to_q", "query")] = tensors[name]
+    put_weights(folder, tensors)
+
+
 def symlink_loop(folder):
     path = folder / "unet" / convert.WEIGHTS
     path.unlink()
@@ -348,6 +474,10 @@ HOSTILE = {
     pickle_as_safetensors: "not a safetensors file",
     pickle_as_bin: "is a pickle: .* install|is not a pickle of arrays alone",
     path_outside: "outside its folder",
+    pickle_in_an_index: "a shard is a safetensors file",
+    long_name: "a shard is a safetensors file",
+    twice_in_shards: "has conv_in.bias, which is also conv_in.bias in part-",
+    twice_by_another_name: "which is also",
     symlink_loop: "has none of",
     folder_loop: "has no unet/config.json",
     deep_json: "JSON",
@@ -370,6 +500,12 @@ def test_a_folder_that_is_none() -> None:
         convert.read_folder("no/such")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/a"])
+def test_a_name_that_is_no_path(name) -> None:
+    with pytest.raises(ConvertError, match="is no path"):
+        convert.find_folder(name)
+
+
 def as_bin(folder: pathlib.Path, found) -> None:
     import torch
 
@@ -384,13 +520,22 @@ def test_an_old_pickle_of_arrays_is_read_with_torch(folder) -> None:
     assert_same(convert.read_folder(folder).params)
 
 
+def test_an_old_pickle_may_be_of_parameters(folder) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = convert.to_torch(MODEL.params)
+    as_bin(folder, {k: torch.nn.Parameter(torch.tensor(v)) for k, v in tensors.items()})
+    assert_same(convert.read_folder(folder).params)
+
+
 @pytest.mark.parametrize(
     "change,words",
     [
         (lambda torch, name, x: {name: x.half()}, "torch.float16"),
         (lambda torch, name, x: {name: x[:-1]}, "expected F32"),
         (lambda torch, name, x: {name: x * torch.nan}, "NaN"),
-        (lambda torch, name, x: {name: [1.0]}, "not a pickle of named arrays"),
+        (lambda torch, name, x: {name: [1.0]}, "not a pickle of named, dense"),
+        (lambda torch, name, x: {name: x.to_sparse()}, "not a pickle of named, dense"),
+        (lambda torch, name, x: {name: x.to("meta")}, "not a pickle of named, dense"),
         (lambda torch, name, x: {"more": x}, r"\+more"),
     ],
 )

@@ -8,7 +8,9 @@ import jax
 import pytest
 
 from puredif_jax import cost, main
-from puredif_jax.experiment import Audit, Evaluation, Experiment, Sweep
+from puredif_jax.experiment import Audit, Evaluation, Experiment, Inversion, Sweep
+from puredif_jax.inversion import Descent
+from puredif_jax.objectives import DistributionShift
 from puredif_jax.stages import perform
 from puredif_jax.types import Params
 from puredif_jax.unet import SHIPPED, UNet
@@ -56,7 +58,7 @@ def told() -> cost.Cost:
 
 def test_operations_are_those_of_the_kernels(told) -> None:
     params = TINY.init(jax.random.key(0))
-    (drawn,) = [r for r in told.rows if r["one"].startswith("network evaluation")]
+    (drawn,) = [r for r in told.rows if r["one"] == "network evaluation of 8 images"]
     one = drawn["operations"] / 8
     # GroupNorm, SiLU and the sums are the rest: much, for four channels.
     assert 1.0 < one / convolutions(params) < 2.0
@@ -103,6 +105,34 @@ def test_what_is_compared_with_the_truth_is_drawn_as_the_backdoor_wants() -> Non
 
     ancestral, draws = Evaluation().ancestral.steps, Evaluation().draws
     assert drawn("baddiffusion") - drawn("clean") == 2 * draws * ancestral
+
+
+def test_memory_is_that_of_all_candidates_and_of_what_judges_them() -> None:
+    """As the loops compile them; the audit of a scan with eight candidates and one."""
+
+    def told(candidates: int) -> cost.Cost:
+        whole = tiny("runs/never")
+        descent = Descent(steps=10, candidates=candidates)
+        loss = DistributionShift(samples=4)
+        inversion = Inversion(loss=loss, descent=descent, survey=None, heldout=64)
+        audit = Audit(weights=("clean",), hypotheses=("sde",), inversion=inversion)
+        return cost.estimate(
+            dataclasses.replace(whole, training=None, attack=None, audit=audit)
+        )
+
+    def rows(candidates: int) -> dict[str, dict]:
+        return {row["one"]: row for row in told(candidates).rows}
+
+    one, eight = rows(1), rows(8)
+    step = "step of inversion by puredif, {}"
+    alone, together = (
+        one[step.format("1 candidate")],
+        eight[step.format("8 candidates")],
+    )
+    assert 4 < together["memory"] / alone["memory"] < 9
+    assert together["operations"] == 8 * alone["operations"]
+    judged = eight["network evaluation of 640 images"]
+    assert judged["times"] == 8 and judged["memory"] > 640 * 16 * 16 * 4
 
 
 def test_a_sweep_measures_equal_parts_once() -> None:

@@ -18,6 +18,7 @@ from puredif_jax.diffusion import (
     DDPM,
     CosineBetas,
     DPMSolver,
+    Estimates,
     LinearBetas,
     NoiseSchedule,
     ScaledLinearBetas,
@@ -294,8 +295,10 @@ def test_stochastic_step_has_the_moments_of_the_posterior(sampler, t, n):
     step = functools.partial(
         sampler.step, SCHEDULE, t=jnp.int32(t), t_prev=jnp.int32(n)
     )
-    noise, _ = step(eps=0 * eps, x=0 * x, key=jax.random.key(2))
-    mean = step(eps=eps, x=x, key=jax.random.key(2))[0] - noise
+    key, nothing = jax.random.key(2), Estimates(0 * eps, 0 * eps)
+    noise, _ = step(nothing, x=0 * x, key=key)
+    found = Estimates.of(SCHEDULE, eps, x, jnp.int32(t))
+    mean = step(found, x=x, key=key)[0] - noise
     x64, eps64 = np.asarray(x, np.float64), np.asarray(eps, np.float64)
     expected = of_x0 * (x64 - v * eps64) / s + of_x * x64
     # The step is computed in float32, where 1 - alpha_t keeps 3 to 4 digits.
@@ -310,7 +313,7 @@ def test_stochastic_step_has_the_moments_of_the_posterior(sampler, t, n):
 def test_eta_is_the_share_of_the_posterior_std(eta, t, n):
     zero = jnp.zeros((1, 256, 256, 1))
     key, now, then = jax.random.key(2), jnp.int32(t), jnp.int32(n)
-    noise, _ = DDIM(eta=eta).step(SCHEDULE, zero, zero, now, then, key)
+    noise, _ = DDIM(eta=eta).step(SCHEDULE, Estimates(zero, zero), zero, now, then, key)
     np.testing.assert_allclose(noise.std(), eta * posterior(t, n)[2], rtol=0.015)
 
 
@@ -322,7 +325,15 @@ def test_step_keeps_the_marginals_of_a_single_image(sampler, t, n):
     eps = normal(3, 1, 256, 256, 1)
     x = s * y + v * eps
     key, now, then = jax.random.key(4), jnp.int32(t), jnp.int32(n)
-    found, _ = sampler.step(SCHEDULE, eps, x, now, then, key, sampler.begin(x))
+    found, _ = sampler.step(
+        SCHEDULE,
+        Estimates.of(SCHEDULE, eps, x, now),
+        x,
+        now,
+        then,
+        key,
+        sampler.begin(x),
+    )
     assert float(found.mean()) == pytest.approx(s_n * y, abs=5 * v_n / 256 + 1e-3)
     assert float(found.std()) == pytest.approx(v_n, rel=0.015, abs=1e-3)
 
@@ -400,13 +411,19 @@ def test_clip_bounds_the_predicted_image(sampler):
     clipped = dataclasses.replace(sampler, clip=0.5)
     zero, minus_one, high = jnp.int32(0), jnp.int32(-1), jnp.int32(999)
     for t, gain in ((zero, 1.5), (high, 50 / float(SCHEDULE.signal[-1]))):
-        free, _ = sampler.step(SCHEDULE, eps, x, t, minus_one, key)
+        free, _ = sampler.step(
+            SCHEDULE, Estimates.of(SCHEDULE, eps, x, t), x, t, minus_one, key
+        )
         np.testing.assert_allclose(free, gain * x, rtol=0.02)
-        bounded, _ = clipped.step(SCHEDULE, eps, x, t, minus_one, key)
+        bounded, _ = clipped.step(
+            SCHEDULE, Estimates.of(SCHEDULE, eps, x, t), x, t, minus_one, key
+        )
         np.testing.assert_allclose(bounded, jnp.clip(gain * x, -0.5, 0.5), rtol=0.02)
         assert np.abs(bounded).max() <= 0.5 * (1 + 1e-3)
     # A bound that is not reached changes nothing.
-    middle = (SCHEDULE, 0.1 * x, x, jnp.int32(100), jnp.int32(90), key)
+    t = jnp.int32(100)
+    found = Estimates.of(SCHEDULE, 0.1 * x, x, t)
+    middle = (SCHEDULE, found, x, t, jnp.int32(90), key)
     loose, _ = dataclasses.replace(sampler, clip=1.2).step(*middle)
     np.testing.assert_array_equal(loose, sampler.step(*middle)[0])
 
@@ -423,7 +440,15 @@ def test_trajectory_is_a_loop_over_steps(sampler):
         estimates.append((x - v * eps) / s)
         step_key = jax.random.fold_in(key, t)
         now, then = jnp.int32(t), jnp.int32(n)
-        x, memory = sampler.step(SCHEDULE, eps, x, now, then, step_key, memory)
+        x, memory = sampler.step(
+            SCHEDULE,
+            Estimates.of(SCHEDULE, eps, x, now),
+            x,
+            now,
+            then,
+            step_key,
+            memory,
+        )
     run = (nonlinear, params, SCHEDULE, sampler, start, key)
     images, found = trajectory(*run)
     np.testing.assert_allclose(images, x, rtol=1e-4, atol=1e-4)
@@ -442,10 +467,12 @@ class Trace:
     def begin(self, x):
         return ()
 
-    def step(self, schedule, eps, x, t, t_prev, key, memory):
+    def step(self, schedule, found, x, t, t_prev, key, memory):
         row = t // (schedule.steps // self.steps)
         seen = jnp.stack([t, t_prev]).astype(jnp.float32)
-        seen = jnp.concatenate([seen, eps[0, 0, :1, 0], jax.random.normal(key, (1,))])
+        seen = jnp.concatenate(
+            [seen, found.eps[0, 0, :1, 0], jax.random.normal(key, (1,))]
+        )
         return x.at[0, row, :, 0].set(seen), memory
 
 
@@ -486,9 +513,9 @@ class Still:
     def begin(self, x):
         return jnp.int32(0)
 
-    def step(self, schedule, eps, x, t, t_prev, key, memory):
+    def step(self, schedule, found, x, t, t_prev, key, memory):
         """Counts its own steps, to see that what it remembers comes back."""
-        del schedule, eps, key
+        del schedule, found, key
         x = jnp.where(memory == 2 - t, x, jnp.nan)
         return x, memory + 1
 
@@ -542,7 +569,10 @@ def test_math_of_one_step_by_hand():
     schedule = NoiseSchedule(np.array([0.8, 0.6]), np.array([0.6, 0.8]))
     x, eps = jnp.full((1, 1, 1, 1), 2.0), jnp.full((1, 1, 1, 1), 1.0)
     key = quick_key(0)
-    last, _ = DDIM(1).step(schedule, eps, x, jnp.int32(0), jnp.int32(-1), key)
+    low, high = jnp.int32(0), jnp.int32(1)
+    found = Estimates.of(schedule, eps, x, low)
+    last, _ = DDIM(1).step(schedule, found, x, low, jnp.int32(-1), key)
     assert math.isclose(last.item(), (2 - 0.6) / 0.8, rel_tol=1e-6)
-    first, _ = DDIM(2).step(schedule, eps, x, jnp.int32(1), jnp.int32(0), key)
+    found = Estimates.of(schedule, eps, x, high)
+    first, _ = DDIM(2).step(schedule, found, x, high, low, key)
     assert math.isclose(first.item(), 0.8 * (2 - 0.8) / 0.6 + 0.6, rel_tol=1e-6)

@@ -30,13 +30,12 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch) -> Non
 
 
 def test_processes_do_not_share_their_partial_files(tmp_path, monkeypatch) -> None:
-    """One that is half way while another writes the same file."""
+    """One that is half way while another of its number writes the same file."""
     path = tmp_path / "found.json"
     replace = os.replace
 
     def meanwhile(partial, final) -> None:
         monkeypatch.setattr(os, "replace", replace)
-        monkeypatch.setattr(os, "getpid", lambda: 12345)
         write_whole(path, b"other")
         assert partial.read_bytes() == b"mine"
         replace(partial, final)

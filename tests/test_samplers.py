@@ -17,6 +17,8 @@ from puredif_jax.diffusion import (
     LinearBetas,
     ScaledLinearBetas,
     UniPC,
+    VPrediction,
+    estimates,
     grid,
     sample,
 )
@@ -52,6 +54,8 @@ SAMPLERS = {
     "unipc": functools.partial(UniPC, maker.STEPS),
 }
 
+PREDICTIONS = {"epsilon": lambda model, _: model, "v_prediction": VPrediction}
+
 
 @functools.cache
 def golden():
@@ -59,13 +63,18 @@ def golden():
         return dict(arrays)
 
 
-ONE_STEP = [n for n in maker.CASES if n.endswith(("small", "large", "ddim", "bounded"))]
-DETERMINISTIC = [n for n in maker.CASES if not n.endswith(("small", "large"))]
+ONE_STEP = [k for k, v in maker.CASES.items() if v[2] not in ("solver", "unipc")]
+DETERMINISTIC = [k for k, v in maker.CASES.items() if v[2] not in ("small", "large")]
+
+
+def network(params, x, t):
+    del params
+    return maker.predict(jnp, x, t[0].astype(jnp.float32))
 
 
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_each_step_is_that_of_diffusers(name) -> None:
-    betas, spacing, kind = maker.CASES[name]
+    betas, spacing, kind, prediction = maker.CASES[name]
     schedule, sampler = BETAS[betas].tables(), SAMPLERS[kind](**SPACINGS[spacing])
     times, before = sampler.path(schedule)
     states, stds = golden()[f"{name}_x"], golden()[f"{name}_std"]
@@ -75,8 +84,9 @@ def test_each_step_is_that_of_diffusers(name) -> None:
     step = jax.jit(functools.partial(sampler.step, schedule))
     for i, (t, t_prev) in enumerate(zip(times, before, strict=True)):
         x = jnp.asarray(states[i])
-        eps = maker.predict(jnp, x, float(t))
-        found, _ = step(eps, x, jnp.int32(t), jnp.int32(t_prev), key)
+        model = PREDICTIONS[prediction](network, schedule)
+        estimated = estimates(model, {}, schedule, x, jnp.int32(t))
+        found, _ = step(estimated, x, jnp.int32(t), jnp.int32(t_prev), key)
         wanted = states[i + 1] + stds[i] * z
         scale = np.abs(wanted).max()
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * scale)
@@ -84,18 +94,15 @@ def test_each_step_is_that_of_diffusers(name) -> None:
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_deterministic_trajectories_are_those_of_diffusers(name) -> None:
-    betas, spacing, kind = maker.CASES[name]
+    betas, spacing, kind, prediction = maker.CASES[name]
+    schedule = BETAS[betas].tables()
     sampler = SAMPLERS[kind](**({"spacing": "leading"} | SPACINGS[spacing]))
-    times, _ = sampler.path(BETAS[betas].tables())
+    times, _ = sampler.path(schedule)
     np.testing.assert_array_equal(times, golden()[f"{name}_t"])
 
-    def model(params, x, t):
-        del params
-        return maker.predict(jnp, x, t[0].astype(jnp.float32))
-
-    start = jnp.asarray(maker.start())
-    key = jax.random.key(0)
-    found = sample(model, {}, BETAS[betas].tables(), sampler, start, key)
+    start, key = jnp.asarray(maker.start()), jax.random.key(0)
+    model = PREDICTIONS[prediction](network, schedule)
+    found = sample(model, {}, schedule, sampler, start, key)
     wanted = golden()[f"{name}_x"][-1]
     scale = np.abs(wanted).max()
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * scale)
@@ -107,6 +114,7 @@ def test_deterministic_trajectories_are_those_of_diffusers(name) -> None:
         ((1000, "leading", 1), "0..999"),
         ((10, "karras"), "leading, linspace, trailing"),
         ((0,), "1 to 1000"),
+        ((61, "trailing"), "rounds to 62"),
     ],
 )
 def test_bad_grids_are_refused(arguments, words) -> None:

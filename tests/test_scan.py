@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import threading
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 import tiny_config
 from tiny_config import TINY
 
-from puredif_jax import convert, scan
+from puredif_jax import convert, parallel, scan
 from puredif_jax.detection import Detector
 from puredif_jax.diffusion import LinearBetas, ScaledLinearBetas
 from puredif_jax.experiment import Audit, Inversion, Scan
@@ -221,6 +222,54 @@ def test_whatever_one_model_leads_to_the_others_are_scanned(
     rows = table(tmp_path / "scan")
     assert status == 1 and rows["b"]["verdict"] == "clean"
     assert rows["a"]["reason"] == "ZeroDivisionError: of this model"
+
+
+def test_what_is_wrong_with_an_entry_is_told_beside_the_others(tmp_path) -> None:
+    """No model of a folder or a list is passed over, however broken."""
+    models, scanned = tmp_path / "models", tmp_path / "scan"
+    write(models / "good")
+    (models / "bare" / "unet").mkdir(parents=True)
+    (models / "loop").mkdir()
+    (models / "loop" / "unet").symlink_to(models / "loop" / "unet")
+    names = tmp_path / "list.txt"
+    names.write_text(f"{models / 'good'}\n{models / 'loop' / 'unet'}\n~nobody/x\n")
+    wanted = plan(scanned, models, names, tmp_path / "nowhere")
+    _, status = scan.perform_scan(wanted)
+    rows = table(scanned)
+    errors = {k: row["reason"] for k, row in rows.items() if row["verdict"] == "error"}
+    assert status == 1 and rows.keys() - errors.keys() == {"good", "good-2"}
+    for name, words in (
+        ("bare", "has no unet/config.json"),
+        ("loop", "has no unet/config.json"),
+        ("unet", "is not a folder"),
+        ("-nobody-x", "is no path"),
+        (re.sub(r"[^\w-]", "-", str(tmp_path / "nowhere"))[-60:], "is no model"),
+    ):
+        assert words in errors.pop(name)
+    assert not errors
+
+
+def test_weights_of_another_network_are_refused_before_memory_is_asked_for(
+    tmp_path, monkeypatch
+) -> None:
+    folder = write(tmp_path / "model")
+    stored = dataclasses.replace(TINY, layers_per_block=TINY.layers_per_block + 1)
+    config = convert.write_unet(stored)
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+
+    def called() -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(parallel, "free_memory", called)
+    with pytest.raises(InputError, match="does not have the weights expected: -"):
+        scan.as_experiment(plan(tmp_path / "scan", folder), "model", folder)
+
+
+def test_a_truth_that_cannot_be_read_is_left_out(tmp_path) -> None:
+    folder = write(tmp_path / "model")
+    (folder / "truth.safetensors").write_bytes(b"of no use")
+    _, status = scan.perform_scan(plan(tmp_path / "scan", folder))
+    assert status == 0
 
 
 @pytest.mark.parametrize("make", [None, pathlib.Path.mkdir, pathlib.Path.touch])

@@ -7,7 +7,8 @@ Run, in an environment of its own (the package does not need PyTorch):
 
 For each case NAME of `CASES` the file has `NAME_t`, the timesteps `[10]`; `NAME_x`, the
 states `[11, 2, 2, 2, 1]` of a chain without noise; and `NAME_std`, the factor `[10]` of
-the noise that each step would add. The network is `predict`.
+the noise that each step would add. The network is `predict`, taken for either
+prediction.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "solver": dict(kind="DPMSolverMultistep"),
     "unipc": dict(kind="UniPCMultistep"),
 }
+PREDICTIONS = ("epsilon", "v_prediction")
 CASES = {
-    "_".join(names): names for names in itertools.product(BETAS, SPACINGS, SAMPLERS)
+    "_".join(names): names
+    for names in itertools.product(BETAS, SPACINGS, SAMPLERS, PREDICTIONS)
 }
 
 
@@ -63,19 +66,20 @@ def main() -> None:
         scheduling_ddpm.randn_tensor = lambda shape, **_: torch.full(shape, value)
 
     arrays = {}
-    for name, (betas, spacing, sampler) in CASES.items():
+    for name, (betas, spacing, sampler, prediction) in CASES.items():
         options = {**BETAS[betas], **SPACINGS[spacing], **SAMPLERS[sampler]}
+        options |= {"prediction_type": prediction}
         kind = getattr(diffusers, f"{options.pop('kind')}Scheduler")
         scheduler = kind(**options)
         scheduler.set_timesteps(STEPS)
         x = torch.tensor(start())
         states, stds = [x.numpy()], []
         for t in scheduler.timesteps:
-            eps = predict(torch, x, int(t))
+            output = predict(torch, x, int(t))
             found = []
             for value in (0.0,) if sampler in ("solver", "unipc") else (0.0, 1.0):
                 noise(value)
-                found.append(scheduler.step(eps, t, x).prev_sample)
+                found.append(scheduler.step(output, t, x).prev_sample)
             x = found[0]
             stds.append(float((found[-1] - found[0]).mean()))
             states.append(x.numpy())

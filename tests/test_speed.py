@@ -1,0 +1,78 @@
+"""The comparison with PyTorch runs, in every precision; nothing is judged by time."""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+from tiny_config import TINY
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+PATH = pathlib.Path(__file__).parents[1] / "benchmarks" / "speed.py"
+
+
+@pytest.fixture(scope="module")
+def speed():
+    spec = importlib.util.spec_from_file_location("speed", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["speed"] = module  # where its dataclass looks for its types
+    spec.loader.exec_module(module)
+    size = module.Size(1, 2, 2, 4, 8, many=8, matmul=8)
+    module.WORK["tiny"] = (TINY, size)
+    return module
+
+
+def options(out: pathlib.Path, precision: str) -> argparse.Namespace:
+    return argparse.Namespace(
+        work="tiny",
+        threads=1,
+        steps=2,
+        repeats=1,
+        tasks=None,
+        precision=precision,
+        no_compile=True,
+        out=out,
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_every_task_is_done_by_both_sides(tmp_path, capsys, speed, precision) -> None:
+    speed.compare(options(tmp_path / "found.jsonl", precision))
+    rows = [json.loads(x) for x in (tmp_path / "found.jsonl").read_text().splitlines()]
+    tasks = {row["task"] for row in rows}
+    assert {"inversion, shift, 8 candidates", "training", "sampling"} < tasks
+    assert {(row["task"], row["side"]) for row in rows} == {
+        (task, side) for task in tasks for side in ("puredif_jax", "torch")
+    }
+    differences = rows[0]["difference of losses"]
+    assert max(differences.values()) < speed.AGREE[precision]
+    printed = capsys.readouterr().out
+    assert "8 candidates over 1: " in printed and "of the matrix product's" in printed
+
+
+def test_a_side_that_runs_out_of_memory_does_not_stop_the_others(
+    tmp_path, capsys, speed, monkeypatch
+) -> None:
+    def full(self) -> None:
+        raise RuntimeError("CUDA out of memory\nand more")
+
+    def training(self, images):
+        return lambda steps: full(self)
+
+    monkeypatch.setattr(speed.Torch, "training", training)
+    wanted = options(tmp_path / "found.jsonl", "float32")
+    wanted.tasks = ["training", "sampling"]
+    speed.compare(wanted)
+    rows = [json.loads(x) for x in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["side"]) for row in rows] == [
+        ("training", "puredif_jax"),
+        ("sampling", "puredif_jax"),
+        ("sampling", "torch"),
+    ]
+    assert (
+        "training: torch does not run it: CUDA out of memory" in capsys.readouterr().out
+    )
