@@ -136,7 +136,7 @@ class Torch:
                 with torch.no_grad():
                     delta.clamp_(-1, 1)
                     target.clamp_(-1, 1)
-            return float(value.mean())
+            return float(value.detach().mean())
 
         return run
 
@@ -225,7 +225,7 @@ class Torch:
                 optimizer.step()
                 with torch.no_grad():
                     torch._foreach_lerp_(average, list(self.net.parameters()), 0.001)
-            return float(loss)
+            return float(loss.detach())
 
         return run
 
