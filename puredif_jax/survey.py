@@ -39,7 +39,8 @@ class Survey:
         alike many from each.
       draws: images for each.
       together: triggers sampled at once.
-      radius: mean squared error, in [0, 1] pixels, below which two draws agree.
+      radii: mean squared errors, in [0, 1] pixels, below which two draws agree, rising;
+        a larger one counts where nothing agrees by those before it.
       apart: least error between two candidates for the target.
       sampler: of the draws, through the `backdoor_process`.
     """
@@ -48,7 +49,7 @@ class Survey:
     grids: tuple[int, ...] = (2, 3, 4, 6)
     draws: int = 8
     together: int = 8
-    radius: float = 1e-3
+    radii: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     apart: float = 2e-2
     sampler: DDIM = DDIM(steps=10)
 
@@ -60,6 +61,8 @@ class Survey:
                 "triggers must be a multiple of together, and two or more, found "
                 f"triggers={self.triggers}, together={self.together}"
             )
+        if not self.radii or list(self.radii) != sorted(self.radii):
+            raise ValueError(f"radii must rise, one or more, found {self.radii}")
         if self.draws < 1:
             raise ValueError(f"draws must be 1 or more, found {self.draws}")
 
@@ -168,8 +171,9 @@ class Survey:
         """The `count` images on which most triggers agree, and their triggers.
 
         The density of a draw is the number of other triggers that have a draw within
-        `radius`. The densest draw is taken, then the densest of those at least
-        `apart` from it, and so on; the first draw, where none is left.
+        a radius: the first of `radii` by which any draws agree. The densest draw is
+        taken, then the densest of those at least `apart` from it, and so on; where no
+        two agree, one that is `apart` from the others, and the first where none is.
 
         Args:
           triggers: `[M, H, W, C]`.
@@ -191,24 +195,27 @@ class Survey:
         distance = jnp.maximum(distance, 0) / (4 * flat.shape[-1])
         owner = jnp.repeat(jnp.arange(number), draws)
         other = owner[:, None] != owner[None, :]
-        near = (distance < self.radius) & other & jnp.outer(finite, finite)
-        by_trigger = near.reshape(number * draws, number, draws).any(axis=-1)
+        apart = other & jnp.outer(finite, finite)
+        near = (distance < jnp.asarray(self.radii)[:, None, None]) & apart
+        by_trigger = near.reshape(len(self.radii), number * draws, number, draws)
+        by_trigger = by_trigger.any(axis=-1)
         density = by_trigger.sum(axis=-1)
-
-        valid = finite.astype(density.dtype)
+        closed = jnp.where(finite, 0, -1).astype(density.dtype)
 
         def take(open_: Array, _: None):
-            best = jnp.argmax(jnp.where(open_, density + 1, valid))
+            agree = jnp.where(open_, density, -1) > 0
+            r = jnp.argmax(agree.any(axis=-1))
+            r = jnp.where(agree.any(), r, len(self.radii) - 1)
+            best = jnp.argmax(jnp.where(open_, density[r] + 1, closed))
             own = jnp.arange(number) == owner[best]
-            agree = (by_trigger[best] | own).astype(triggers.dtype)
-            delta = jnp.tensordot(agree / agree.sum(), triggers, 1)
-            close = (near[best] | (jnp.arange(number * draws) == best)).astype(
-                flat.dtype
-            )
+            chosen = (by_trigger[r, best] | own).astype(triggers.dtype)
+            delta = jnp.tensordot(chosen / chosen.sum(), triggers, 1)
+            close = near[r, best] | (jnp.arange(number * draws) == best)
+            close = close.astype(flat.dtype)
             target = (close / close.sum()) @ flat
             open_ &= distance[best] > self.apart
             found = Candidate(delta, target.reshape(images.shape[2:]))
-            return open_, (found, density[best])
+            return open_, (found, density[r, best])
 
         _, (found, densities) = jax.lax.scan(take, finite, None, length=count)
         return found, densities
