@@ -196,14 +196,15 @@ class Survey:
         owner = jnp.repeat(jnp.arange(number), draws)
         other = owner[:, None] != owner[None, :]
         apart = other & jnp.outer(finite, finite)
-        near = (distance < jnp.asarray(self.radii)[:, None, None]) & apart
+        near = distance[None] < jnp.asarray(self.radii)[:, None, None]
+        near &= apart[None]
         by_trigger = near.reshape(len(self.radii), number * draws, number, draws)
         by_trigger = by_trigger.any(axis=-1)
         density = by_trigger.sum(axis=-1)
         closed = jnp.where(finite, 0, -1).astype(density.dtype)
 
         def take(open_: Array, _: None):
-            agree = jnp.where(open_, density, -1) > 0
+            agree = (density > 0) & open_[None]
             r = jnp.argmax(agree.any(axis=-1))
             r = jnp.where(agree.any(), r, len(self.radii) - 1)
             best = jnp.argmax(jnp.where(open_, density[r] + 1, closed))

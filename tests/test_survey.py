@@ -34,7 +34,7 @@ def test_random_triggers_are_smooth_images() -> None:
 def test_candidates_equal_a_loop() -> None:
     """Counting other triggers with a draw nearby, one by one in float64."""
     rng = np.random.default_rng(0)
-    survey = Survey(triggers=6, draws=3, together=1, radius=0.01, apart=0.05)
+    survey = Survey(triggers=6, draws=3, together=1, radii=(0.01,), apart=0.05)
     centres = rng.uniform(-1, 1, (4, *SHAPE))
     images = centres[rng.integers(0, 4, (6, 3))]
     images = images + rng.normal(0, 0.15, images.shape)
@@ -71,9 +71,23 @@ def test_candidates_equal_a_loop() -> None:
         np.testing.assert_allclose(found.target[k], target, atol=1e-5)
 
 
+def test_a_larger_radius_counts_where_the_smaller_finds_nothing() -> None:
+    """And a draw that agrees with none comes before one that was taken already."""
+    survey = Survey(triggers=6, draws=1, together=1, radii=(1e-4, 1e-2), apart=0.03)
+    triggers = jnp.arange(6.0)[:, None, None, None] * jnp.ones((1, *SHAPE)) / 5
+    levels = jnp.asarray([-0.8, -0.8, 0.0, 0.1, 0.5, 1.0])  # 0.1 apart: 0.0025
+    images = levels[:, None, None, None, None] * jnp.ones((1, 1, *SHAPE))
+    found, density = survey.candidates(triggers, images, 5)
+    assert density.tolist() == [1, 1, 0, 0, 1]
+    np.testing.assert_allclose(
+        found.target[:, 0, 0, 0], [-0.8, 0.05, 0.5, 1.0, -0.8], atol=1e-6
+    )
+    np.testing.assert_allclose(found.delta[:2, 0, 0, 0], [0.1, 0.5], atol=1e-6)
+
+
 def test_draws_that_are_not_finite_are_left_out() -> None:
     """And where no draw lies apart from those taken, the first valid one is given."""
-    survey = Survey(triggers=4, draws=2, together=1, radius=0.01, apart=0.5)
+    survey = Survey(triggers=4, draws=2, together=1, radii=(0.01,), apart=0.5)
     triggers = jnp.linspace(-1, 1, 4)[:, None, None, None] * jnp.ones((1, *SHAPE))
     images = jnp.full((4, 2, *SHAPE), 0.25).at[0, 0].set(jnp.nan).at[1, 1, 0].set(-1)
     found, density = survey.candidates(triggers, images, 3)
@@ -116,6 +130,8 @@ def test_triggers_of_an_exact_backdoor_meet_in_its_target(solver: str) -> None:
         {"triggers": 9, "together": 2},
         {"triggers": 0},
         {"draws": 0},
+        {"radii": ()},
+        {"radii": (2e-3, 1e-3)},
     ],
 )
 def test_bad_settings_are_named(bad) -> None:
