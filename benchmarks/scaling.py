@@ -70,7 +70,13 @@ def collectives(text: str) -> tuple[Counts, Counts]:
             if made := re.search(rf" = (.*?) ({KINDS})(?:-start)?\(", line):
                 add(once, {made[2]: (1, size_of(made[1]))}, 1)
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            for role, called in re.findall(r"(body|calls)=%?([\w.\-]+)", line):
+            parts = re.findall(r"(body|calls)=%?([\w.\-]+)", line)
+            # Of a conditional all branches count, though only one is taken.
+            branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+            if found := re.search(r"branch_computations=\{([^}]*)\}", line):
+                branches += re.findall(r"[\w.\-]+", found[1])
+            parts += [("branch", branch) for branch in branches]
+            for role, called in parts:
                 inner, outer = count(called)
                 times = int(trips[1]) if trips and role == "body" else 1
                 add(looped, inner, times)

@@ -13,10 +13,18 @@ from tiny_config import TINY
 
 from puredif_jax import parallel
 from puredif_jax.diffusion import DDIM, trajectory
-from puredif_jax.objectives import DenoisingConsistency, DistributionShift, Sum
+from puredif_jax.objectives import (
+    DenoisingConsistency,
+    DistributionShift,
+    Hypothesis,
+    Sum,
+)
+from puredif_jax.types import Candidate
+from puredif_jax.unet import SHIPPED
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
+QUICK: dict[str, str | bool] = {"xla_llvm_disable_expensive_passes": True}
 CANDIDATES, SAMPLES, TIMESTEPS, ROLLOUT = 4, 8, 2, 3
 LOSS = Sum(
     DistributionShift(timesteps=(900, 300), samples=SAMPLES),
@@ -106,3 +114,34 @@ def test_memory_of_a_differentiable_rollout_is_flat_in_its_steps() -> None:
     few = peak(5, True)
     assert peak(50, True) <= 1.3 * few
     assert peak(50, False) > 5 * few
+
+
+def test_memory_of_a_consistency_loss_is_flat_in_its_steps() -> None:
+    """With what it keeps of each step, an image each, beside a network that ships."""
+
+    def peak(steps: int) -> int:
+        loss = DenoisingConsistency(sampler=DDIM(steps), samples=4)
+        bound = loss.bind(SHIPPED, scaling.SCHEDULE, Hypothesis.of("ode"))
+        image = jax.ShapeDtypeStruct(SHIPPED.image_shape, np.float32)
+        params = jax.eval_shape(SHIPPED.init, jax.random.key(0))
+        gradient = jax.jit(jax.grad(bound, argnums=1))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        lowered = gradient.lower(params, Candidate(image, image), key)
+        sizes = lowered.compile(compiler_options=QUICK).memory_analysis()
+        return sizes.temp_size_in_bytes + sizes.argument_size_in_bytes
+
+    assert peak(50) <= 1.3 * peak(5)
+
+
+def test_collectives_of_a_branch_are_counted() -> None:
+    mesh = parallel.make_mesh()
+    split = parallel.along(mesh, "batch")
+
+    def program(x, flag):
+        return jax.lax.cond(flag, lambda x: jnp.sum(x), lambda x: x[0], x)
+
+    shape = jax.ShapeDtypeStruct((8,), np.float32, sharding=split)
+    flag = jax.ShapeDtypeStruct((), np.bool_, sharding=parallel.replicated(mesh))
+    text = jax.jit(program).lower(shape, flag).compile().as_text()
+    step, once = scaling.collectives(text)
+    assert step == {} and once

@@ -1,10 +1,8 @@
 """The comparison with PyTorch runs, in every precision; nothing is judged by time."""
 
 import argparse
-import importlib.util
 import json
 import pathlib
-import sys
 
 import pytest
 from tiny_config import TINY
@@ -12,18 +10,14 @@ from tiny_config import TINY
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-PATH = pathlib.Path(__file__).parents[1] / "benchmarks" / "speed.py"
 
 
 @pytest.fixture(scope="module")
 def speed():
-    spec = importlib.util.spec_from_file_location("speed", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["speed"] = module  # where its dataclass looks for its types
-    spec.loader.exec_module(module)
-    size = module.Size(1, 2, 2, 4, 8, many=8, matmul=8)
-    module.WORK["tiny"] = (TINY, size)
-    return module
+    import speed
+
+    speed.WORK["tiny"] = (TINY, speed.Size(1, 2, 2, 4, 8, many=8, matmul=8))
+    return speed
 
 
 def options(out: pathlib.Path, precision: str) -> argparse.Namespace:
