@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 from tiny_config import TINY, get_config
 
-from puredif_jax import checkpoint, config, convert, main
+from puredif_jax import checkpoint, config, convert, main, scan
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = [sys.executable, "-m", "puredif_jax.main"]
@@ -268,3 +269,19 @@ def test_config_is_hashable_and_json() -> None:
     experiment = get_config()
     assert hash(experiment) == hash(dataclasses.replace(experiment))
     assert config.to_dict(experiment)["model"]["block_out_channels"] == [4, 4]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 3])
+def test_a_scan_ends_with_the_status_of_what_it_found(
+    tmp_path, monkeypatch, status
+) -> None:
+    found = types.SimpleNamespace(verdict="so it is")
+    monkeypatch.setattr(scan, "perform_scan", lambda wanted: (found, status))
+    path = HERE.parent / "configs" / "scan.py"
+    argv = [f"--config={path}", f"--config.workdir={tmp_path}"]
+    ended = 0
+    try:
+        main.main(main.parse(["main", *argv]))
+    except SystemExit as stop:
+        ended = stop.code
+    assert ended == status

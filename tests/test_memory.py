@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_objectives import tiny_network
 
-from puredif_jax import parallel
+from puredif_jax import lab, parallel
 from puredif_jax.diffusion import DDIM, LinearBetas, VPrediction, sample
 from puredif_jax.memory import activations, sliced
 from puredif_jax.objectives import (
@@ -18,6 +18,7 @@ from puredif_jax.objectives import (
     Hypothesis,
     Sum,
 )
+from puredif_jax.run import RunError
 from puredif_jax.types import Candidate
 
 SCHEDULE = LinearBetas().tables()
@@ -132,6 +133,29 @@ def test_rematerialised_blocks_keep_less_and_give_the_same(network) -> None:
         return jax.jit(jax.value_and_grad(energy, (0, 1)))(params, x)
 
     chex.assert_trees_all_close(both(light), both(net), rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_as_many_as_fit_and_the_log_says_so(network, monkeypatch) -> None:
+    """On each of two devices, into half of what is free; else remat; else a refusal."""
+    net, params = network
+    net = dataclasses.replace(net, sample_size=SHAPE[:2], in_channels=SHAPE[2])
+    size = activations(net, params, SHAPE)
+    light = activations(dataclasses.replace(net, remat=True), params, SHAPE)
+    said: list[str] = []
+    monkeypatch.setattr(lab.logging, "info", lambda text, *x: said.append(text % x))
+
+    def fitted(free: int) -> tuple[bool, int]:
+        monkeypatch.setattr(parallel, "free_memory", lambda: free)
+        unet, count = lab._fitted(net, 64, 2)
+        return unet.remat, count
+
+    assert fitted(2 * 1000 * size) == (False, 2000) and not said
+    assert fitted(2 * 5 * size) == (False, 10)
+    assert "10 of 64 images at a time" in said[0] and "2 devices" in said[0]
+    assert fitted(2 * (size - 1)) == (True, 2 * ((size - 1) // light))
+    assert "rematerialised" in said[1]
+    with pytest.raises(RunError, match="one image of .* half of what is free is"):
+        fitted(2 * (light - 1))
 
 
 def test_v_prediction_is_the_noise_in_the_input() -> None:
