@@ -165,7 +165,7 @@ def read_unet(config: Mapping[str, Any], where: str = "config.json") -> UNet:
     _refuse_unknown(config, where, {*_SHARED, *_OFF, *_IGNORED})
     fields = {name: config.get(name, _DEFAULTS[name]) for name in _SHARED}
     for name, value in fields.items():
-        if isinstance(_DEFAULTS[name], list) != isinstance(value, list):
+        if isinstance(_DEFAULTS[name], list) != isinstance(value, (list, tuple)):
             raise ConvertError(
                 f"{where} sets {name}={value!r}, which is of another kind"
             )

@@ -152,7 +152,7 @@ class UNet:
             found = getattr(self, name)
             if type(found) is not type(choices[0]) or found not in choices:
                 raise ValueError(
-                    f"{name} must be {choices[0]} or {choices[1]}, found {found!r}"
+                    f"{name} must be {choices[0]} or {choices[1]}, found {found}"
                 )
 
     @property
@@ -271,7 +271,7 @@ class _Resnet(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention over all positions, its softmax in float32, with a residual."""
+    """Self-attention over all positions, in float32, with a residual connection."""
 
     config: UNet
 
@@ -282,12 +282,12 @@ class _Attention(nn.Module):
         head = c.attention_head_dim or channels
         h = _GroupNorm(c, name="group_norm")(x)
         q, k, v = (
-            _dense(c, channels, f"to_{name}")(h).reshape(
-                batch, height * width, channels // head, head
-            )
+            _dense(c, channels, f"to_{name}")(h)
+            .reshape(batch, height * width, channels // head, head)
+            .astype(jnp.float32)
             for name in "qkv"
         )
-        h = jax.nn.dot_product_attention(q, k, v)
+        h = jax.nn.dot_product_attention(q, k, v).astype(c.dtype)
         h = h.reshape(batch, height, width, channels)
         return x + _dense(c, channels, "to_out_0", zero=True)(h)
 

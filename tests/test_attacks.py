@@ -23,7 +23,7 @@ from puredif_jax.attacks import (
     published_response,
     training_loss,
 )
-from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
+from puredif_jax.diffusion import DDIM, DDPM, Estimates, LinearBetas
 from puredif_jax.triggers import Blend, Box, Corner, NoShift, Patch, RandomPattern
 
 SCHEDULE = LinearBetas().tables()
@@ -176,7 +176,8 @@ def trigger_share(sampler, rows: Rows) -> np.ndarray:
         step = functools.partial(
             sampler.step, SCHEDULE, t=t, t_prev=t - 1, key=jax.random.key(0, impl="rbg")
         )
-        mean = step(eps=eps, x=x)[0] - step(eps=0 * x, x=0 * x)[0]
+        found, zero = Estimates.of(SCHEDULE, eps, x, t), 0 * x
+        mean = step(found, x=x)[0] - step(Estimates(zero, zero), x=zero)[0]
         return mean[0, 0, 0, 0], h
 
     t = jnp.arange(1000)

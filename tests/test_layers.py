@@ -14,7 +14,7 @@ CORE = set(
     "types diffusion unet convolution triggers metrics attacks training exact "
     "objectives survey memory inversion detection amplification garment_net".split()
 )
-EDGES = set("config parallel checkpoint convert data report".split())
+EDGES = set("config parallel checkpoint convert diffusers_config data report".split())
 BELOW = {"files"}  # of the edges
 COMPOSITION = {
     "run",

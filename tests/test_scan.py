@@ -232,7 +232,9 @@ def test_what_is_wrong_with_an_entry_is_told_beside_the_others(tmp_path) -> None
     (models / "loop").mkdir()
     (models / "loop" / "unet").symlink_to(models / "loop" / "unet")
     names = tmp_path / "list.txt"
-    names.write_text(f"{models / 'good'}\n{models / 'loop' / 'unet'}\n~nobody/x\n")
+    names.write_text(
+        f"{models / 'good'}\n{models / 'loop' / 'unet'}\n~no-such-user/x\n"
+    )
     wanted = plan(scanned, models, names, tmp_path / "nowhere")
     _, status = scan.perform_scan(wanted)
     rows = table(scanned)
@@ -242,7 +244,7 @@ def test_what_is_wrong_with_an_entry_is_told_beside_the_others(tmp_path) -> None
         ("bare", "has no unet/config.json"),
         ("loop", "has no unet/config.json"),
         ("unet", "is not a folder"),
-        ("-nobody-x", "is no path"),
+        ("-no-such-user-x", "is no path"),
         (re.sub(r"[^\w-]", "-", str(tmp_path / "nowhere"))[-60:], "is no model"),
     ):
         assert words in errors.pop(name)

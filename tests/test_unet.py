@@ -310,7 +310,7 @@ def test_default_is_google_ddpm_cifar10_32():
             "out of UpBlock2D, AttnUpBlock2D, found",
         ),
         ({"norm_num_groups": 5}, "multiple of norm_num_groups=5, found 8"),
-        ({"attention_head_dim": 16}, "multiple of attention_head_dim=16, found 8"),
+        ({"attention_head_dim": 5}, "multiple of attention_head_dim=5, found"),
         ({"sample_size": (8, 7)}, r"multiples of 2, found \(8, 7\)"),
         ({"downsample_padding": 2}, "must be 0 or 1, found 2"),
         ({"dtype": "float16"}, "dtype must be float32 or bfloat16, found float16"),
