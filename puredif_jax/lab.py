@@ -35,7 +35,7 @@ from puredif_jax.memory import activations, sliced
 from puredif_jax.objectives import Hypothesis
 from puredif_jax.report import progress
 from puredif_jax.run import Run, RunError
-from puredif_jax.types import Array, Candidate, Key, NoiseModel, Params
+from puredif_jax.types import Array, Candidate, InputError, Key, NoiseModel, Params
 from puredif_jax.unet import UNet
 
 SHOWN = 16  # images of a set in a report
@@ -128,18 +128,28 @@ class Truth(NamedTuple):
     def beside(
         cls, weights: pathlib.Path, image_shape: tuple[int, int, int]
     ) -> Truth | None:
-        """What the truth file beside weights, or in their folder, tells, if any."""
+        """What the truth file beside weights, or in their folder, tells, if any.
+
+        One that cannot be read is told in the log and left out: no verdict rests on it.
+        """
         path = _truth_path(weights)
         if not path.is_file():
             return None
         image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
-        found = checkpoint.load_weights(path, {"trigger": image, "target": image})
-        solver = checkpoint.read_metadata(path).get("solver")
+        try:
+            found = checkpoint.load_weights(path, {"trigger": image, "target": image})
+            solver = checkpoint.read_metadata(path).get("solver")
+        except InputError as error:
+            logging.warning("no comparison with the truth: %s", error)
+            return None
         if solver not in get_args(Solver):
-            raise RunError(
-                f"{path} notes the solver {solver!r}: it must be one of "
-                f"{', '.join(get_args(Solver))}"
+            logging.warning(
+                "no comparison with the truth: %s notes the solver %r, not one of %s",
+                path,
+                solver,
+                ", ".join(get_args(Solver)),
             )
+            return None
         return cls(cast(Solver, solver), found["trigger"], found["target"])
 
     def save(self, weights: pathlib.Path) -> None:

@@ -104,25 +104,23 @@ def find_models(scan: Scan) -> Models:
 
 def _named(name: str, offline: bool) -> list[tuple[str, pathlib.Path | InputError]]:
     """All models that one name means: a folder, a folder of folders, a list."""
+    found: list[tuple[str, pathlib.Path | InputError]] = []
     path = convert.find_folder(name, offline)
     if name == "zoo" and not path.exists():
         path = ZOO
     if path.is_file():
-        listed: list[tuple[str, pathlib.Path | InputError]] = []
         for line in _lines(path):
             try:
                 folder = convert.find_folder(line, offline)
-                listed.append((line, _model_in(folder) or folder))
+                found.append((line, _model_in(folder) or folder))
             except InputError as error:
-                listed.append((line, error))
-        if listed:
-            return listed
+                found.append((line, error))
     elif model := _model_in(path):
-        return [(name, model)]
+        found.append((name, model))
     elif path.is_dir():
-        folders = [(p.name, m) for p in sorted(path.iterdir()) if (m := _model_in(p))]
-        if folders:
-            return [*folders]
+        found += [(p.name, m) for p in sorted(path.iterdir()) if (m := _model_in(p))]
+    if found:
+        return found
     raise RunError(
         f"{name} is no model: give a folder in diffusers' format (with "
         "unet/config.json), a folder of such folders, a text file that names "

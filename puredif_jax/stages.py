@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from puredif_jax import (
     attacks,
@@ -33,7 +32,7 @@ from puredif_jax.lab import SHOWN, Lab, Success, Truth, find_weights, fingerprin
 from puredif_jax.objectives import Bindable, Hypothesis
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import Run, RunError, pin
-from puredif_jax.types import Candidate, InputError, Params
+from puredif_jax.types import Candidate, Params
 from puredif_jax.unet import SHIPPED
 
 WEIGHTS = "weights.safetensors"
@@ -368,11 +367,7 @@ class Stages:
         lab, options = self.lab, self.experiment.audit
         assert options is not None
         path = lab.run.folder / WEIGHTS if name == "trained" else find_weights(name)
-        try:
-            truth = Truth.beside(path, lab.unet.image_shape)
-        except InputError as error:  # nothing rests on it
-            logging.warning("no comparison with the truth: %s", error)
-            truth = None
+        truth = Truth.beside(path, lab.unet.image_shape)
         found: dict[Solver, Features] = {}
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []

@@ -25,7 +25,7 @@ def test_shell_parses(path: pathlib.Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
 
 
-STUB = """#!/usr/bin/env bash
+FAKE = """#!/usr/bin/env bash
 echo "$PUREDIF_PROCESS_ID $PUREDIF_NUM_PROCESSES $*" > "$FOUND/$PUREDIF_PROCESS_ID"
 trap 'sleep 0.5; touch "$FOUND/stored-$PUREDIF_PROCESS_ID"; exit 143' TERM
 for ((i = 0; i < $WAIT; i++)); do sleep 0.1; done
@@ -35,12 +35,12 @@ exit $PUREDIF_PROCESS_ID
 
 @pytest.fixture
 def launched(tmp_path, monkeypatch):
-    """Starts local_processes.sh with a stub for Python."""
-    stub = tmp_path / "bin" / "python"
-    stub.parent.mkdir()
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{stub.parent}:{os.environ['PATH']}")
+    """Starts local_processes.sh with a fake Python."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("FOUND", str(tmp_path))
 
     def start(wait: int) -> subprocess.Popen:
