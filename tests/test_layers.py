@@ -11,10 +11,11 @@ PACKAGE = "puredif_jax"
 ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 
 CORE = set(
-    "types diffusion unet convolution triggers metrics attacks training exact "
-    "objectives survey memory inversion detection amplification garment_net".split()
+    "types diffusion unet diffusers_config convolution triggers metrics attacks "
+    "training exact objectives survey memory inversion detection amplification "
+    "garment_net".split()
 )
-EDGES = set("config parallel checkpoint convert diffusers_config data report".split())
+EDGES = set("config parallel checkpoint convert data report".split())
 BELOW = {"files"}  # of the edges
 COMPOSITION = {
     "run",
