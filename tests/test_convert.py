@@ -297,6 +297,8 @@ def test_a_scheduler_that_is_silent_means_what_diffusers_does(name) -> None:
     assert (found.betas.start, found.betas.end) == ends
 
 
+# Several of diffusers' schedulers hand a tensor to NumPy in the old way.
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 @pytest.mark.parametrize("name", SILENT)
 def test_schedulers_that_diffusers_saves_are_read(name) -> None:
     diffusers = pytest.importorskip("diffusers")
