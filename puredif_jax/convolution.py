@@ -113,12 +113,6 @@ def _interleave(parts: Sequence[Sequence[Array]]) -> Array:
     return joined.reshape(batch, height * rows, width * columns, channels)
 
 
-def _convolve_on_cpu(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    if _suits_winograd(x, kernel.shape, stride, padding):
-        return _of_products(_products(_tiles(x), _taps(kernel)))
-    return _convolve(x, kernel, stride, padding)
-
-
 def _input_gradient(
     g: Array, kernel: Array, x: Array, stride: int, padding: Padding
 ) -> Array:
@@ -204,12 +198,15 @@ def _kernel_gradient_by_offset(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, kernel: _convolve_on_cpu(x, kernel, stride, padding),
-        default=lambda x, kernel: _convolve(x, kernel, stride, padding),
-    )
+    def xla(x: Array, kernel: Array) -> Array:
+        return _convolve(x, kernel, stride, padding)
+
+    def cpu(x: Array, kernel: Array) -> Array:
+        return _of_products(_products(_tiles(x), _taps(kernel)))
+
+    if not _suits_winograd(x, kernel.shape, stride, padding):
+        return xla(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=xla)
 
 
 def _conv_fwd(x: Array, kernel: Array, stride: int, padding: Padding):

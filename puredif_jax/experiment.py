@@ -234,7 +234,9 @@ class Experiment:
       prediction: what the network predicts, by the name that diffusers has for it.
       devices: how many to use; 0 for all.
       seed: root of all randomness.
-      chunk: steps of a loop between two checkpoints.
+      chunk: steps of a loop in one dispatch.
+      save_every: seconds, at least, between two checkpoints of a loop. The last step
+        and a SIGTERM make one anyhow.
     """
 
     workdir: str
@@ -251,10 +253,11 @@ class Experiment:
     devices: int = 0
     seed: int = 0
     chunk: int = 20
+    save_every: float = 60.0
 
     def __post_init__(self) -> None:
         _at_home(self)
-        _at_least(self, devices=0, chunk=1)
+        _at_least(self, devices=0, chunk=1, save_every=0)
         if self.audit and self.schedule.steps != LinearBetas().steps:
             raise ValueError(
                 f"inversion is made for a schedule of {LinearBetas().steps} timesteps, "
@@ -341,7 +344,7 @@ class Scan:
       offline: take from the Hub only what has been downloaded before.
       devices: how many to use; 0 for all.
       seed: root of all randomness.
-      chunk: steps of a loop between two checkpoints.
+      chunk: steps of a loop in one dispatch.
     """
 
     workdir: str

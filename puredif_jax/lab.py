@@ -207,7 +207,7 @@ class Lab:
       unet, schedule: the network and its forward process.
       batch: images sampled together.
       seed: root of all randomness.
-      chunk: steps of a loop between two checkpoints.
+      chunk: steps of a loop in one dispatch.
       prediction: what the network predicts.
       images: most images that are sampled or inverted together.
 

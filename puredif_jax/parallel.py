@@ -52,18 +52,36 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, note)
 
 
-def safe_point() -> None:
+def must_stop() -> bool:
+    """Whether a SIGTERM came, to any of the processes; all must ask as often."""
+    _Stop.asked += 1
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(_Stop.asked)
+    return _Stop.signalled
+
+
+def safe_point(stop: bool | None = None) -> None:
     """Where a run may end without loss; all processes pass the same ones.
+
+    Args:
+      stop: what `must_stop` has said, where that was asked before.
 
     Raises:
       Stopped: a SIGTERM came, to any of the processes.
     """
-    _Stop.asked += 1
-    stop = _Stop.signalled
-    if jax.process_count() > 1:
-        stop = multihost_utils.reached_preemption_sync_point(_Stop.asked)
-    if stop:
+    if must_stop() if stop is None else stop:
         raise Stopped("stopped by SIGTERM; the same command goes on from here")
+
+
+def agreed(number: int) -> int:
+    """What process 0 says: a collective, the same on every process.
+
+    For what each might see otherwise, as a clock or what lies in a shared folder, and
+    what decides which programs run.
+    """
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def initialize(environ: Mapping[str, str]) -> None:

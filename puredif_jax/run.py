@@ -26,7 +26,8 @@ from puredif_jax.files import write_whole
 from puredif_jax.report import Metrics, progress
 from puredif_jax.types import InputError
 
-PLACE = ("workdir", "devices")  # that do not change what a run finds
+PLACE = ("workdir", "devices", "save_every")  # that do not change what a run finds
+PATIENCE = 60.0  # seconds in which a shared folder shows a file to every host
 
 
 class RunError(InputError):
@@ -42,9 +43,12 @@ class Run:
     Attributes:
       folder: where everything goes.
       mesh: the devices.
+      save_every: seconds, at least, between two checkpoints of a loop.
     """
 
-    def __init__(self, folder: str, config: Mapping[str, Any], mesh: Mesh) -> None:
+    def __init__(
+        self, folder: str, config: Mapping[str, Any], mesh: Mesh, save_every: float
+    ) -> None:
         """Opens or makes the folder.
 
         Raises:
@@ -52,6 +56,7 @@ class Run:
         """
         self.folder = pathlib.Path(folder)
         self.mesh = mesh
+        self.save_every = save_every
         if not is_run(self.folder, config) and parallel.is_host_zero():
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(config, indent=2)
@@ -77,8 +82,8 @@ class Run:
           begin: makes the state at step 0; not called where there is a checkpoint.
           shapes: that state as a tree of `jax.ShapeDtypeStruct`.
           total: steps to reach.
-          chunk: steps between checkpoints. Chunks begin at multiples of it, so that a
-            resumed run dispatches the same programs.
+          chunk: steps of a call of `advance`. Calls begin at multiples of it, so that
+            a resumed run dispatches the same programs.
 
         Returns:
           The state at step `total`.
@@ -87,7 +92,8 @@ class Run:
           Stopped: a SIGTERM came; what was done is stored.
         """
         with Checkpoints(self.folder / "checkpoints" / stage) as checkpoints:
-            start = checkpoints.latest() or 0
+            start = parallel.agreed(checkpoints.latest() or 0)
+            saved = time.monotonic()
             if start:
                 state = checkpoints.restore(start, self.place(shapes))
             else:
@@ -101,22 +107,30 @@ class Run:
                     state, info = advance(state, start, stop)
                     columns = {k: parallel.gather(v) for k, v in info._asdict().items()}
                     seconds = time.perf_counter() - began
-                    checkpoints.save(stop, state)
+                    told = parallel.must_stop()
+                    late = time.monotonic() - saved >= self.save_every
+                    if told or stop == total or parallel.agreed(late):
+                        checkpoints.save(stop, state)
+                        saved = time.monotonic()
                     if parallel.is_host_zero():
                         means = {k: np.asarray(v).mean(0) for k, v in columns.items()}
                         self.metrics.write(stage, stop, seconds=seconds, **means)
                         bar.set_postfix(loss=f"{float(np.min(means['loss'])):.4g}")
                     bar.update(stop - start)
                     start = stop
-                    parallel.safe_point()
+                    parallel.safe_point(told)
         return state
 
     def once(
         self, name: str, compute: Callable[[], Mapping[str, Any]]
     ) -> dict[str, np.ndarray]:
-        """The arrays of `compute`, or those it gave in an earlier, interrupted call."""
+        """The arrays of `compute`, or those it gave in an earlier, interrupted call.
+
+        Raises:
+          RunError: process 0 sees those and this one does not, for a minute.
+        """
         path = self.folder / "results" / f"{name}.npz"
-        if not path.exists():
+        if not parallel.agreed(path.exists()):
             arrays = {k: np.asarray(v) for k, v in compute().items()}
             if not parallel.is_host_zero():
                 return arrays
@@ -124,6 +138,7 @@ class Run:
             file = io.BytesIO()
             np.savez(file, **arrays)  # type: ignore[arg-type]
             write_whole(path, file.getvalue())
+        _wait_for(path)
         with np.load(path, allow_pickle=False) as found:
             return dict(found)
 
@@ -180,6 +195,18 @@ def pin(folder: pathlib.Path, digests: Mapping[str, str]) -> None:
                 f"{folder} holds a run of another version of {name}: give another "
                 "--config.workdir, or remove the folder to start again"
             )
+
+
+def _wait_for(path: pathlib.Path) -> None:
+    """A shared folder may show a file to one host later than to another."""
+    end = time.monotonic() + PATIENCE
+    while not path.exists():
+        if time.monotonic() >= end:
+            raise RunError(
+                f"{path} is there for process 0, but not for process "
+                f"{jax.process_index()}: all need the same --config.workdir"
+            )
+        time.sleep(0.1)
 
 
 def _changed(old: Any, new: Any, where: str = "configuration") -> str:

@@ -474,7 +474,12 @@ def open_lab(experiment: Experiment) -> Lab:
     """
     mesh = parallel.make_mesh(experiment.devices)
     return Lab(
-        Run(experiment.workdir, config.to_dict(experiment), mesh),
+        Run(
+            experiment.workdir,
+            config.to_dict(experiment),
+            mesh,
+            experiment.save_every,
+        ),
         experiment.model,
         experiment.schedule,
         experiment.evaluation.batch,

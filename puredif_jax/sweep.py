@@ -78,7 +78,7 @@ def perform_once(experiment: Experiment, label: str) -> bool:
     """
     folder = pathlib.Path(experiment.workdir)
     known = is_run(folder, config.to_dict(experiment))
-    if known and (folder / "report.json").exists():
+    if parallel.agreed(known and (folder / "report.json").exists()):
         pin(folder, digests(experiment))
         return False
     logging.info("%s: %s", label, folder)

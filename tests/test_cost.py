@@ -16,7 +16,7 @@ from puredif_jax.types import Params
 from puredif_jax.unet import SHIPPED, UNet
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from tiny_config import TINY, get_config  # noqa: E402
+from tiny_config import DEEP, get_config  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -27,6 +27,7 @@ def tiny(workdir: pathlib.Path | str) -> Experiment:
     return dataclasses.replace(
         config,
         workdir=str(workdir),
+        model=DEEP,
         amplification=None,
         evaluation=dataclasses.replace(config.evaluation, draws=64),
         devices=1,
@@ -57,7 +58,7 @@ def told() -> cost.Cost:
 
 
 def test_operations_are_those_of_the_kernels(told) -> None:
-    params = TINY.init(jax.random.key(0))
+    params = DEEP.init(jax.random.key(0))
     (drawn,) = [r for r in told.rows if r["one"] == "network evaluation of 8 images"]
     one = drawn["operations"] / 8
     # GroupNorm, SiLU and the sums are the rest: much, for four channels.

@@ -89,7 +89,11 @@ def scalars(folder: pathlib.Path) -> dict[tuple[str, int, str], np.ndarray]:
 
 
 def compare(folder: pathlib.Path, alone: pathlib.Path) -> None:
-    """Losses and gradients to 1e-5, every result to 1e-5, and the same outcomes."""
+    """Losses and gradients to 1e-5, every result to 1e-4, and the same outcomes.
+
+    Adam divides the gradient of a pixel by its own size, so in a result the rounding
+    of a small one grows.
+    """
     found, wanted = scalars(folder), scalars(alone)
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
@@ -102,7 +106,7 @@ def compare(folder: pathlib.Path, alone: pathlib.Path) -> None:
             np.load(folder / "results" / name) as b,
         ):
             for key in set(a) - {"seconds"}:
-                close = 1e-5 * max(1.0, float(np.abs(a[key]).max()))
+                close = 1e-4 * max(1.0, float(np.abs(a[key]).max()))
                 np.testing.assert_allclose(b[key], a[key], atol=close, err_msg=name)
 
     def outcomes(folder: pathlib.Path):

@@ -52,6 +52,9 @@ for value in found.values():
 parallel._free_memory = lambda: (9 - me) * 2**40
 assert parallel.free_memory() == 8 * 2**40
 
+# What one process sees is what all go by.
+assert parallel.agreed(7 + me) == 7 and not parallel.agreed(me == 1)
+
 # A mean over all devices, and draws that do not depend on the mesh.
 mean = jax.jit(lambda x: (x**2).mean(), out_shardings=parallel.replicated(mesh))
 np.testing.assert_allclose(parallel.gather(mean(split)), (x**2).mean(), rtol=1e-6)

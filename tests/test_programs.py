@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scaling
-from tiny_config import TINY
+from tiny_config import DEEP
 
 from puredif_jax import parallel
 from puredif_jax.diffusion import DDIM, trajectory
@@ -31,9 +31,9 @@ LOSS = Sum(
     DenoisingConsistency(sampler=DDIM(steps=ROLLOUT), samples=SAMPLES),
 )
 PROGRAMS = {
-    "inversion": lambda mesh: scaling.inversion(TINY, mesh, CANDIDATES, LOSS),
-    "training": lambda mesh: scaling.training(TINY, mesh),
-    "sampling": lambda mesh: scaling.sampling(TINY, mesh),
+    "inversion": lambda mesh: scaling.inversion(DEEP, mesh, CANDIDATES, LOSS),
+    "training": lambda mesh: scaling.training(DEEP, mesh),
+    "sampling": lambda mesh: scaling.sampling(DEEP, mesh),
 }
 
 
@@ -57,7 +57,7 @@ def compiled(name: str) -> tuple[str, scaling.Counts, scaling.Counts]:
 
 def convolved(text: str) -> set[int]:
     """Batch sizes of the forward convolutions on the whole image."""
-    side = TINY.sample_size[0]
+    side = DEEP.sample_size[0]
     found = re.findall(rf"f32\[(\d+),{side},{side},4\]\S* convolution\(", text)
     return {int(n) for n in found}
 
@@ -73,12 +73,12 @@ def test_devices_share_an_inversion_and_add_only_images() -> None:
     number, size = step["all-reduce"]
     assert number <= 2 + 3 * ROLLOUT
     images = TIMESTEPS + 2 + 7 * ROLLOUT
-    assert size < 4 * math.prod(TINY.image_shape) * images
+    assert size < 4 * math.prod(DEEP.image_shape) * images
 
 
 def test_devices_share_training_and_add_only_gradients() -> None:
     _, step, _ = compiled("training")
-    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
+    shapes = jax.eval_shape(DEEP.init, jax.random.key(0))
     weights = sum(x.size for x in jax.tree.leaves(shapes))
     assert set(step) == {"all-reduce"}
     assert 4 * weights <= step["all-reduce"][1] <= 4 * (weights + 8)
@@ -95,7 +95,7 @@ def test_memory_of_a_differentiable_rollout_is_flat_in_its_steps() -> None:
     def peak(steps: int, remat: bool) -> int:
         def loss(params, start):
             images, _ = trajectory(
-                TINY,
+                DEEP,
                 params,
                 scaling.SCHEDULE,
                 DDIM(steps),
@@ -105,8 +105,8 @@ def test_memory_of_a_differentiable_rollout_is_flat_in_its_steps() -> None:
             )
             return jnp.mean(images**2)
 
-        start = jax.ShapeDtypeStruct((64, *TINY.image_shape), np.float32)
-        params = jax.eval_shape(TINY.init, jax.random.key(0))
+        start = jax.ShapeDtypeStruct((64, *DEEP.image_shape), np.float32)
+        params = jax.eval_shape(DEEP.init, jax.random.key(0))
         gradient = jax.jit(jax.grad(loss, argnums=1))
         sizes = gradient.lower(params, start).compile().memory_analysis()
         return sizes.temp_size_in_bytes + sizes.argument_size_in_bytes

@@ -1,5 +1,7 @@
 """The smallest whole run: backdoor, amplification and audit of a tiny network."""
 
+import dataclasses
+
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import VillanDiffusion
 from puredif_jax.diffusion import DDIM, DDPM
@@ -20,12 +22,18 @@ from puredif_jax.unet import UNet
 TINY = UNet(
     sample_size=(16, 16),
     in_channels=1,
-    block_out_channels=(4, 4),
-    down_block_types=("DownBlock2D",) * 2,
-    up_block_types=("UpBlock2D",) * 2,
+    block_out_channels=(4,),
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
     layers_per_block=1,
     norm_num_groups=2,
     downsample_padding=1,
+)
+DEEP = dataclasses.replace(
+    TINY,
+    block_out_channels=(4, 4),
+    down_block_types=("DownBlock2D",) * 2,
+    up_block_types=("UpBlock2D",) * 2,
 )
 
 
@@ -59,4 +67,5 @@ def get_config() -> Experiment:
             draws=8, batch=8, ancestral=DDPM(steps=3), deterministic=DDIM(steps=2)
         ),
         chunk=1,
+        save_every=0.0,
     )

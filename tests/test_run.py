@@ -1,0 +1,73 @@
+"""Loops of a run: when they store, where they go on, who decides."""
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puredif_jax import parallel, run
+from puredif_jax.checkpoint import Checkpoints
+from puredif_jax.run import Run, RunError
+
+
+class Info(NamedTuple):
+    loss: jax.Array
+
+
+class Broken(Exception):
+    """What a power cut would be."""
+
+
+def count(
+    folder: pathlib.Path, save_every: float, fail_at: int | None = None
+) -> tuple[list[int], int]:
+    """Adds up 0..9, two steps a call; the steps a call began at, and the sum."""
+    began = []
+
+    def advance(state, start, stop):
+        if start == fail_at:
+            raise Broken
+        began.append(start)
+        steps = jnp.arange(start, stop, dtype=jnp.int32)
+        return state + steps.sum(), Info(steps.astype(jnp.float32))
+
+    here = Run(str(folder), {}, parallel.make_mesh(1), save_every)
+    zero = jax.ShapeDtypeStruct((), np.int32)
+    total = here.loop("count", advance, lambda: np.int32(0), zero, 10, 2)
+    return began, int(total)
+
+
+@pytest.mark.parametrize("save_every,again", [(0.0, [6, 8]), (1e9, [0, 2, 4, 6, 8])])
+def test_a_loop_goes_on_from_what_was_due_to_be_stored(tmp_path, save_every, again):
+    with pytest.raises(Broken):
+        count(tmp_path, save_every, fail_at=6)
+    assert count(tmp_path, save_every) == (again, 45)
+    assert count(tmp_path, save_every) == ([], 45), "the last step is always stored"
+    rows = run.Metrics(tmp_path).read("count")
+    np.testing.assert_array_equal(rows["step"], [2, 4, 6, 8, 10])
+    np.testing.assert_array_equal(rows["loss"], [0.5, 2.5, 4.5, 6.5, 8.5])
+
+
+def test_a_stop_stores_whatever_the_time(tmp_path, monkeypatch) -> None:
+    asked = iter([False, True])
+    monkeypatch.setattr(parallel, "must_stop", lambda: next(asked))
+    with pytest.raises(parallel.Stopped):
+        count(tmp_path, 1e9)
+    with Checkpoints(tmp_path / "checkpoints" / "count") as checkpoints:
+        assert checkpoints.steps() == [4]
+    monkeypatch.undo()
+    assert count(tmp_path, 1e9) == ([4, 6, 8], 45)
+
+
+def test_process_0_decides_what_is_done(tmp_path, monkeypatch) -> None:
+    here = Run(str(tmp_path), {}, parallel.make_mesh(1), 0.0)
+    first = here.once("three", lambda: {"x": np.arange(3)})
+    np.testing.assert_array_equal(first["x"], [0, 1, 2])
+    np.testing.assert_array_equal(here.once("three", dict)["x"], [0, 1, 2])
+    monkeypatch.setattr(parallel, "agreed", lambda number: 1)
+    monkeypatch.setattr(run, "PATIENCE", 0.0)
+    with pytest.raises(RunError, match="four.npz is there for process 0, but not for"):
+        here.once("four", dict)
