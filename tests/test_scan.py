@@ -48,7 +48,7 @@ def write(folder: pathlib.Path, seed: int = 0, **scheduling) -> pathlib.Path:
 
 def plan(workdir: pathlib.Path, *models, **changes) -> Scan:
     audit = Audit(weights=(), hypotheses=("ode",), inversion=INVERSION, detector=CALM)
-    options = {"audit": audit, "steps": 2, "draws": 8} | changes
+    options = {"audit": audit, "steps": 2, "draws": 8, "devices": 1} | changes
     return Scan(str(workdir), tuple(map(str, models)), **options)
 
 

@@ -68,7 +68,10 @@ def test_commands(block: str, place: pathlib.Path) -> None:
 def jax_environment(place: pathlib.Path) -> dict[str, str]:
     import os
 
-    return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(place / "compiled")}
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
 
 
 @pytest.mark.usefixtures("standard_promotion")
