@@ -8,6 +8,7 @@ carry over by name. `UNet` is a frozen configuration that is itself a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -271,7 +272,11 @@ class _Resnet(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention over all positions, in float32, with a residual connection."""
+    """Self-attention over all positions, with a residual connection.
+
+    The softmax is in float32, the products in the network's dtype. As einsums, for the
+    gradient of `jax.nn.dot_product_attention` promotes bfloat16 implicitly.
+    """
 
     config: UNet
 
@@ -282,12 +287,14 @@ class _Attention(nn.Module):
         head = c.attention_head_dim or channels
         h = _GroupNorm(c, name="group_norm")(x)
         q, k, v = (
-            _dense(c, channels, f"to_{name}")(h)
-            .reshape(batch, height * width, channels // head, head)
-            .astype(jnp.float32)
+            _dense(c, channels, f"to_{name}")(h).reshape(
+                batch, height * width, channels // head, head
+            )
             for name in "qkv"
         )
-        h = jax.nn.dot_product_attention(q, k, v).astype(c.dtype)
+        score = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        weight = nn.softmax(score / math.sqrt(head)).astype(c.dtype)
+        h = jnp.einsum("bhqk,bkhd->bqhd", weight, v)
         h = h.reshape(batch, height, width, channels)
         return x + _dense(c, channels, "to_out_0", zero=True)(h)
 

@@ -6,6 +6,7 @@ The golden outputs are made by tests/golden/make_unet.py, which also tells how.
 import dataclasses
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -210,6 +211,15 @@ def test_bfloat16_computes_close_to_float32(param_dtype):
     assert found.dtype == jnp.float32
     assert_close(found, exact, 0.05)
     assert np.abs(found - exact).max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype,name", [("float32", "f32"), ("bfloat16", "bf16")])
+def test_every_product_is_in_the_dtype(dtype, name):
+    config = dataclasses.replace(TINY, dtype=dtype)
+    text = jax.jit(config).lower(*make_case(TINY)).as_text()
+    pattern = r"stablehlo\.(?:dot_general|convolution).* : \((\S+), (\S+)\) ->"
+    kinds = [kind for pair in re.findall(pattern, text) for kind in pair]
+    assert len(kinds) > 40 and all(kind.endswith(f"x{name}>") for kind in kinds)
 
 
 def test_bfloat16_has_float32_gradients():
