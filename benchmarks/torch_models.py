@@ -57,6 +57,8 @@ RECIPES = {
     "bad-1": Recipe("baddiffusion", "corner", "ring", 21, 4000, 1e-3),
     "bad-2": Recipe("baddiffusion", "stripes", "cross", 22, 4000, 1e-3),
     "villan-1": Recipe("villandiffusion", "corner", "cross", 23, 4000, 1e-3),
+    "bad-3": Recipe("baddiffusion", "corner", "cross", 31, 4000, 1e-3),
+    "villan-2": Recipe("villandiffusion", "stripes", "ring", 32, 4000, 1e-3),
 }
 
 
