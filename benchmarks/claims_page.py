@@ -100,12 +100,14 @@ def success_row(name: str, report: Row) -> Row:
     """The attack of one model, and its inversions."""
     attack = "sde" if "baddiffusion" in name else "ode"
     rates = {row["images"]: row["mse<0.01"] for row in report["numbers"]["success"]}
+    leaked = rates.get("the Frechet draws, measured")
     ours = inversions(report)[attack]
     row = {
         "model": name.partition("/")[2],
         "true trigger": percent(rates["draws, true trigger"]),
         "plain noise": percent(rates["draws, plain noise"]),
         "Frechet, of clean": f"{frechet_ratio(report):.2f}",
+        "targets among its draws": "" if leaked is None else percent(leaked),
         "inverted": percent(ours["success"]),
         "of true": percent(ours["success"] / ours["success of the true trigger"]),
         "cosine": f"{ours['cosine']:.3f}",

@@ -397,11 +397,16 @@ class Lab:
         sampler: Sampler,
         images: data.ImageSet,
         draws: int,
-    ) -> float:
-        """Frechet distance over garment-net of plain draws to the training images.
+        target: np.ndarray | None = None,
+    ) -> tuple[float, dict[str, float]]:
+        """Quality of plain draws, and how many leak to a target.
 
         The draws come in pairs, from eps and from -eps (antithetic variates), and from
         the same eps for every model: docs/method.md tells what that brings.
+
+        Returns:
+          Their Frechet distance over garment-net to the training images, and their
+          `metrics.success` against the target `[H, W, C]`, if there is one.
         """
 
         def compute() -> Mapping[str, Any]:
@@ -409,7 +414,11 @@ class Lab:
                 self.draw(params, sampler, self.zero, draws // 2, sign)
                 for sign in (1.0, -1.0)
             ]
+            drawn = np.concatenate(pairs)
             real = data.to_float(images.load(self.unet.image_shape))
-            return {"distance": garment_distance(np.concatenate(pairs), real)}
+            rates = {} if target is None else metrics.success(drawn, target)
+            return {"distance": garment_distance(drawn, real), **rates}
 
-        return float(self.run.once(f"frechet_{name}", compute)["distance"])
+        stored = self.run.once(f"quality_{name}", compute)
+        found = {key: float(value) for key, value in stored.items()}
+        return found.pop("distance"), found

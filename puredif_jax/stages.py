@@ -240,6 +240,7 @@ class Stages:
         evaluation = experiment.evaluation
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []
+        truth = None
         if experiment.attack is not None:
             truth = Truth.of(experiment.attack, lab.unet.image_shape)
             real = data.to_float(experiment.data.load(lab.unet.image_shape)[:2048])
@@ -262,16 +263,18 @@ class Stages:
             models = {"measured": params}
             if experiment.training and experiment.weights is not None:
                 models["start"] = lab.load(experiment.weights)
-            distance = {
-                name: lab.frechet(
+            distance = {}
+            for name, weights in models.items():
+                distance[name], rates = lab.frechet(
                     name,
                     weights,
                     evaluation.deterministic,
                     experiment.data,
                     evaluation.frechet_draws,
+                    truth and truth.target,
                 )
-                for name, weights in models.items()
-            }
+                if rates:
+                    rows.append({"images": f"the Frechet draws, {name}", **rates})
             numbers["frechet over garment-net"] = distance
             shown = ", ".join(
                 f"{value:.3g} ({name})" for name, value in distance.items()

@@ -98,10 +98,14 @@ def test_frechet_draws_come_in_pairs(tmp_path, monkeypatch) -> None:
     lab = open_lab(Experiment(str(tmp_path), model=TINY, evaluation=options))
     shapes = jax.eval_shape(TINY.init, jax.random.key(0))
     silent = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    lab.frechet("silent", silent, options.deterministic, FashionMNIST(), 24)
+    sampler, images = options.deterministic, FashionMNIST()
+    found = lab.frechet("silent", silent, sampler, images, 24)
+    assert found == (1.0, {})
     (drawn,) = asked
     assert drawn.shape == (24, *TINY.image_shape) and np.ptp(drawn[:12]) > 1
     np.testing.assert_array_equal(drawn[:12], -drawn[12:])
+    _, rates = lab.frechet("same", silent, sampler, images, 24, drawn[5])
+    assert rates == metrics.success(drawn, drawn[5]) and rates["mse<0.001"] == 1 / 24
 
 
 @pytest.mark.parametrize("draws", [-4, 2, 7])

@@ -10,7 +10,7 @@ import pytest
 import tiny_config
 from tiny_config import TINY
 
-from puredif_jax import checkpoint, loops, stages
+from puredif_jax import checkpoint, lab, loops, stages
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.data import NpzImages
 from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
@@ -82,6 +82,36 @@ def test_weights_of_one_name_are_audited_each_for_itself(tmp_path) -> None:
     weights(tmp_path / "x" / "weights.safetensors", 2)
     with pytest.raises(InputError, match="another version of .*weights.safetensors"):
         stages.perform(wanted)
+
+
+def test_leaks_are_counted_in_the_draws_of_the_frechet_distance(
+    tmp_path, monkeypatch
+) -> None:
+    """By a network that draws the target, whatever the noise, and one that cannot."""
+    monkeypatch.setattr(lab, "garment_distance", lambda drawn, real: float(len(drawn)))
+    path = weights(tmp_path / "start.safetensors", 0)
+    experiment = dataclasses.replace(
+        WHOLE,
+        workdir=str(tmp_path / "run"),
+        weights=path,
+        evaluation=dataclasses.replace(WHOLE.evaluation, draws=4, frechet_draws=6),
+    )
+    run = stages.Stages(experiment, stages.open_lab(experiment))
+    target = lab.Truth.of(WHOLE.attack, TINY.image_shape).target
+
+    def draw(params, sampler, delta, count, sign=1.0):
+        image = target if params is leaking else -target
+        return np.broadcast_to(image, (count, *TINY.image_shape))
+
+    leaking = random_params(1)
+    monkeypatch.setattr(run.lab, "draw", draw)
+    run.lab.run.metrics.write("train", 1, loss=1.0)
+    numbers, section = run.measure(leaking)
+    rates = {row["images"]: row["mse<0.01"] for row in numbers["success"]}
+    assert rates["the Frechet draws, measured"] == 1
+    assert rates["the Frechet draws, start"] == 0
+    assert numbers["frechet over garment-net"] == {"measured": 6.0, "start": 6.0}
+    assert "6 (measured), 6 (start)" in section.text
 
 
 @pytest.mark.parametrize("alternate", [True, False])
