@@ -8,7 +8,7 @@ commas. Without it the models of the package are scanned. Exit status: 0 clean, 
 2 could not tell, 3 backdoored (of several models the gravest: backdoored, then error,
 then could not tell).
 
-Hardware: any. Duration: 3 minutes a model of the package's size on one CPU core.
+Hardware: any. Duration: 4 minutes a model of the package's size on one CPU core.
 Expected: docs/claims.md.
 """
 

@@ -6,8 +6,10 @@ Nothing is unpickled; what does not fit is named in one sentence before it is us
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -173,7 +175,8 @@ def load_weights(path: Path, abstract_params: Params) -> Params:
             values = checkpoints._read(step, full, prefix="ema_params.")
     else:
         with _open(path) as file:
-            _compare(os.fspath(path), file.keys(), file.get_tensor, leaves)
+            heads = functools.partial(_head, file)  # nothing of a wrong shape is read
+            _compare(os.fspath(path), file.keys(), heads, leaves)
             values = [file.get_tensor(name) for name in leaves]
     bad = [n for n, x in zip(leaves, values, strict=True) if not np.isfinite(x).all()]
     if bad:
@@ -194,6 +197,18 @@ def _open(path: Path) -> Any:
         return safetensors.safe_open(path, "numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+
+class _Head(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _head(file: Any, name: str) -> _Head:
+    """What an open safetensors file says of an array, which is not read."""
+    found = file.get_slice(name)
+    kind = re.sub(r"^(B?)F(?=\d)", r"\1float", found.get_dtype())
+    return _Head(kind.lower(), tuple(found.get_shape()))
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

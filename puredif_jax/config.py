@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
-import json
 import math
 import pathlib
 import re
@@ -153,11 +152,6 @@ def to_dict(config: Any) -> dict[str, Any]:
       ConfigError: a value of another kind, such as an array.
     """
     return _plain(config, "config")
-
-
-def to_json(config: Any) -> str:
-    """`to_dict` as text, fields in the order of their definition."""
-    return json.dumps(to_dict(config), indent=2, allow_nan=False)
 
 
 def _override(node: Any, names: list[str], text: str, where: str, full: str) -> Any:

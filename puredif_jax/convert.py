@@ -37,6 +37,7 @@ from puredif_jax.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+SHARDS = "diffusion_pytorch_model-*.safetensors"
 PICKLE = "diffusion_pytorch_model.bin"
 LARGEST_JSON = 10_000_000  # bytes
 LONGEST_NAME = 200  # characters of a shard's
@@ -130,16 +131,19 @@ def find_folder(name: str, offline: bool = False) -> pathlib.Path:
             f"there is no {name}; to get it from the Hub, install the extra 'hub'"
         ) from error
     logging.info("asking the Hub for %s", name)
-    tensors = [f"*{WEIGHTS}", "*diffusion_pytorch_model-*.safetensors"]
+    configs = ["model_index.json"]
+    for part, file in (("unet", "config"), ("scheduler", "scheduler_config")):
+        configs += [f"{part}/{file}.json", f"{file}.json"]
     try:
         get = functools.partial(snapshot_download, name, local_files_only=offline)
-        folder = pathlib.Path(get(allow_patterns="*.json"))
+        folder = pathlib.Path(get(allow_patterns=configs))
         with contextlib.suppress(ConvertError):  # who reads the folder is told
             read_configs(folder)
-            get(allow_patterns=tensors)
             home = _part(folder, "unet", "config.json")
+            at = "unet/" if home != folder else ""
+            get(allow_patterns=[f"{at}{WEIGHTS}", f"{at}{INDEX}", f"{at}{SHARDS}"])
             if not any((home / found).is_file() for found in (WEIGHTS, INDEX)):
-                get(allow_patterns=f"*{PICKLE}")
+                get(allow_patterns=[f"{at}{PICKLE}"])
     except Exception as error:  # of many kinds, by what is wrong with the network
         raise ConvertError(
             f"there is no {name} here, and the Hub does not give it ({_line(error)})"

@@ -161,7 +161,7 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
     return Cost(
         found,
         sum(row["times"] * row["seconds"] for row in found) / 3600,
-        max(row["memory"] for row in found),
+        max((row["memory"] for row in found), default=0),
         max(sum(x.size for x in jax.tree.leaves(p)) for _, p, _ in labs.values()),
     )
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import pathlib
+import zlib
 from typing import Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 
 from puredif_jax.types import InputError
+
+DAMAGED = (BadZipFile, zlib.error)  # what a broken .npz raises
 
 
 class DataError(InputError):
@@ -103,7 +106,7 @@ class NpzImages:
         try:
             with path.open("rb") as file:
                 images = np.load(file, allow_pickle=False)["images"]
-        except (LookupError, ValueError, OSError, EOFError, BadZipFile) as error:
+        except (LookupError, ValueError, OSError, EOFError, *DAMAGED) as error:
             raise DataError(
                 f"{path} is not an .npz file with an array `images`"
             ) from error
@@ -112,6 +115,8 @@ class NpzImages:
                 f"{path}: images must be uint8 [N, H, W] or [N, H, W, C], found "
                 f"{images.dtype} {images.shape}"
             )
+        if not len(images):
+            raise DataError(f"{path} holds no images")
         if images.ndim == 3:
             images = images[..., None]
         if images.shape[1] == images.shape[2] and images.shape[1] != image_shape[0]:

@@ -165,10 +165,6 @@ class Verdict(NamedTuple):
     hypothesis: Solver
     reason: str
 
-    @property
-    def backdoored(self) -> bool:
-        return self.outcome == "backdoored"
-
 
 @dataclasses.dataclass(frozen=True)
 class Detector:
@@ -180,8 +176,8 @@ class Detector:
     clean, and between them the detector could not tell.
 
     Attributes:
-      clean: scores of clean models after the default inversion; the default are the
-        calibrating models of configs/claims.py.
+      clean: finite scores of clean models after the default inversion; the default are
+        the calibrating models of configs/claims.py, as docs/claims.md has them.
       doubt, alarm: in standard deviations of `clean`.
     """
 
@@ -216,9 +212,14 @@ class Detector:
                 "a detector needs the scores of two clean models or more, found "
                 f"{self.clean}"
             )
-        if not 0 <= self.doubt <= self.alarm:
+        if not np.isfinite(self.clean).all():
             raise ValueError(
-                f"doubt must lie in 0..alarm={self.alarm}, found {self.doubt}"
+                f"the scores of clean models must be finite, found {self.clean}"
+            )
+        if not 0 <= self.doubt <= self.alarm < np.inf:
+            raise ValueError(
+                "doubt and alarm must be finite and 0 <= doubt <= alarm, found "
+                f"doubt={self.doubt} and alarm={self.alarm}"
             )
 
     @property

@@ -7,7 +7,6 @@ change nothing here, or refused by name.
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from puredif_jax.diffusion import (
     Spacing,
     Variance,
 )
+from puredif_jax.files import shortened
 from puredif_jax.types import InputError
 from puredif_jax.unet import UNet
 
@@ -67,6 +67,7 @@ _SCHEDULES: dict[str, type[LinearBetas] | type[ScaledLinearBetas]] = {
     "linear": LinearBetas,
     "scaled_linear": ScaledLinearBetas,
 }
+WIDEST_CLIP = 1e6  # pixels lie in [-1, 1]
 LONGEST_SCHEDULE = 100_000  # timesteps; more is a mistake, or meant to take memory
 # What is read of a scheduler, and what DDPMScheduler takes where it is silent.
 _READ: dict[str, Any] = {
@@ -239,7 +240,7 @@ def read_scheduling(
         ("steps_offset", (int,), 0, LONGEST_SCHEDULE),
         ("beta_start", (int, float), 0, 1),
         ("beta_end", (int, float), 0, 1),
-        ("clip_sample_range", (int, float), 0, math.inf),
+        ("clip_sample_range", (int, float), 0, WIDEST_CLIP),
     ):
         value = found[name]
         if type(value) not in kinds or not least <= value <= most:
@@ -311,4 +312,4 @@ def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
 def _refuse_unknown(config: Mapping[str, Any], where: str, known: set[str]) -> None:
     unknown = [name for name in config if name not in known and name[:1] != "_"]
     if unknown:
-        raise ConvertError(f"{where} sets {', '.join(unknown)}, which we do not know")
+        raise ConvertError(f"{where} sets {shortened(unknown)}, which we do not know")

@@ -46,6 +46,12 @@ def _at_least(node: Any, **bounds: int) -> None:
             )
 
 
+def _seeded(node: Any) -> None:
+    """Raises ValueError for a `seed` that JAX would take for another one."""
+    if not 0 <= node.seed < 2**32:
+        raise ValueError(f"seed must lie in 0..{2**32 - 1}, found {node.seed}")
+
+
 def _at_home(node: Any) -> None:
     """A folder as `workdir`, with the user's own for "~"; ValueError for a URL."""
     if "://" in node.workdir:
@@ -115,7 +121,11 @@ class Inversion:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of one image; one with its gradient counts for three."""
+        """Network evaluations of one image; one with its gradient counts for three.
+
+        Those of survey and descent. Left out are the judging of candidates on held-out
+        noise, the choice of their sign, and `Descent.refresh`.
+        """
         survey = 0 if self.survey is None else self.survey.evaluations
         values = self.descent.candidate_steps * self.loss.evaluations
         return 3 * values + survey
@@ -257,6 +267,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _at_home(self)
+        _seeded(self)
         _at_least(self, devices=0, chunk=1, save_every=0)
         if self.audit and self.schedule.steps != LinearBetas().steps:
             raise ValueError(
@@ -359,6 +370,7 @@ class Scan:
 
     def __post_init__(self) -> None:
         _at_home(self)
+        _seeded(self)
         _at_least(self, steps=1, draws=2, devices=0, chunk=1)
         if not self.model:
             raise ValueError("a scan needs a model: give --config.model=FOLDER")

@@ -133,7 +133,7 @@ class Truth(NamedTuple):
         One that cannot be read is told in the log and left out: no verdict rests on it.
         """
         path = _truth_path(weights)
-        if not path.is_file():
+        if not parallel.agreed(path.is_file()):
             return None
         image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
         try:

@@ -79,7 +79,7 @@ def train(
     shapes = jax.eval_shape(fresh, jax.eval_shape(unet.init, key_init))
     snapshots = run.folder / "checkpoints" / "snapshots"
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
-        if until in kept.steps():
+        if parallel.agreed(until in kept.steps()):
             return kept.restore(until, run.place(shapes)).ema_params
     pixels = images.load(unet.image_shape)
     sharding = parallel.along(run.mesh, None, "batch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -55,10 +56,12 @@ def main(parsed) -> None:
             report, status = perform_scan(wanted)
         else:
             from puredif_jax.stages import perform
-            from puredif_jax.sweep import keep_programs
+            from puredif_jax.sweep import in_turn, keep_programs
 
             keep_programs(wanted.workdir)
-            report = perform(wanted)
+            report = None
+            for _ in in_turn([pathlib.Path(wanted.workdir)]):
+                report = perform(wanted)
     except InputError as error:
         sys.exit(f"error: {error}")
     except parallel.Stopped as stopped:

@@ -266,10 +266,12 @@ def _free_memory() -> int:
     device = jax.local_devices()[0]
     if stats := device.memory_stats():
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    files = {
-        "/sys/fs/cgroup/memory.max": "/sys/fs/cgroup/memory.current",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes": (
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes"
+    groups = {  # a limit, what is used of it, and what of that are files, given up
+        "/sys/fs/cgroup": ("max", "current", "inactive_file"),
+        "/sys/fs/cgroup/memory": (
+            "limit_in_bytes",
+            "usage_in_bytes",
+            "total_inactive_file",
         ),
     }
     free = [2**32]  # where the system does not tell
@@ -279,10 +281,14 @@ def _free_memory() -> int:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))
         free = [1024 * int(available.split()[1])]
-    for limit, usage in files.items():
+    for folder, (limit, usage, cached) in groups.items():
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            most = int(pathlib.Path(limit).read_text())
-            free.append(most - int(pathlib.Path(usage).read_text()))
+            most, used, stat = (
+                pathlib.Path(f"{folder}/memory.{name}").read_text()
+                for name in (limit, usage, "stat")
+            )
+            counts = dict(line.split() for line in stat.splitlines())
+            free.append(int(most) - int(used) + int(counts.get(cached, 0)))
     return min(free) // len(jax.local_devices())
 
 

@@ -188,12 +188,19 @@ def _plain(value: Any) -> Any:
 def _page(report: Report) -> str:
     title, verdict = escape(report.title), escape(report.verdict)
     body = f"<h1>{title}</h1>" + (f'<p class="box">{verdict}</p>' if verdict else "")
-    body += _table([{"number": k, "value": v} for k, v in report.numbers.items()])
+    plain = {k: v for k, v in report.numbers.items() if not _nested(v)}
+    body += _table([{"number": k, "value": v} for k, v in plain.items()])
     body += "".join(map(_section, report.sections))
     for name, content in ("Config", report.config), ("Environment", report.environment):
         pre = f"<pre>{escape(_json(content))}</pre>"
         body += f"<details><summary>{name}</summary>{pre}</details>\n"
     return f"{_HEAD}<title>{title}</title></head>\n<body>{body}{_FOOT}</body></html>\n"
+
+
+def _nested(value: object) -> bool:
+    """Whether it has names within; what these are of is in a section's table."""
+    rows = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(row, Mapping) for row in rows)
 
 
 def _section(section: Section) -> str:

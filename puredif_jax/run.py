@@ -9,8 +9,10 @@ results/NAME.npz   what `once` has computed
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -58,7 +60,7 @@ class Run:
         self.mesh = mesh
         self.save_every = save_every
         if not is_run(self.folder, config) and parallel.is_host_zero():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             text = json.dumps(config, indent=2)
             write_whole(self.folder / "config.json", text.encode())
         self.metrics = Metrics(self.folder)
@@ -155,18 +157,40 @@ class Run:
         return parallel.put(tree, parallel.replicated(self.mesh))
 
 
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder, unless there is one.
+
+    Raises:
+      RunError: it cannot be made, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise RunError(
+            f"{folder} is no folder that can be written to ({error.strerror}): give "
+            "another --config.workdir"
+        ) from error
+
+
 def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     """Whether a folder holds a run of this configuration; False if it holds none.
 
     Where the run lies and how many devices it has may change while it goes on.
 
     Raises:
-      RunError: it holds a run of another one.
+      RunError: it holds a run of another one, or a file that is no configuration.
     """
     path = folder / "config.json"
     if not path.exists():
         return False
-    found = json.loads(path.read_text())
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{path} is not the configuration of a run: give another --config.workdir"
+        ) from error
     old, new = ({k: v for k, v in c.items() if k not in PLACE} for c in (found, config))
     if changed := _changed(old, new):
         raise RunError(

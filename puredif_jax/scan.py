@@ -18,7 +18,7 @@ from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import RunError
+from puredif_jax.run import RunError, make_folder
 from puredif_jax.stages import FOLDER, numbered
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.types import InputError
@@ -47,6 +47,7 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     """
     models = find_models(scan)
     _keep_apart(scan, models)
+    make_folder(pathlib.Path(scan.workdir))
     keep_programs(scan.workdir)
     errors: dict[str, str] = {}
     report, status = _summary(scan, models, errors)
@@ -63,10 +64,10 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             errors[name] = str(error)
             logging.error("%s: %s", name, error)
         except Exception as error:  # whatever a stranger's model has led to
-            errors[name] = f"{type(error).__name__}: {error}"
+            errors[name] = str(InputError(f"{type(error).__name__}: {error}"))
             logging.exception("%s: %s", name, errors[name])
         report, status = _summary(scan, models, errors)
-    return report, status
+    return report, parallel.agreed(status)
 
 
 def find_models(scan: Scan) -> Models:
@@ -118,7 +119,12 @@ def _named(name: str, offline: bool) -> list[tuple[str, pathlib.Path | InputErro
     elif model := _model_in(path):
         found.append((name, model))
     elif path.is_dir():
-        found += [(p.name, m) for p in sorted(path.iterdir()) if (m := _model_in(p))]
+        for entry in _entries(path):
+            try:
+                if model := _model_in(entry):
+                    found.append((entry.name, model))
+            except InputError as error:
+                found.append((entry.name, error))
     if found:
         return found
     raise RunError(
@@ -128,11 +134,19 @@ def _named(name: str, offline: bool) -> list[tuple[str, pathlib.Path | InputErro
     )
 
 
+def _entries(path: pathlib.Path) -> list[pathlib.Path]:
+    """What lies in a folder; raises RunError where it cannot be read."""
+    try:
+        return sorted(path.iterdir())
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror})") from error
+
+
 def _lines(path: pathlib.Path) -> list[str]:
     """What a text file names, a line each; "#" begins a remark.
 
     Raises:
-      RunError: it is no text.
+      RunError: it is no text, or cannot be read.
     """
     try:
         if path.stat().st_size > LONGEST_LIST:
@@ -143,6 +157,8 @@ def _lines(path: pathlib.Path) -> list[str]:
             f"{path} is a file, and not a text that names models: give the folder of "
             "the model, which has unet/config.json in it"
         ) from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror})") from error
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -156,8 +172,8 @@ def _keep_apart(scan: Scan, models: Models) -> None:
         home = pathlib.Path(scan.workdir) / name
         if isinstance(folder, InputError):
             continue
-        whole = pathlib.Path(os.path.realpath(folder))
-        if whole.is_relative_to(os.path.realpath(home)):
+        whole, place = (pathlib.Path(os.path.realpath(x)) for x in (folder, home))
+        if whole.is_relative_to(place) or place.is_relative_to(whole):
             raise RunError(
                 f"the scan of {folder} would write into {home}, where it lies: give "
                 "another --config.workdir"
@@ -168,12 +184,16 @@ def _model_in(path: pathlib.Path) -> pathlib.Path | None:
     """The model that is a folder, or that a run of ours has left in it.
 
     A folder with parts of a model is taken for one, so that it is not passed over.
+    Raises RunError where it cannot be read.
     """
-    for folder in (path / FOLDER, path):
-        if convert.is_folder(folder):
-            return folder
     parts = ("model_index.json", "unet", "scheduler", convert.WEIGHTS, convert.PICKLE)
-    return path if any(os.path.lexists(path / part) for part in parts) else None
+    try:
+        for folder in (path / FOLDER, path):
+            if convert.is_folder(folder):
+                return folder
+        return path if any(os.path.lexists(path / part) for part in parts) else None
+    except OSError as error:  # is_file does not take a missing permission for a no
+        raise RunError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def as_experiment(

@@ -83,16 +83,24 @@ class Stages:
         devices = self.lab.run.mesh.size
         if experiment.training and experiment.training.batch % devices:
             raise RunError(
-                f"training.batch must be a multiple of the {devices} devices (fewer by "
-                f"--config.devices), found {experiment.training.batch}"
+                f"training.batch must be a multiple of the {devices} devices (or set "
+                f"fewer `devices`), found {experiment.training.batch}"
             )
         if experiment.training and experiment.model.dropout:
             raise RunError(
                 f"training has no dropout, found model.dropout="
                 f"{experiment.model.dropout}: set it to 0"
             )
-        if experiment.training or experiment.weights:
+        measured = experiment.attack or experiment.evaluation.frechet_draws
+        if experiment.training or (experiment.weights and measured):
             experiment.data.load(shape)
+        if experiment.training:
+            try:
+                convert.write_scheduling(self.scheduling)
+            except ValueError as error:
+                raise RunError(
+                    f"the trained model could not be kept: {error}"
+                ) from error
         if experiment.evaluation.frechet_draws and shape != SHIPPED.image_shape:
             raise RunError(
                 f"the Frechet distance is over a network for images of "
@@ -148,6 +156,12 @@ class Stages:
             evaluation.draws,
         )
 
+    @property
+    def scheduling(self) -> convert.Scheduling:
+        """What the folder of the trained model says of its schedule."""
+        experiment = self.experiment
+        return convert.Scheduling(experiment.schedule, experiment.prediction, clip=None)
+
     def save(self, params: Params) -> None:
         """Writes the trained model, in our format and as a folder of diffusers."""
         host = parallel.gather(params)
@@ -157,10 +171,7 @@ class Stages:
         placeless = dataclasses.replace(experiment, workdir=top.name)
         about = json.dumps(config.to_dict(placeless), sort_keys=True)
         checkpoint.save_weights(top / WEIGHTS, host, {"experiment": about})
-        scheduling = convert.Scheduling(
-            experiment.schedule, experiment.prediction, clip=None
-        )
-        model = convert.Model(experiment.model, host, scheduling)
+        model = convert.Model(experiment.model, host, self.scheduling)
         convert.write_folder(top / FOLDER, model)
         if experiment.attack is not None:
             truth = Truth.of(experiment.attack, experiment.model.image_shape)
@@ -354,7 +365,7 @@ class Stages:
             own = metrics.success(result["draws"], truth.target)["mse<0.01"]
         else:
             own = self.success(stage, params, truth, delta).rate
-        true = self.success(f"true_{label}", params, truth, truth.trigger).rate
+        true = self.success(f"audit_{label}", params, truth, truth.trigger).rate
         distance = metrics.trigger_distance(delta, truth.trigger)
         return {
             "success": own,
@@ -539,4 +550,5 @@ def perform(experiment: Experiment) -> Report:
     )
     if parallel.is_host_zero():
         report.write(run.folder)
+    parallel.agreed(True)  # it is there before any process goes on
     return report

@@ -17,7 +17,7 @@ from absl import logging
 from puredif_jax import config, parallel
 from puredif_jax.experiment import Experiment, Sweep
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import is_run, pin
+from puredif_jax.run import is_run, make_folder, pin
 from puredif_jax.stages import digests, perform
 from puredif_jax.types import InputError
 
@@ -120,7 +120,7 @@ def _claim(folder: pathlib.Path) -> Iterator[bool]:
         return
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / "lock").open("w") as file:
         free = True
         try:

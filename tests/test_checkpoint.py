@@ -409,6 +409,18 @@ def test_weights_that_do_not_fit(tmp_path):
         assert message({"a": a, "b": bad}) == "has NaN or infinity in b"
 
 
+def test_arrays_of_another_shape_are_not_read(tmp_path):
+    """A sparse file of 256 GiB, as a stranger might leave beside a model."""
+    path, size = tmp_path / "truth.safetensors", 2**38
+    entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    header = json.dumps({"a": entry}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    with pytest.raises(CheckpointError, match=r"as float32\[\d+\], expected float32"):
+        checkpoint.load_weights(path, {"a": np.zeros((2, 3), np.float32)})
+
+
 class Explosive:
     """Unpickled, it makes a file."""
 

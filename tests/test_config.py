@@ -13,7 +13,7 @@ from typing import Any, Literal, Optional
 import pytest
 from absl import app, flags
 
-from puredif_jax.config import ConfigError, from_flags, load, override, to_dict, to_json
+from puredif_jax.config import ConfigError, from_flags, load, override, to_dict
 
 if typing.TYPE_CHECKING:
     from decimal import Decimal
@@ -531,7 +531,7 @@ def test_a_flag_without_value(name, tail):
     )
 
 
-# --- to_dict, to_json -----------------------------------------------------------------
+# --- to_dict --------------------------------------------------------------------------
 
 
 def test_round_trip_of_an_overridden_config():
@@ -543,8 +543,8 @@ def test_round_trip_of_an_overridden_config():
         ("attack.psi", "inf"),
     ):
         config = override(config, dotted, text)
-    found = json.loads(to_json(config))
-    assert found == to_dict(config)
+    found = to_dict(config)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["attack"] == {
         "type": "VillanDiffusion",
         "trigger": {"type": "Trigger", "size": 9, "shape": [3, 3]},
@@ -584,11 +584,6 @@ class Call:
 )
 def test_to_dict_of_special_values(value, plain):
     assert to_dict(Holder(value)) == {"type": "Holder", "value": plain}
-
-
-def test_to_json_is_indented_and_stable():
-    text = '{\n  "type": "Detector",\n  "threshold": 0.5\n}'
-    assert to_json(Detector()) == text
 
 
 def test_to_dict_rejects_what_is_no_config_value():

@@ -233,6 +233,7 @@ def test_unsupported_networks_are_refused_by_name(folder, option, value) -> None
         ("clip_sample", "no"),
         ("clip_sample_range", -1),
         ("clip_sample_range", float("nan")),
+        ("clip_sample_range", 10**400),
         ("use_flow_sigmas", True),
         ("use_dynamic_shifting", True),
         ("surprise", 1),
@@ -586,9 +587,12 @@ def test_the_hub_gives_weights_of_supported_models_only(
     hub = Hub(folder, tmp_path / "cache")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     (folder / "unet" / convert.PICKLE).write_bytes(b"not needed")
+    shutil.copytree(folder / "unet", folder / "checkpoint-9" / "unet")
+    (folder / "tokens.json").write_text("{}")
     found = convert.find_folder("owner/model")
     assert_same(convert.read_folder(found).params)
-    assert f"unet/{convert.PICKLE}" not in hub.given
+    parts = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
+    assert sorted(hub.given) == sorted([*parts, f"unet/{convert.WEIGHTS}"])
     (folder / "unet" / convert.WEIGHTS).unlink()
     hub = Hub(folder, tmp_path / "other")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)

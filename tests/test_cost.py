@@ -17,7 +17,7 @@ from puredif_jax.types import Params
 from puredif_jax.unet import SHIPPED, UNet
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from tiny_config import DEEP, get_config  # noqa: E402
+from tiny_config import DEEP, TINY, get_config  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -143,6 +143,11 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
     assert together["operations"] == 8 * alone["operations"]
     judged = eight["network evaluation of 640 images"]
     assert judged["times"] == 8 and judged["memory"] > 640 * 16 * 16 * 4
+
+
+def test_a_run_of_nothing_costs_nothing(tmp_path) -> None:
+    found = cost.estimate(Experiment(str(tmp_path), TINY))
+    assert (found.rows, found.hours, found.memory) == ((), 0, 0)
 
 
 def test_a_sweep_measures_equal_parts_once() -> None:

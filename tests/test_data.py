@@ -137,6 +137,21 @@ def test_a_file_without_images_is_refused(npz):
         npz(pictures=random_images(2, 8, 8)).load((8, 8, 1))
 
 
+def test_an_empty_file_is_refused(npz):
+    with pytest.raises(DataError, match="holds no images"):
+        npz(images=random_images(0, 8, 8)).load((8, 8, 1))
+
+
+def test_a_damaged_archive_is_refused(tmp_path):
+    path = tmp_path / "images.npz"
+    np.savez_compressed(path, images=random_images(9, 8, 8))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 - 40 : len(content) // 2] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="not an .npz file"):
+        NpzImages(str(path)).load((8, 8, 1))
+
+
 @pytest.mark.parametrize("content", [b"", b"some text", b"PK\x03\x04 and no more"])
 def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     path = tmp_path / "images.npz"

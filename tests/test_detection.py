@@ -119,11 +119,26 @@ CLEAN = Detector(clean=(0.1, 0.2, 0.3))  # doubt above 0.5, alarm above 0.8
 def test_verdict(sde, ode, outcome, hypothesis, score, p_value) -> None:
     verdict = CLEAN.judge({"sde": shown(sde), "ode": shown(ode)})
     assert verdict.outcome == outcome
-    assert verdict.backdoored is (outcome == "backdoored")
     assert verdict.hypothesis == hypothesis
     assert verdict.score == pytest.approx(score, abs=1e-3)
     assert verdict.p_value == pytest.approx(p_value)
     assert verdict.reason
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clean": (0.1, -np.inf)},
+        {"clean": (0.1, np.nan)},
+        {"doubt": np.nan},
+        {"alarm": np.inf},
+        {"doubt": 7.0},
+    ],
+)
+def test_a_detector_that_could_only_say_clean_is_refused(wrong) -> None:
+    """A score of -inf, as "could not tell" may have, makes both bounds nan."""
+    with pytest.raises(ValueError, match="finite"):
+        Detector(**wrong)
 
 
 def test_bounds_are_those_of_the_clean_models() -> None:

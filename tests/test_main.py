@@ -1,6 +1,7 @@
 """The whole program: a few steps on real images, bad input, and kill -9."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from tiny_config import TINY, get_config
 
-from puredif_jax import checkpoint, config, convert, main, scan
+from puredif_jax import checkpoint, config, convert, main, scan, sweep
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = [sys.executable, "-m", "puredif_jax.main"]
@@ -202,6 +203,7 @@ def test_sigterm_stores_what_was_done_and_says_so(tmp_path, finished, cache) -> 
         (["--config.trainning.steps=3"], ["trainning", "training", "did you mean"]),
         (["--config.training.steps=many"], ["training.steps", "many", "int"]),
         (["--config.training.steps=-1"], ["steps", "-1"]),
+        (["--config.seed=4294967296"], ["seed", "4294967295", "4294967296"]),
         (["--config.weights=nothing/here"], ["nothing/here", "clean"]),
         (["--config.audit.weights=nothing/here"], ["nothing/here", "clean"]),
         (["--config.devices=999"], ["999"]),
@@ -256,6 +258,34 @@ def test_finished_run_is_not_run_again(finished, capsys, tmp_path) -> None:
     moved = shutil.copytree(finished, tmp_path / "moved")
     assert run(capsys, *tiny(moved, "--config.devices=2")) == ""
     assert (moved / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_waits_for_the_process_that_is_at_it(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    said = []
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def wait(level, text, seconds, names) -> None:
+            said.append(names)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(sweep.logging, "log_every_n_seconds", wait)
+        flags = tiny(tmp_path, "--config.weights=nothing/here")
+        assert "nothing/here" in run(capsys, *flags)
+    assert said == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "7"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys, content) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert "is not the configuration of a run" in run(capsys, *tiny(tmp_path))
+    assert (tmp_path / "config.json").read_text() == content
+    file = tmp_path / "file"
+    file.write_text("")
+    for place in (file, file / "below"):
+        assert "no folder that can be written to" in run(capsys, *tiny(place))
 
 
 def test_command_line_exit_code(tmp_path) -> None:

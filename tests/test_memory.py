@@ -175,6 +175,25 @@ def test_free_memory_is_that_of_a_device() -> None:
     assert 2**20 < parallel.free_memory() < 2**50
 
 
+def test_files_in_memory_are_free_memory(monkeypatch) -> None:
+    """What a container counts as used, but gives up when asked."""
+    told = {
+        "/sys/fs/cgroup/memory.max": f"{2**33}",
+        "/sys/fs/cgroup/memory.current": f"{2**33 - 2**20}",
+        "/sys/fs/cgroup/memory.stat": f"anon 7\ninactive_file {2**30}\n",
+        "/proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {2**30} kB\n",
+    }
+
+    def read_text(path) -> str:
+        if str(path) not in told:
+            raise FileNotFoundError(path)
+        return told[str(path)]
+
+    monkeypatch.setattr(parallel.pathlib.Path, "read_text", read_text)
+    monkeypatch.setattr(parallel.os, "sysconf", lambda name: 2**30)
+    assert parallel.free_memory() == (2**30 + 2**20) // 8  # of eight devices
+
+
 def test_a_system_that_does_not_tell_its_memory_has_a_little(monkeypatch) -> None:
     def unknown(name: str) -> int:
         raise ValueError("unrecognized configuration name")

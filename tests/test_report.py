@@ -204,6 +204,13 @@ def test_an_empty_report_is_a_page(tmp_path, report):
     assert not {"img", "table", "figure", "p"} & {tag for tag, _ in parsed.tags}
 
 
+def test_numbers_with_numbers_within_are_in_the_tables_of_their_sections(tmp_path):
+    numbers = {"share": 0.5, "model": {"gain": 0.25}, "rows": [{"gain": 0.125}]}
+    parsed = page(tmp_path, Section("x"), numbers=numbers)
+    assert parsed.text["td"] == ["share", "0.5"]
+    assert json.loads((tmp_path / "report.json").read_text())["numbers"] == numbers
+
+
 def test_tables_align_and_round_numbers(tmp_path):
     rows = (
         {"model": "clean", "score": 0.123456, "steps": 123456},

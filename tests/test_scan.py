@@ -179,10 +179,42 @@ def test_files_and_places_that_are_none(tmp_path) -> None:
     stored = folder / "unet" / convert.WEIGHTS
     with pytest.raises(InputError, match="is a file, and not a text"):
         scan.perform_scan(plan(tmp_path / "scan", stored))
+    (tmp_path / "file").write_text("")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     with pytest.raises(InputError, match="where it lies: give another"):
         scan.perform_scan(plan(tmp_path / "models", tmp_path / "models"))
+    with pytest.raises(InputError, match="where it lies: give another"):
+        scan.perform_scan(plan(folder / "scan", folder))
+    with pytest.raises(InputError, match="no folder that can be written to"):
+        scan.perform_scan(plan(tmp_path / "file", folder))
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_what_must_not_be_read_is_told_beside_the_others(tmp_path, monkeypatch) -> None:
+    folder = write(tmp_path / "models" / "mine")
+    (tmp_path / "models" / "closed").mkdir()
+    names = tmp_path / "list.txt"
+    names.write_text("")
+    is_folder, read_text = convert.is_folder, pathlib.Path.read_text
+
+    def closed(path, *args) -> None:
+        if path.name in ("closed", "list.txt"):
+            raise PermissionError(13, "Permission denied")
+
+    def guarded(path):
+        closed(path)
+        return is_folder(path)
+
+    def guarded_text(path, *args):
+        closed(path)
+        return read_text(path, *args)
+
+    monkeypatch.setattr(convert, "is_folder", guarded)
+    monkeypatch.setattr(pathlib.Path, "read_text", guarded_text)
+    found = scan.find_models(plan(tmp_path / "scan", tmp_path / "models", names))
+    errors = [str(v) for v in found.values() if isinstance(v, InputError)]
+    assert found["mine"] == folder and len(errors) == 2
+    assert all("cannot be read (Permission denied)" in error for error in errors)
 
 
 def test_a_list_names_runs_too(tmp_path) -> None:

@@ -13,7 +13,7 @@ from tiny_config import TINY
 from puredif_jax import checkpoint, lab, loops, stages
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.data import NpzImages
-from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
+from puredif_jax.diffusion import DDIM, DDPM, CosineBetas, LinearBetas
 from puredif_jax.experiment import Amplification, Audit, Evaluation, Experiment
 from puredif_jax.objectives import DenoisingConsistency
 from puredif_jax.types import InputError
@@ -165,6 +165,7 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
         ),
         ({"model": dataclasses.replace(TINY, dropout=0.1)}, "dropout=0.1"),
         ({"model": dataclasses.replace(TINY, in_channels=4)}, "4 channels"),
+        ({"schedule": CosineBetas(cap=0.9)}, "could not be kept: .* cap of 0.999"),
         (
             {
                 "model": dataclasses.replace(TINY, in_channels=3),
@@ -184,6 +185,18 @@ def test_what_would_fail_late_is_said_at_once(
     with pytest.raises(InputError, match=words):
         stages.perform(experiment)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_data_are_asked_for_where_they_are_used_only(tmp_path) -> None:
+    """Fashion-MNIST has one channel, this network three: no matter, to draw from it."""
+    model = dataclasses.replace(TINY, in_channels=3)
+    path = tmp_path / "x.safetensors"
+    checkpoint.save_weights(path, model.init(jax.random.key(0)), {})
+    drawn = Experiment(str(tmp_path / "run"), model, str(path))
+    stages.Stages(drawn, stages.open_lab(drawn)).check()
+    attacked = dataclasses.replace(drawn, attack=WHOLE.attack)
+    with pytest.raises(InputError, match="Fashion-MNIST comes as"):
+        stages.Stages(attacked, stages.open_lab(drawn)).check()
 
 
 def test_timesteps_that_the_schedule_lacks_are_said_at_once(tmp_path) -> None:
