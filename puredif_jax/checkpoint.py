@@ -48,16 +48,15 @@ def abstract(state: Any) -> Any:
 class Checkpoints(contextlib.AbstractContextManager):
     """The numbered checkpoints in a directory; a context manager.
 
-    All processes share the directory, which is made if need be; "gs://..." will do.
-    Only the latest `keep` checkpoints stay, None keeps all. Leaves that are the same on
-    all devices are packed into one array of bytes, since Orbax takes a millisecond or
-    two for every array, however small; a list of all leaves lies beside it.
+    All processes share the directory, which is made if need be. Only the latest `keep`
+    checkpoints stay, None keeps all. Leaves that are the same on all devices are packed
+    into one array of bytes, since Orbax takes a millisecond or two for every array,
+    however small; a list of all leaves lies beside it.
     """
 
     def __init__(self, directory: Path, keep: int | None = 2) -> None:
         logging.getLogger("absl").addFilter(_not_orbax)
-        path = os.fspath(directory)
-        self._path = path if "://" in path else os.path.abspath(path)
+        self._path = os.path.abspath(directory)
         if os.path.isfile(self._path):
             raise CheckpointError(f"{self._path} is a file, not a directory")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
