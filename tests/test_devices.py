@@ -7,20 +7,29 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from test_multiprocess import free_port
+from test_tutorial import FLAGS
 
 HERE = pathlib.Path(__file__).parent
 
 
-def start(folder: pathlib.Path, devices: int, **environ: str) -> subprocess.Popen:
-    """The tiny run, begun or resumed in a folder, on so many devices."""
+TINY_RUN = (f"--config={HERE / 'tiny_config.py'}",)
+
+
+def start(
+    folder: pathlib.Path,
+    devices: int,
+    flags: Sequence[str] = TINY_RUN,
+    **environ: str,
+) -> subprocess.Popen:
+    """The tiny run, or another, begun or resumed in a folder on so many devices."""
     command = [sys.executable, "-m", "puredif_jax.main"]
-    flags = [f"--config={HERE / 'tiny_config.py'}", f"--config.workdir={folder}"]
     return subprocess.Popen(
-        [*command, *flags],
+        [*command, *flags, f"--config.workdir={folder}"],
         env=os.environ
         | environ
         | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
@@ -29,14 +38,16 @@ def start(folder: pathlib.Path, devices: int, **environ: str) -> subprocess.Pope
     )
 
 
-def start_two(folder: pathlib.Path) -> list[subprocess.Popen]:
+def start_two(
+    folder: pathlib.Path, flags: Sequence[str] = TINY_RUN
+) -> list[subprocess.Popen]:
     """The same on two processes with two devices each."""
     together = {
         "PUREDIF_COORDINATOR": f"127.0.0.1:{free_port()}",
         "PUREDIF_NUM_PROCESSES": "2",
     }
     return [
-        start(folder, 2, **together, PUREDIF_PROCESS_ID=str(number))
+        start(folder, 2, flags, **together, PUREDIF_PROCESS_ID=str(number))
         for number in range(2)
     ]
 
@@ -127,6 +138,16 @@ def test_a_lost_process_ends_all_and_the_same_command_resumes(bereft, alone, tmp
     said = [end(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     compare(folder, alone)
+
+
+def test_a_scan_by_two_processes_ends_both_with_its_status(alone, tmp_path):
+    config = HERE.parent / "configs" / "scan.py"
+    flags = (f"--config={config}", f"--config.model={alone}", *FLAGS)
+    processes = start_two(tmp_path, flags)
+    said = [end(process) for process in processes]
+    status = json.loads((tmp_path / "report.json").read_text())["numbers"]["status"]
+    assert [process.returncode for process in processes] == [status] * 2, said
+    assert status in (0, 2, 3)
 
 
 def test_eight_devices_resume_what_four_began(bereft, alone, tmp_path):
