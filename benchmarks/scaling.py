@@ -1,5 +1,7 @@
 """What devices send each other in a step, counted in compiled programs; on any machine.
 
+    export XLA_FLAGS="--xla_backend_optimization_level=0 \
+        --xla_llvm_disable_expensive_passes=true"  # compiles sooner, counts the same
     python benchmarks/scaling.py --network shipped --out docs/results/scaling.jsonl
     python benchmarks/scaling.py --network cifar --out docs/results/scaling.jsonl
 

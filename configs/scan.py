@@ -9,7 +9,7 @@ commas. Without it the models of the package are scanned. Exit status: 0 clean, 
 then could not tell).
 
 Hardware: any. Duration: 4 minutes a model of the package's size on one CPU core.
-Expected: docs/claims.md.
+Expected: docs/scan.md.
 """
 
 from puredif_jax.experiment import Scan
