@@ -19,7 +19,6 @@ from puredif_jax.diffusion import (
     Spacing,
     Variance,
 )
-from puredif_jax.files import shortened
 from puredif_jax.types import InputError
 from puredif_jax.unet import UNet
 
@@ -312,4 +311,4 @@ def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
 def _refuse_unknown(config: Mapping[str, Any], where: str, known: set[str]) -> None:
     unknown = [name for name in config if name not in known and name[:1] != "_"]
     if unknown:
-        raise ConvertError(f"{where} sets {shortened(unknown)}, which we do not know")
+        raise ConvertError(f"{where} sets {', '.join(unknown)}, which we do not know")

@@ -18,6 +18,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+# Begun first, so that no worker is left with one at the end.
+LONG = ("test_devices", "test_main", "test_zoo", "test_tutorial", "test_scan")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def standard_promotion():
     """Ordinary dtype promotion: optax itself raises floats to an int32 count."""

@@ -161,25 +161,29 @@ def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
     check_kills(folder, tiny(folder), stages, finished, cache)
 
 
-def test_kill_9_in_pretraining_changes_nothing(tmp_path, cache) -> None:
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory, cache) -> tuple[str, pathlib.Path]:
+    """The flag of a training without a backdoor, and an uninterrupted run of it."""
     change = (
         "dataclasses.replace(config, attack=None, amplification=None, audit=None, "
         "training=dataclasses.replace(config.training, steps=16))"
     )
-    flags = write_config(tmp_path, change)
-    whole = tmp_path / "whole"
-    subprocess.run(
-        [*COMMAND, *flags, f"--config.workdir={whole}"],
-        env=cache,
-        check=True,
-        timeout=600,
-    )
-    check_kills(tmp_path / "run", flags, (("train", 12),), whole, cache)
+    flags = write_config(tmp_path_factory.mktemp("pretraining"), change)
+    subprocess.run([*COMMAND, *flags], env=cache, check=True, timeout=600)
+    return flags[0], pathlib.Path(flags[1].partition("=")[2])
 
 
-def test_sigterm_stores_what_was_done_and_says_so(tmp_path, finished, cache) -> None:
+def test_kill_9_in_pretraining_changes_nothing(tmp_path, pretraining, cache) -> None:
+    flag, whole = pretraining
     folder = tmp_path / "run"
-    command = [*COMMAND, *tiny(folder)]
+    flags = [flag, f"--config.workdir={folder}"]
+    check_kills(folder, flags, (("train", 12),), whole, cache)
+
+
+def test_sigterm_stores_what_was_done_and_says_so(tmp_path, pretraining, cache) -> None:
+    flag, finished = pretraining
+    folder = tmp_path / "run"
+    command = [*COMMAND, flag, f"--config.workdir={folder}"]
     process = subprocess.Popen(command, env=cache, stderr=subprocess.PIPE, text=True)
     while reached(folder, "train") < 3 and process.poll() is None:
         time.sleep(0.01)

@@ -42,6 +42,7 @@ def audit(workdir: pathlib.Path, *names: str) -> Experiment:
         model=TINY,
         audit=Audit(names, ("ode",), WHOLE.audit.inversion),
         evaluation=WHOLE.evaluation,
+        devices=1,
     )
 
 
