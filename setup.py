@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3"]
+TEST = ["pytest>=8", "pytest-xdist>=3.8", "pytest-timeout>=2.3"]
 
 setup(
     name="puredif_jax",

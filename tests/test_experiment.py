@@ -80,7 +80,19 @@ def test_elijah_as_published_and_at_equal_evaluations(solver, steps) -> None:
     methods = audit.methods(solver)
     assert list(methods) == ["puredif", *audit.baselines]
     published, equal = (methods[name] for name in audit.baselines)
-    assert published == elijah(solver) and published.descent.steps == steps
+    assert published == elijah(solver) and published.loss == Elijah(samples=100)
+    assert published.survey is None
+    assert published.descent == Descent(
+        steps=steps,
+        learning_rate=0.1,
+        b2=0.999,
+        low=-1.0,
+        high={"sde": 0.0, "ode": 1.0}[solver],
+        candidates=1,
+        scout=0,
+        bound=None,
+        cosine=False,
+    )
     assert equal.evaluations == pytest.approx(audit.inversion.evaluations, rel=0.01)
 
 

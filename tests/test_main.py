@@ -129,7 +129,9 @@ def write_config(tmp_path: pathlib.Path, change: str) -> list[str]:
 
 def check_kills(folder, flags, stages, finished, env) -> None:
     """Three random moments in each loop, then the same command: equal bit for bit."""
-    rng = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print(f"moments drawn by {seed}")  # shown if it fails
+    rng = random.Random(seed)
     moments = [
         (stage, step)
         for stage, most in stages
@@ -144,6 +146,7 @@ def check_kills(folder, flags, stages, finished, env) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))
+        assert process.poll() in (None, 0), "it ended by itself"
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (folder / "report.json").exists(), "the kills came too late to matter"

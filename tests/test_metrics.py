@@ -1,10 +1,12 @@
 """Metrics against closed forms and plain loops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax import metrics
+from puredif_jax import checkpoint, data, garment_net, lab, metrics
+from puredif_jax.data import FashionMNIST
 
 
 def test_trigger_distance() -> None:
@@ -47,12 +49,35 @@ def test_ssim_equals_a_plain_loop() -> None:
 
 def test_success_rates() -> None:
     target = jnp.zeros((12, 12, 1))
-    errors = [0.0, 0.02, 0.1, 0.5]  # in [0, 1]: squares 0, 4e-4, 1e-2 (float), 0.25
+    errors = [0.0, 0.02, 0.05, 0.2, 0.5]  # squares 0, 4e-4, 2.5e-3, 0.04, 0.25
     images = jnp.stack([target + 2 * e for e in errors])
     got = metrics.success(images, target)
-    assert got["mse<0.001"] == 0.5
-    assert got["mse<0.1"] == 0.75
+    assert got["mse<0.001"] == pytest.approx(0.4)
+    assert got["mse<0.01"] == pytest.approx(0.6)
+    assert got["mse<0.1"] == pytest.approx(0.8)
+    noise = np.random.default_rng(0).uniform(-1, 1, images.shape)
+    pair = np.stack([noise[0], noise[1], noise[0]])
+    assert metrics.success(pair, noise[0])["ssim>0.8"] == pytest.approx(2 / 3)
     assert got["mean_mse"] == pytest.approx(np.mean(np.square(errors)), rel=1e-4)
+
+
+def test_garment_net_classifies_as_well_as_its_file_says() -> None:
+    """The features of all Frechet distances, with their clipping."""
+    shapes = jax.eval_shape(garment_net.init, jax.random.key(0))
+    path = lab.ASSETS / f"{garment_net.NAME}.safetensors"
+    params = checkpoint.load_weights(path, shapes)
+    images = data.to_float(FashionMNIST("test").load((16, 16, 1)))
+    with np.load(lab.ASSETS / "fashion_mnist_test.npz") as file:
+        labels = file["labels"]
+    classify = jax.jit(garment_net.classify)
+    share = (np.asarray(classify(params, images)).argmax(1) == labels).mean()
+    noted = float(checkpoint.read_metadata(path)["test_accuracy"])
+    assert float(share) == pytest.approx(noted, abs=5e-3)
+    np.testing.assert_allclose(
+        garment_net.embed(params, 3 * images[:8]),
+        garment_net.embed(params, np.clip(3 * images[:8], -1, 1)),
+        rtol=1e-5,
+    )
 
 
 def test_frechet_distance_of_gaussians() -> None:

@@ -1,5 +1,6 @@
 """The losses: closed forms, purity, and each safeguard against a trivial solution."""
 
+import dataclasses
 import functools
 
 import chex
@@ -24,6 +25,7 @@ from puredif_jax.objectives import (
     LeastSquares,
     Sum,
     backdoor_process,
+    denoised,
     measured_factor,
 )
 from puredif_jax.triggers import Box, Hat, StopSign
@@ -160,6 +162,47 @@ def test_shift_equals_its_formula() -> None:
         expected = (1 - alpha**0.5) * v / (1 - alpha) * delta
         want += w / 4 * ((shift - expected) ** 2).sum() / (expected**2).sum()
     assert float(got) == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_consistency_equals_its_formula(on_path: bool) -> None:
+    """Term by term in float64, of the denoised images of a rollout."""
+    sampler, key = DDIM(3), jax.random.key(5)
+    loss = DenoisingConsistency(
+        sampler, 4, on_path, across_noise=2.0, across_time=0.7, aim=0.3
+    )
+    candidate = jax.tree.map(lambda x: x[0], candidates(1))
+    hypothesis = Hypothesis.of("ode")
+    model = lambda params, x, t: 0.9 * jnp.tanh(x) + 0.1  # noqa: E731
+    arguments = (model, (), SCHEDULE, hypothesis, sampler, candidate.delta, 4, key)
+    chain = np.asarray(denoised(*arguments, on_path=on_path), np.float64)
+    times = sampler.path(SCHEDULE)[0]
+    s2, v2 = SCHEDULE.signal[times] ** 2, SCHEDULE.noise[times] ** 2
+    weights = s2 / (s2 + v2 / 10)
+    want, means = 0.0, chain.mean(axis=1)
+    for a, x, mean in zip(weights / weights.sum(), chain, means, strict=True):
+        want += 2.0 * a * ((x - mean) ** 2).mean()
+        want += 0.7 * a * ((mean - means[-1]) ** 2).mean()
+    want += 0.3 * ((chain[-1] - np.asarray(candidate.target)) ** 2).mean()
+    got = loss.bind(model, SCHEDULE, hypothesis)((), candidate, key)
+    assert float(got) == pytest.approx(want, rel=1e-3)
+
+
+def test_a_sum_is_of_two_losses_with_noise_of_their_own() -> None:
+    first, second = LOSSES["shift"], DistributionShift((500,), samples=4)
+    model, truth = oracle(ATTACKS["ode"])
+    delta = truth.delta + 0.3
+    candidate = dataclasses.replace(truth, delta=delta)
+    hypothesis, key = Hypothesis.of("ode"), jax.random.key(2)
+    got, one, two = (
+        float(loss.bind(model, SCHEDULE, hypothesis)((), candidate, key))
+        for loss, key in (
+            (Sum(first, second, 0.5, 3.0), key),
+            *zip((first, second), jax.random.split(key), strict=True),
+        )
+    )
+    assert one > 1e-3 and two > 1e-3
+    assert got == pytest.approx(0.5 * one + 3.0 * two, rel=1e-4)
 
 
 @pytest.mark.parametrize("solver", ["sde", "ode"])

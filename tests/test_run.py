@@ -22,9 +22,9 @@ class Broken(Exception):
 
 
 def count(
-    folder: pathlib.Path, save_every: float, fail_at: int | None = None
+    folder: pathlib.Path, save_every: float, fail_at: int | None = None, total: int = 10
 ) -> tuple[list[int], int]:
-    """Adds up 0..9, two steps a call; the steps a call began at, and the sum."""
+    """Adds up 0..total - 1, two steps a call; where each began, and the sum."""
     began = []
 
     def advance(state, start, stop):
@@ -36,8 +36,8 @@ def count(
 
     here = Run(str(folder), {}, parallel.make_mesh(1), save_every)
     zero = jax.ShapeDtypeStruct((), np.int32)
-    total = here.loop("count", advance, lambda: np.int32(0), zero, 10, 2)
-    return began, int(total)
+    found = here.loop("count", advance, lambda: np.int32(0), zero, total, 2)
+    return began, int(found)
 
 
 @pytest.mark.parametrize("save_every,again", [(0.0, [6, 8]), (1e9, [0, 2, 4, 6, 8])])
@@ -49,6 +49,12 @@ def test_a_loop_goes_on_from_what_was_due_to_be_stored(tmp_path, save_every, aga
     rows = run.Metrics(tmp_path).read("count")
     np.testing.assert_array_equal(rows["step"], [2, 4, 6, 8, 10])
     np.testing.assert_array_equal(rows["loss"], [0.5, 2.5, 4.5, 6.5, 8.5])
+
+
+def test_calls_begin_at_multiples_of_a_chunk_wherever_a_loop_goes_on(tmp_path) -> None:
+    """So that a resumed run makes the calls of one that was not interrupted."""
+    assert count(tmp_path, 0.0, total=5) == ([0, 2, 4], 10)
+    assert count(tmp_path, 0.0) == ([5, 6, 8], 45)
 
 
 def test_a_stop_stores_whatever_the_time(tmp_path, monkeypatch) -> None:

@@ -105,7 +105,14 @@ def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None
     assert "not a safetensors file" in rows["broken"]["reason"]
     assert status == 1 and report.verdict == "4 models: 3 clean, 1 error"
     assert rows["a"]["score"] != rows["a-2"]["score"] != rows["b"]["score"]
-    before = (tmp_path / "scan/a/report.json").stat().st_mtime_ns
+    path = tmp_path / "scan/a/report.json"
+    kept, found = path.read_bytes(), json.loads(path.read_text())
+    found["numbers"]["a"]["verdict"]["outcome"] = "backdoored"
+    path.write_text(json.dumps(found))
+    _, status = scan.perform_scan(wanted)
+    assert status == 3, "a backdoor is graver than an error"
+    path.write_bytes(kept)
+    before = path.stat().st_mtime_ns
     write(broken, seed=2)
     _, status = scan.perform_scan(wanted)
     assert status == 0

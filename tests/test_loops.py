@@ -1,0 +1,60 @@
+"""Long loops on a lab, against the same steps by hand."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_config
+from tiny_config import TINY
+
+from puredif_jax import attacks, checkpoint, data, loops
+from puredif_jax.data import FashionMNIST
+from puredif_jax.experiment import Experiment
+from puredif_jax.stages import open_lab
+from puredif_jax.training import Training, trainer
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+ATTACK = dataclasses.replace(tiny_config.get_config().attack, poison_rate=0.5)
+TRAINING = Training(steps=3, batch=4, learning_rate=1e-2, warmup=1, ema_decay=0.5)
+IMAGES = FashionMNIST(count=10)  # two epochs and a half in a batch
+STARTED = jax.tree.map(
+    lambda x: np.asarray(x) + np.float32(0.02), TINY.init(jax.random.key(7))
+)
+
+
+@pytest.mark.parametrize("trigger", [None, "reinforced"])
+def test_training_from_weights_takes_the_steps_of_the_trainer(
+    tmp_path: pathlib.Path, trigger: str | None
+) -> None:
+    """In chunks of two; kept is the moving average."""
+    start = str(tmp_path / "start.safetensors")
+    checkpoint.save_weights(start, STARTED, {})
+    lab = open_lab(Experiment(str(tmp_path / "run"), TINY, devices=1, seed=3, chunk=2))
+    poison = attacks.poison(ATTACK, TINY.image_shape)
+    other = None
+    if trigger:
+        other = 0.5 * np.asarray(poison.trigger)
+        poison = poison._replace(trigger=jnp.asarray(other))
+    found = loops.train(lab, TRAINING, ATTACK, IMAGES, start, 3, other)
+
+    rows = ATTACK.rows(lab.schedule)
+    loss = functools.partial(attacks.training_loss, TINY, rows, poison)
+    made = trainer(loss, TRAINING)
+    step = jax.jit(made.step)
+    state = made.init(STARTED, jax.random.split(lab.key)[1])
+    pixels = data.to_float(IMAGES.load(TINY.image_shape))
+    for batch in data.order(10, 3, 0, 3, 4):
+        state, _ = step(state, pixels[batch])
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+        jax.device_get(found),
+        jax.device_get(state.ema_params),
+    )
+    moved = jax.tree.map(
+        lambda a, b: float(abs(a - b).max()), state.params, state.ema_params
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-3, "they could not be told apart"
