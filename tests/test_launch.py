@@ -26,8 +26,8 @@ def test_shell_parses(path: pathlib.Path) -> None:
 
 
 FAKE = """#!/usr/bin/env bash
-echo "$PUREDIF_PROCESS_ID $PUREDIF_NUM_PROCESSES $*" > "$FOUND/$PUREDIF_PROCESS_ID"
 trap 'sleep 0.5; touch "$FOUND/stored-$PUREDIF_PROCESS_ID"; exit 143' TERM
+echo "$PUREDIF_PROCESS_ID $PUREDIF_NUM_PROCESSES $*" > "$FOUND/$PUREDIF_PROCESS_ID"
 for ((i = 0; i < $WAIT; i++)); do sleep 0.1; done
 exit $PUREDIF_PROCESS_ID
 """

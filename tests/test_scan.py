@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import threading
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import tiny_config
 from tiny_config import TINY
 
-from puredif_jax import convert, parallel, scan
+from puredif_jax import convert, parallel, scan, sweep
 from puredif_jax.detection import Detector
 from puredif_jax.diffusion import LinearBetas, ScaledLinearBetas
 from puredif_jax.experiment import Audit, Inversion, Scan
@@ -329,7 +328,9 @@ def test_a_scan_names_models_and_no_weights() -> None:
         Scan("scan", ("zoo",), Audit(weights=("clean",)))
 
 
-def test_a_model_that_another_process_is_at_is_waited_for(tmp_path) -> None:
+def test_a_model_that_another_process_is_at_is_waited_for(
+    tmp_path, monkeypatch
+) -> None:
     import fcntl
 
     folder = write(tmp_path / "model")
@@ -339,13 +340,11 @@ def test_a_model_that_another_process_is_at_is_waited_for(tmp_path) -> None:
     with (home / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
 
-        def leave() -> None:
+        def wait(*args) -> None:  # and the other process leaves
             seen.append(table(tmp_path / "scan")["model"]["verdict"])
             fcntl.flock(file, fcntl.LOCK_UN)
 
-        other = threading.Timer(3, leave)
-        other.start()
+        monkeypatch.setattr(sweep.logging, "log_every_n_seconds", wait)
         _, status = scan.perform_scan(plan(tmp_path / "scan", folder))
-        other.join()
     assert seen == ["not done yet"] and status == 0
     assert table(tmp_path / "scan")["model"]["verdict"] == "clean"
