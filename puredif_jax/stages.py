@@ -352,20 +352,23 @@ class Stages:
 
     def compare(
         self,
-        label: str,
+        drawn: str,
         stage: str,
         params: Params,
         truth: Truth,
         solver: Solver,
         result: Mapping[str, np.ndarray],
     ) -> dict[str, float]:
-        """Success of an inverted trigger beside the true one's, and their distance."""
+        """Success of an inverted trigger beside the true one's, and their distance.
+
+        The draws of the true trigger are kept by the name `drawn`.
+        """
         delta = result["delta"]
         if solver == truth.solver:  # the draws at hand are these
             own = metrics.success(result["draws"], truth.target)["mse<0.01"]
         else:
             own = self.success(stage, params, truth, delta).rate
-        true = self.success(f"audit_{label}", params, truth, truth.trigger).rate
+        true = self.success(drawn, params, truth, truth.trigger).rate
         distance = metrics.trigger_distance(delta, truth.trigger)
         return {
             "success": own,
@@ -382,6 +385,8 @@ class Stages:
         assert options is not None
         path = lab.run.folder / WEIGHTS if name == "trained" else find_weights(name)
         truth = Truth.beside(path, lab.unet.image_shape)
+        # Those of the run's own model have been drawn, by `measure`.
+        drawn = "true_trained" if name == "trained" else f"audit_{label}"
         found: dict[Solver, Features] = {}
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []
@@ -397,7 +402,7 @@ class Stages:
                 delta = result["delta"]
                 row: dict[str, Any] = {"method": method, "hypothesis": solver}
                 if truth is not None:
-                    row |= self.compare(label, stage, params, truth, solver, result)
+                    row |= self.compare(drawn, stage, params, truth, solver, result)
                 row["network evaluations"] = inversion.evaluations
                 row["seconds"] = float(result["seconds"])
                 rows.append(row)

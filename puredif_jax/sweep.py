@@ -16,6 +16,7 @@ from absl import logging
 
 from puredif_jax import config, parallel
 from puredif_jax.experiment import Experiment, Sweep
+from puredif_jax.files import shortened
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import is_run, make_folder, pin
 from puredif_jax.stages import digests, perform
@@ -52,7 +53,7 @@ def perform_sweep(sweep: Sweep) -> Report | None:
         first = next(iter(failed))
         raise InputError(
             f"{len(failed)} of {len(chosen)} runs were not done "
-            f"({', '.join(failed)}): {first}: {failed[first]}"
+            f"({shortened([*failed])}): {first}: {failed[first]}"
         )
     return _summary(sweep)
 

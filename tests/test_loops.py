@@ -20,7 +20,7 @@ from puredif_jax.training import Training, trainer
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ATTACK = dataclasses.replace(tiny_config.get_config().attack, poison_rate=0.5)
 TRAINING = Training(steps=3, batch=4, learning_rate=1e-2, warmup=1, ema_decay=0.5)
-IMAGES = FashionMNIST(count=10)  # two epochs and a half in a batch
+IMAGES = FashionMNIST(count=10)  # an epoch ends within the third batch
 STARTED = jax.tree.map(
     lambda x: np.asarray(x) + np.float32(0.02), TINY.init(jax.random.key(7))
 )
