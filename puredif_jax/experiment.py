@@ -107,12 +107,13 @@ class Inversion:
     Attributes:
       loss: what is minimised.
       descent: optimiser, candidates and bounds.
-      survey: finds where the candidates start; None for random starts.
+      survey: finds where the first `survey.starts` candidates start; the others, and
+        without a survey all, start at random.
       heldout: noise draws at each timestep on which the kept candidate is chosen.
     """
 
-    loss: Loss = DistributionShift(samples=8)
-    descent: Descent = Descent(candidates=4, scout=40)
+    loss: Loss = DistributionShift(samples=4)
+    descent: Descent = Descent(candidates=8, scout=40)
     survey: Survey | None = Survey()
     heldout: int = 64
 
@@ -137,7 +138,7 @@ class Inversion:
         most = [self.descent.candidates * self.loss.evaluations, judged]
         if self.survey is not None:
             signed = DistributionShift(samples=self.survey.draws).evaluations
-            most += [self.descent.candidates * signed]
+            most += [min(self.survey.starts, self.descent.candidates) * signed]
             most += [self.survey.together * self.survey.draws]
         return max(most)
 

@@ -131,7 +131,8 @@ def invert(
 ) -> tuple[Candidate, np.ndarray]:
     """Seeks a trigger under one hypothesis.
 
-    Descent starts where the triggers of the survey meet; at random without one.
+    The first `survey.starts` candidates start where the triggers of the survey meet,
+    the others at random.
 
     Returns the candidate with the least shift error on held-out noise, as numpy,
     and those errors, `[K]`.
@@ -187,10 +188,17 @@ def invert(
     search = _Descent(lab, ("invert", loss, descent), make, params, hypothesis)
     begin, steps = search.first, descent.steps
     if survey is not None:
-        start = _survey(lab, stage, params, hypothesis, survey, descent.candidates)
+        count = min(survey.starts, descent.candidates)
+        met = _survey(lab, stage, params, hypothesis, survey, count)
 
         def begin() -> InversionState:
-            return dataclasses.replace(search.first(), candidate=start)
+            first = search.first()
+            candidate = jax.tree.map(
+                lambda met, random: jnp.concatenate([met, random[count:]]),
+                met,
+                first.candidate,
+            )
+            return dataclasses.replace(first, candidate=candidate)
 
     if descent.scout:
         scouts = search.run(f"{stage}_scouts", begin, descent.scout)

@@ -34,6 +34,8 @@ class Survey:
     """Random triggers, and how closely their draws must agree.
 
     Attributes:
+      starts: most candidates of an inversion that start here; the others start at
+        random, which finds backdoors too sharp for any random trigger to fire.
       triggers: number of random triggers; a multiple of `together`.
       grids: sides of the coarse grids of random values that triggers are drawn from,
         alike many from each.
@@ -45,6 +47,7 @@ class Survey:
       sampler: of the draws, through the `backdoor_process`.
     """
 
+    starts: int = 4
     triggers: int = 192
     grids: tuple[int, ...] = (2, 3, 4, 6)
     draws: int = 8
@@ -54,6 +57,8 @@ class Survey:
     sampler: DDIM = DDIM(steps=10)
 
     def __post_init__(self) -> None:
+        if self.starts < 1:
+            raise ValueError(f"starts must be 1 or more, found {self.starts}")
         if min(self.grids, default=0) < 1:
             raise ValueError(f"grids must be sides >= 1, found {self.grids}")
         if self.together < 1 or self.triggers % self.together or self.triggers < 2:

@@ -1,0 +1,129 @@
+"""One model on its devices: two hypotheses, reinforcement and v prediction."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_config import TINY
+
+from puredif_jax import attacks, data, loops, metrics, parallel
+from puredif_jax.amplification import Reinforcement
+from puredif_jax.attacks import Attack, BadDiffusion, VillanDiffusion
+from puredif_jax.data import FashionMNIST
+from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
+from puredif_jax.exact import ExactDenoiser, Points
+from puredif_jax.experiment import Experiment, Inversion
+from puredif_jax.inversion import Descent, inverter
+from puredif_jax.lab import Lab, Truth
+from puredif_jax.memory import activations
+from puredif_jax.objectives import DenoisingConsistency, Hypothesis
+from puredif_jax.run import Run
+from puredif_jax.stages import open_lab
+from puredif_jax.survey import Survey
+from puredif_jax.triggers import Hat, StopSign
+from puredif_jax.types import Candidate
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+SCHEDULE = LinearBetas().tables()
+ATTACKS: dict[str, Attack] = {
+    "sde": BadDiffusion(StopSign(), Hat()),
+    "ode": VillanDiffusion(StopSign(), Hat()),
+}
+INVERSION = dataclasses.replace(Inversion(), survey=Survey(triggers=32), heldout=32)
+
+
+def exact_lab(folder: pathlib.Path, attack: Attack) -> tuple[Lab, Points]:
+    """A lab on two devices whose model is the best denoiser of a backdoored set."""
+    lab = open_lab(Experiment(str(folder), TINY, devices=2, chunk=20))
+    lab.model = ExactDenoiser(attack.rows(SCHEDULE), 0.1)
+    poison = attacks.poison(attack, TINY.image_shape)
+    images = data.to_float(FashionMNIST(count=64).load(TINY.image_shape))
+    points = Points(jnp.asarray(images), poison.trigger, poison.target)
+    return lab, lab.run.replicate(points)
+
+
+@pytest.mark.parametrize("solver", ["sde", "ode"])
+def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, solver) -> None:
+    """And its features say so. Both are tried in one lab, by the same programs.
+
+    The deterministic backdoor fires for no random trigger, so that the survey does not
+    have its target: a random start finds it.
+    """
+    lab, points = exact_lab(tmp_path, ATTACKS[solver])
+    truth = Truth.of(ATTACKS[solver], TINY.image_shape)
+    distances, gains, programs = {}, {}, {}
+    for assumed in ("sde", "ode"):
+        candidate, errors = loops.invert(
+            lab,
+            assumed,
+            points,
+            assumed,
+            INVERSION.loss,
+            INVERSION.descent,
+            INVERSION.survey,
+            INVERSION.heldout,
+        )
+        drawn, plain = (
+            lab.draw(points, DDIM(10), delta, 8)
+            for delta in (candidate.delta, lab.zero)
+        )
+        found = lab.features(points, assumed, candidate, errors.min(), drawn, plain)
+        distances[assumed] = metrics.trigger_distance(candidate.delta, truth.trigger)
+        gains[assumed] = float(found.gain)
+        programs[assumed] = set(lab._programs)
+    assert programs["sde"] == programs["ode"]
+    wrong = "ode" if solver == "sde" else "sde"
+    assert distances[solver].cosine > 0.95 and distances[solver].relative_l2 < 0.3
+    assert gains[solver] < 0.2 < gains[wrong]
+
+
+@pytest.mark.parametrize("solver", ["sde", "ode"])
+def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, solver) -> None:
+    """From the known trigger, by the loss of that kind of backdoor; in chunks."""
+    lab = open_lab(Experiment(str(tmp_path), TINY, devices=1, chunk=2))
+    params = TINY.init(jax.random.key(1))
+    truth = Truth.of(ATTACKS[solver], TINY.image_shape)
+    wanted = DenoisingConsistency(
+        DDIM(2) if solver == "ode" else DDPM(3), samples=4, on_path=False, aim=1.0
+    )
+    kind = "deterministic" if solver == "ode" else "ancestral"
+    descent = Descent(steps=3, learning_rate=0.05, bound=None)
+    options = Reinforcement(descent=descent, **{kind: wanted})
+    found = loops.reinforce(lab, "reinforce", params, options, truth)
+
+    bound = wanted.bind(TINY, SCHEDULE, Hypothesis.of(solver))
+    start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
+    by_hand = inverter(bound, descent, TINY.image_shape, start)
+    state, step = by_hand.init(jax.random.fold_in(lab.key, 202)), jax.jit(by_hand.step)
+    for _ in range(3):
+        state, _ = step(params, state)
+    np.testing.assert_allclose(found, state.candidate.delta[0], atol=1e-5)
+    assert np.abs(found - truth.trigger).max() > 0.05
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("fit", [12, 4])
+def test_the_model_predicts_the_noise_that_the_network_means(
+    tmp_path, monkeypatch, prediction, fit
+) -> None:
+    """eps = s v + sigma x of one that predicts v; all at once, or four at a time."""
+    params = TINY.init(jax.random.key(1))
+    size = activations(TINY, params, TINY.image_shape)
+    monkeypatch.setattr(parallel, "free_memory", lambda: fit * size)
+    run = Run(str(tmp_path), {}, parallel.make_mesh(2), 0.0)
+    lab = Lab(run, TINY, LinearBetas(), 4, 0, 1, prediction, images=12)
+    assert lab.together == fit
+    x = jax.random.normal(jax.random.key(2), (12, *TINY.image_shape))
+    t = jnp.arange(12) * 80
+    want = TINY(params, x, t)
+    if prediction == "v_prediction":
+        signal, noise = (
+            jnp.asarray(table, jnp.float32)[t][:, None, None, None]
+            for table in (SCHEDULE.signal, SCHEDULE.noise)
+        )
+        want = signal * want + noise * x
+    for model in (lab.model, lab.network):
+        np.testing.assert_allclose(jax.jit(model)(params, x, t), want, atol=1e-5)
