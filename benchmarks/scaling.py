@@ -48,7 +48,10 @@ Counts = dict[str, tuple[float, float]]  # number and bytes of each kind
 
 
 def collectives(text: str) -> tuple[Counts, Counts]:
-    """Of a compiled program: those in its loops, by their trips, and the others."""
+    """Of a compiled program: those in its loops, by their trips, and the others.
+
+    Raises ValueError for collectives in a loop whose trips the program does not tell.
+    """
     blocks: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -80,6 +83,8 @@ def collectives(text: str) -> tuple[Counts, Counts]:
             parts += [("branch", branch) for branch in branches]
             for role, called in parts:
                 inner, outer = count(called)
+                if role == "body" and not trips and (inner or outer):
+                    raise ValueError(f"how often does this loop go round? {line}")
                 times = int(trips[1]) if trips and role == "body" else 1
                 add(looped, inner, times)
                 add(looped if role == "body" else once, outer, times)

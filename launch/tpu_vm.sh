@@ -7,6 +7,7 @@
 set -euo pipefail
 name=$1 zone=$2 shared=$3
 shift 3
+: "${1:?no flags for puredif_jax.main: give --config=...}"
 place=$(printf %q "$shared")
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
   --command="cd $place/puredif_jax && . $place/venv/bin/activate && \

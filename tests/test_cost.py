@@ -161,7 +161,9 @@ def test_the_flag_tells_and_does_not_run(tmp_path, capsys) -> None:
     config = pathlib.Path(__file__).with_name("tiny_config.py")
     argv = ["main", f"--config={config}", f"--config.workdir={tmp_path / 'run'}"]
     monkeyed = ["--cost", "--config.amplification=none", "--config.audit=none"]
-    main.main(main.parse([*argv, *monkeyed]))
-    main.flags.FLAGS.cost = False
+    try:
+        main.main(main.parse([*argv, *monkeyed]))
+    finally:
+        main.flags.FLAGS.cost = False
     assert "hours" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

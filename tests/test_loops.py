@@ -30,7 +30,10 @@ STARTED = jax.tree.map(
 def test_training_from_weights_takes_the_steps_of_the_trainer(
     tmp_path: pathlib.Path, trigger: str | None
 ) -> None:
-    """In chunks of two; kept is the moving average."""
+    """In chunks of two; kept is the moving average.
+
+    Where a gradient is all rounding, Adam makes that a part of its step of 0.01.
+    """
     start = str(tmp_path / "start.safetensors")
     checkpoint.save_weights(start, STARTED, {})
     lab = open_lab(Experiment(str(tmp_path / "run"), TINY, devices=1, seed=3, chunk=2))
@@ -50,7 +53,7 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
     for batch in data.order(10, 3, 0, 3, 4):
         state, _ = step(state, pixels[batch])
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
         jax.device_get(found),
         jax.device_get(state.ema_params),
     )

@@ -3,6 +3,8 @@ with what traffic between devices, in how much memory."""
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +13,27 @@ import pytest
 import scaling
 from tiny_config import DEEP
 
-from puredif_jax import parallel
+from puredif_jax import checkpoint, loops, parallel
+from puredif_jax.attacks import VillanDiffusion
+from puredif_jax.data import FashionMNIST
 from puredif_jax.diffusion import DDIM, trajectory
+from puredif_jax.experiment import Experiment
+from puredif_jax.inversion import Descent
+from puredif_jax.lab import Lab
 from puredif_jax.objectives import (
     DenoisingConsistency,
     DistributionShift,
     Hypothesis,
     Sum,
 )
+from puredif_jax.stages import open_lab
+from puredif_jax.training import Training
+from puredif_jax.triggers import Box, Cat
 from puredif_jax.types import Candidate
 from puredif_jax.unet import SHIPPED
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 
 QUICK: dict[str, str | bool] = {"xla_llvm_disable_expensive_passes": True}
 CANDIDATES, SAMPLES, TIMESTEPS, ROLLOUT = 4, 8, 2, 3
@@ -89,6 +100,72 @@ def test_devices_share_sampling_and_never_meet() -> None:
     assert step == once == {} and convolved(text) == {scaling.BATCH}
 
 
+class Compiled(Exception):
+    """Instead of a run: the text of the program that would have been run."""
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch) -> Lab:
+    """On eight devices; its programs are compiled and not run."""
+    lab = open_lab(Experiment(str(tmp_path), DEEP, chunk=scaling.STEPS))
+    made = lab.program
+
+    def program(name, make):
+        def call(*arguments):
+            raise Compiled(made(name, make).lower(*arguments).compile().as_text())
+
+        return call
+
+    monkeypatch.setattr(lab, "program", program)
+    return lab
+
+
+def traffic(call: Callable[[], Any]) -> tuple[str, scaling.Counts, scaling.Counts]:
+    """The text of the first program of a call; what crosses in its loops, and once."""
+    with pytest.raises(Compiled) as caught:
+        call()
+    (text,) = caught.value.args
+    return text, *scaling.collectives(text)
+
+
+def test_a_lab_shares_its_draws(lab) -> None:
+    params = DEEP.init(jax.random.key(0))
+    text, *crossed = traffic(lambda: lab.draw(params, DDIM(2), lab.zero, 64))
+    assert crossed == [{}, {}] and convolved(text) == {64 // 8}
+
+
+def test_a_lab_shares_the_images_of_a_training_batch(lab, tmp_path) -> None:
+    start = str(tmp_path / "start.safetensors")
+    params = DEEP.init(jax.random.key(0))
+    checkpoint.save_weights(start, params, {})
+    training = Training(steps=2, batch=16, warmup=0)
+    attack = VillanDiffusion(Box(), Cat())
+    images = FashionMNIST(count=64)
+    _, looped, _ = traffic(lambda: loops.train(lab, training, attack, images, start, 2))
+    weights = sum(x.size for x in jax.tree.leaves(params))
+    assert set(looped) == {"all-reduce"}
+    size = looped["all-reduce"][1] / scaling.STEPS
+    assert 4 * weights <= size <= 4 * (weights + 8)
+
+
+@pytest.mark.parametrize("candidates", [1, 8])
+def test_a_lab_shares_candidates_or_their_noise(lab, candidates) -> None:
+    """A candidate a device needs no word; one on all adds a few images a step."""
+    loss = DistributionShift(timesteps=(900, 300), samples=8)
+    descent = Descent(steps=2, candidates=candidates)
+    params = DEEP.init(jax.random.key(0))
+    text, looped, _ = traffic(
+        lambda: loops.invert(lab, "x", params, "ode", loss, descent, None, 8)
+    )
+    assert convolved(text) == {2 * 8 * candidates // 8}
+    if candidates == 8:
+        assert looped == {}
+    else:
+        assert set(looped) == {"all-reduce"}
+        size = looped["all-reduce"][1] / scaling.STEPS
+        assert size < 4 * math.prod(DEEP.image_shape) * 6
+
+
 def test_memory_of_a_differentiable_rollout_is_flat_in_its_steps() -> None:
     """Without remat it grows with them."""
 
@@ -145,3 +222,20 @@ def test_collectives_of_a_branch_are_counted() -> None:
     text = jax.jit(program).lower(shape, flag).compile().as_text()
     step, once = scaling.collectives(text)
     assert step == {} and once
+
+
+def test_a_loop_whose_trips_are_unknown_is_not_counted_as_one() -> None:
+    mesh = parallel.make_mesh()
+    split, whole = parallel.along(mesh, "batch"), parallel.replicated(mesh)
+
+    def program(x, until):
+        def body(x):
+            return jax.lax.with_sharding_constraint(x + jnp.sum(x), split)
+
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < until, body, x)
+
+    shape = jax.ShapeDtypeStruct((8,), np.float32, sharding=split)
+    until = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
+    text = jax.jit(program).lower(shape, until).compile().as_text()
+    with pytest.raises(ValueError, match="how often"):
+        scaling.collectives(text)

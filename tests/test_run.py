@@ -21,6 +21,15 @@ class Broken(Exception):
     """What a power cut would be."""
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file/x is no folder .*Not a directory"):
+        run.make_folder(tmp_path / "file" / "x")
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)
+    with pytest.raises(RunError, match="Permission denied.*--config.workdir"):
+        run.make_folder(tmp_path)
+
+
 def count(
     folder: pathlib.Path, save_every: float, fail_at: int | None = None, total: int = 10
 ) -> tuple[list[int], int]:

@@ -164,6 +164,10 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
             },
             "1 to 1000 steps, found 1001",
         ),
+        (
+            {"training": dataclasses.replace(WHOLE.training, batch=12)},
+            "a multiple of the 8 devices .*, found 12",
+        ),
         ({"model": dataclasses.replace(TINY, dropout=0.1)}, "dropout=0.1"),
         ({"model": dataclasses.replace(TINY, in_channels=4)}, "4 channels"),
         ({"schedule": CosineBetas(cap=0.9)}, "could not be kept: .* cap of 0.999"),
