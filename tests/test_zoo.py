@@ -11,6 +11,7 @@ from puredif_jax.scan import perform_scan
 
 BUDGET = {
     "audit.hypotheses": "ode",
+    "audit.inversion.descent.candidates": "4",
     "audit.inversion.descent.scout": "20",
     "audit.inversion.descent.steps": "60",
     "audit.inversion.loss.samples": "4",
