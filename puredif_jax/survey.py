@@ -35,7 +35,7 @@ class Survey:
 
     Attributes:
       starts: most candidates of an inversion that start here; the others start at
-        random, which finds backdoors too sharp for any random trigger to fire.
+        random, which finds backdoors whose target is not among the images that recur.
       triggers: number of random triggers; a multiple of `together`.
       grids: sides of the coarse grids of random values that triggers are drawn from,
         alike many from each.

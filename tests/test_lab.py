@@ -49,8 +49,7 @@ def exact_lab(folder: pathlib.Path, attack: Attack) -> tuple[Lab, Points]:
 def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, solver) -> None:
     """And its features say so. Both are tried in one lab, by the same programs.
 
-    The deterministic backdoor fires for no random trigger, so that the survey does not
-    have its target: a random start finds it.
+    The survey misses the target of the deterministic backdoor: a random start finds it.
     """
     lab, points = exact_lab(tmp_path, ATTACKS[solver])
     truth = Truth.of(ATTACKS[solver], TINY.image_shape)

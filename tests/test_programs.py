@@ -34,7 +34,6 @@ from puredif_jax.unet import SHIPPED
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-
 QUICK: dict[str, str | bool] = {"xla_llvm_disable_expensive_passes": True}
 CANDIDATES, SAMPLES, TIMESTEPS, ROLLOUT = 4, 8, 2, 3
 LOSS = Sum(
