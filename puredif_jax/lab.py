@@ -199,6 +199,30 @@ def _fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
     return unet, fit
 
 
+class Programs:
+    """Traced and compiled programs: those that were used last.
+
+    Args:
+      most: how many are kept.
+    """
+
+    def __init__(self, most: int = 32) -> None:
+        self._most = most
+        self._made: dict[Any, Any] = {}
+
+    def get(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` has returned for this name, as long as it is kept."""
+        program = self._made.pop(name) if name in self._made else make()
+        self._made[name] = program
+        if len(self._made) > self._most:
+            del self._made[next(iter(self._made))]
+        return program
+
+    def names(self) -> set[Any]:
+        """Of the programs that are kept."""
+        return set(self._made)
+
+
 class Lab:
     """A model, its schedule and the devices, with programs that compile once.
 
@@ -212,11 +236,14 @@ class Lab:
       images: most images that are sampled or inverted together.
 
     Attributes:
+      programs: of all labs of the process; those of equal models share them.
       network: predicts the noise; for training.
       together: images that fit into memory at once.
       model: the same, in slices where `images` do not fit into memory at once; no
         gradient reaches its parameters.
     """
+
+    programs = Programs()
 
     def __init__(
         self,
@@ -244,13 +271,18 @@ class Lab:
         self.seed = seed
         self.key = jax.random.key(seed)
         self.chunk = chunk
-        self._programs: dict[Any, Any] = {}
+        slices = self.together if self.together < images else None
+        self._kind = (self.unet, schedule, prediction, slices, batch, run.mesh)
 
     def program(self, name: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returned the first time that this name was asked for."""
-        if name not in self._programs:
-            self._programs[name] = make()
-        return self._programs[name]
+        """What `make` has returned for this name in a lab of an equal model.
+
+        Args:
+          name: tells all that `make` puts into the program beside the network, its
+            schedule, prediction, slices, `batch` and devices.
+          make: returns the program, or several.
+        """
+        return self.programs.get((self._kind, name), make)
 
     @property
     def zero(self) -> np.ndarray:

@@ -70,9 +70,11 @@ def train(
         return made(None if poison is None else poison.trigger).init(params, key_train)
 
     def begin() -> TrainState:
-        return fresh(unet.init(key_init) if start is None else lab.load(start))
+        init = jax.jit(unet.init)
+        return fresh(init(key_init) if start is None else lab.load(start))
 
-    program = lab.program("train", lambda: jax.jit(advance, donate_argnums=0))
+    name = ("train", training, attack)
+    program = lab.program(name, lambda: jax.jit(advance, donate_argnums=0))
     if poison is not None:
         chosen = poison.trigger if trigger is None else trigger
         trigger = run.replicate(np.asarray(chosen))
@@ -114,7 +116,8 @@ def reinforce(
         )
 
     hypothesis = Hypothesis.of(truth.solver)
-    descent = _Descent(lab, ("reinforce", reinforcement), make, params, hypothesis)
+    name = ("reinforce", reinforcement, truth.solver)  # the start is not in a step
+    descent = _Descent(lab, name, make, params, hypothesis)
     state = descent.run(stage, descent.first, reinforcement.descent.steps)
     return parallel.gather(state.candidate.delta)[0]
 

@@ -68,7 +68,7 @@ def keep_programs(workdir: str) -> None:
 
 
 def perform_once(experiment: Experiment, label: str) -> bool:
-    """Does a run that has no report yet, and forgets its programs.
+    """Does a run that has no report yet.
 
     Returns:
       Whether there was anything to do; `label` then goes into the log.
@@ -84,7 +84,6 @@ def perform_once(experiment: Experiment, label: str) -> bool:
         return False
     logging.info("%s: %s", label, folder)
     perform(experiment)
-    jax.clear_caches()
     return True
 
 

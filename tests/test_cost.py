@@ -10,6 +10,7 @@ import pytest
 from puredif_jax import cost, main, parallel
 from puredif_jax.experiment import Audit, Evaluation, Experiment, Inversion, Sweep
 from puredif_jax.inversion import Descent
+from puredif_jax.lab import Lab, Programs
 from puredif_jax.memory import activations
 from puredif_jax.objectives import DistributionShift
 from puredif_jax.stages import perform
@@ -92,6 +93,7 @@ def test_the_network_is_evaluated_as_often_as_told(tmp_path, monkeypatch) -> Non
         for part in cost.parts(experiment)
     )
     monkeypatch.setattr(UNet, "__call__", counting)
+    monkeypatch.setattr(Lab, "programs", Programs())
     perform(experiment)
     jax.effects_barrier()
     assert sum(images) == wanted

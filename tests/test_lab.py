@@ -17,7 +17,7 @@ from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
 from puredif_jax.exact import ExactDenoiser, Points
 from puredif_jax.experiment import Experiment, Inversion
 from puredif_jax.inversion import Descent, inverter
-from puredif_jax.lab import Lab, Truth
+from puredif_jax.lab import Lab, Programs, Truth
 from puredif_jax.memory import activations
 from puredif_jax.objectives import DenoisingConsistency, Hypothesis
 from puredif_jax.run import Run
@@ -38,6 +38,7 @@ INVERSION = dataclasses.replace(Inversion(), survey=Survey(triggers=32), heldout
 def exact_lab(folder: pathlib.Path, attack: Attack) -> tuple[Lab, Points]:
     """A lab on two devices whose model is the best denoiser of a backdoored set."""
     lab = open_lab(Experiment(str(folder), TINY, devices=2, chunk=20))
+    lab.programs = Programs()  # another model has other programs
     lab.model = ExactDenoiser(attack.rows(SCHEDULE), 0.1)
     poison = attacks.poison(attack, TINY.image_shape)
     images = data.to_float(FashionMNIST(count=64).load(TINY.image_shape))
@@ -72,7 +73,7 @@ def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, solver) -> Non
         found = lab.features(points, assumed, candidate, errors.min(), drawn, plain)
         distances[assumed] = metrics.trigger_distance(candidate.delta, truth.trigger)
         gains[assumed] = float(found.gain)
-        programs[assumed] = set(lab._programs)
+        programs[assumed] = lab.programs.names()
     assert programs["sde"] == programs["ode"]
     wrong = "ode" if solver == "sde" else "sde"
     assert distances[solver].cosine > 0.95 and distances[solver].relative_l2 < 0.3
@@ -126,3 +127,18 @@ def test_the_model_predicts_the_noise_that_the_network_means(
         want = signal * want + noise * x
     for model in (lab.model, lab.network):
         np.testing.assert_allclose(jax.jit(model)(params, x, t), want, atol=1e-5)
+
+
+def test_programs_that_were_used_last_are_kept() -> None:
+    made = []
+
+    def get(name: str) -> str:
+        def make() -> str:
+            made.append(name)
+            return name.upper()
+
+        return programs.get(name, make)
+
+    programs = Programs(most=2)
+    assert [get(name) for name in "abacb"] == list("ABACB")
+    assert made == ["a", "b", "c", "b"] and programs.names() == {"c", "b"}

@@ -1,5 +1,6 @@
 """Many runs by one command: shared, resumed, and none lost to another's bad input."""
 
+import dataclasses
 import json
 import pathlib
 import signal
@@ -13,8 +14,9 @@ from tiny_config import TINY
 
 from puredif_jax import checkpoint
 from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.diffusion import DDIM
+from puredif_jax.diffusion import DDIM, ScaledLinearBetas
 from puredif_jax.experiment import Evaluation, Experiment, Sweep
+from puredif_jax.lab import Lab, Programs
 from puredif_jax.sweep import in_turn, perform_sweep
 from puredif_jax.triggers import Box, Hat
 from puredif_jax.types import InputError
@@ -85,6 +87,27 @@ def test_runs_are_shared_resumed_and_put_into_one_table(tmp_path, weights) -> No
     changed = experiment("a/one", weights, seed=5)
     with pytest.raises(InputError, match="a/one holds a run with another seed"):
         perform_sweep(sweep(folder, changed, runs[1]))
+
+
+def test_runs_on_equal_networks_share_their_programs(
+    tmp_path, weights, monkeypatch
+) -> None:
+    monkeypatch.setattr(Lab, "programs", Programs())
+    one = experiment("one", weights)
+    made = []
+    for other in (
+        one,
+        dataclasses.replace(one, workdir="seed", seed=1),
+        dataclasses.replace(
+            one,
+            workdir="batch",
+            evaluation=dataclasses.replace(one.evaluation, batch=4),
+        ),
+        dataclasses.replace(one, workdir="schedule", schedule=ScaledLinearBetas()),
+    ):
+        perform_sweep(sweep(tmp_path, other))
+        made.append(len(Lab.programs.names()))
+    assert made == [1, 1, 2, 3]
 
 
 def test_bad_input_of_one_run_does_not_stop_the_others(tmp_path, weights) -> None:
