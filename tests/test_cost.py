@@ -119,7 +119,7 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
     """
 
     def told(candidates: int) -> cost.Cost:
-        whole = tiny("runs/never")
+        whole = dataclasses.replace(tiny("runs/never"), model=TINY)
         descent = Descent(steps=10, candidates=candidates)
         loss = DistributionShift(samples=4)
         inversion = Inversion(loss=loss, descent=descent, survey=None, heldout=64)
@@ -132,8 +132,8 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
         return {row["one"]: row for row in told(candidates).rows}
 
     eight = rows(8)
-    params = jax.eval_shape(DEEP.init, jax.random.key(0))
-    forty = 40 * activations(DEEP, params, DEEP.image_shape)
+    params = jax.eval_shape(TINY.init, jax.random.key(0))
+    forty = 40 * activations(TINY, params, TINY.image_shape)
     monkeypatch.setattr(parallel, "free_memory", lambda: 2 * forty)
     one = rows(1)
     step = "step of inversion by puredif, {}"

@@ -11,7 +11,6 @@ import pytest
 from tiny_config import TINY
 
 from puredif_jax import convert
-from puredif_jax.lab import ZOO
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scan.md").read_text()
@@ -52,8 +51,8 @@ def place(tmp_path_factory) -> pathlib.Path:
 def test_commands(block: str, place: pathlib.Path) -> None:
     command = block.replace("\\\n", " ").split()
     assert command[:3] == ["python", "-m", "puredif_jax.main"]
-    if "--config.model" not in block:  # all that ship, of which one will do here
-        command.append(f"--config.model={ZOO / 'clean'}")
+    if "--config.model" not in block:  # all that ship: tests/test_zoo.py has some
+        command.append("--config.model=models/mine")
     done = subprocess.run(
         [sys.executable, *command[1:], *FLAGS],
         cwd=place,
