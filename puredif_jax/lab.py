@@ -164,6 +164,12 @@ def _truth_path(weights: pathlib.Path) -> pathlib.Path:
     return weights.with_suffix(".truth.safetensors")
 
 
+@functools.lru_cache
+def _activations(unet: UNet) -> int:
+    params = jax.eval_shape(unet.init, jax.random.key(0))
+    return activations(unet, params, unet.image_shape)
+
+
 def _fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
     """How many of `images` fit into half the free memory; says so if not all do.
 
@@ -173,12 +179,11 @@ def _fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
     Raises:
       RunError: one image does not fit.
     """
-    params = jax.eval_shape(unet.init, jax.random.key(0))
     free = parallel.free_memory() // 2
-    size = activations(unet, params, unet.image_shape)
+    size = _activations(unet)
     if size > free:
         unet = dataclasses.replace(unet, remat=True)
-        size = activations(unet, params, unet.image_shape)
+        size = _activations(unet)
     if size > free:
         raise RunError(
             f"one image of {unet.image_shape} takes {size / 2**30:.3g} GiB in this "

@@ -8,6 +8,7 @@ carry over by name. `UNet` is a frozen configuration that is itself a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -194,29 +195,36 @@ SHIPPED = UNet(
 """The network of the models that ship with the package: 0.64 M parameters."""
 
 
-class _GroupNorm(nn.Module):
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)  # traced once
+def _normalise(
+    x: Array, scale: Array, bias: Array, groups: int, eps: float, dtype: str
+) -> Array:
     """GroupNorm over `[B, H, W, C]`; statistics in float32, first of each channel."""
+    width = x.shape[-1] // groups
 
+    def of_groups(y: Array) -> Array:
+        """Means over a group, at each of its channels: `[B, C]`."""
+        means = y.mean((1, 2)).reshape(-1, groups, width).mean(-1)
+        return means.repeat(width, axis=1)
+
+    wide = x.astype(jnp.float32)
+    mean = of_groups(wide)
+    variance = jnp.maximum(of_groups(wide**2) - mean**2, 0.0)
+    gain = jax.lax.rsqrt(variance + eps) * scale.astype(jnp.float32)[None]
+    shift = bias.astype(jnp.float32)[None] - mean * gain
+    return (wide * gain[:, None, None] + shift[:, None, None]).astype(dtype)
+
+
+class _GroupNorm(nn.Module):
     config: UNet
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c, channels = self.config, x.shape[-1]
-        groups = c.norm_num_groups
         scale = self.param("scale", nn.initializers.ones, (channels,), c.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), c.param_dtype)
 
-        def of_groups(y: Array) -> Array:
-            """Means over a group, at each of its channels: `[B, C]`."""
-            means = y.mean((1, 2)).reshape(-1, groups, channels // groups).mean(-1)
-            return means.repeat(channels // groups, axis=1)
-
-        wide = x.astype(jnp.float32)
-        mean = of_groups(wide)
-        variance = jnp.maximum(of_groups(wide**2) - mean**2, 0.0)
-        gain = jax.lax.rsqrt(variance + c.norm_eps) * scale.astype(jnp.float32)[None]
-        shift = bias.astype(jnp.float32)[None] - mean * gain
-        return (wide * gain[:, None, None] + shift[:, None, None]).astype(c.dtype)
+        return _normalise(x, scale, bias, c.norm_num_groups, c.norm_eps, c.dtype)
 
 
 def _conv(

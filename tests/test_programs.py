@@ -86,19 +86,6 @@ def test_devices_share_an_inversion_and_add_only_images() -> None:
     assert size < 4 * math.prod(DEEP.image_shape) * images
 
 
-def test_devices_share_training_and_add_only_gradients() -> None:
-    _, step, _ = compiled("training")
-    shapes = jax.eval_shape(DEEP.init, jax.random.key(0))
-    weights = sum(x.size for x in jax.tree.leaves(shapes))
-    assert set(step) == {"all-reduce"}
-    assert 4 * weights <= step["all-reduce"][1] <= 4 * (weights + 8)
-
-
-def test_devices_share_sampling_and_never_meet() -> None:
-    text, step, once = compiled("sampling")
-    assert step == once == {} and convolved(text) == {scaling.BATCH}
-
-
 class Compiled(Exception):
     """Instead of a run: the text of the program that would have been run."""
 
