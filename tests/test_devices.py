@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from test_multiprocess import free_port
-from test_tutorial import FLAGS
+
+from puredif_jax import convert
 
 HERE = pathlib.Path(__file__).parent
 
@@ -141,13 +142,17 @@ def test_a_lost_process_ends_all_and_the_same_command_resumes(bereft, alone, tmp
 
 
 def test_a_scan_by_two_processes_ends_both_with_its_status(alone, tmp_path):
+    """Of a model that cannot be read; the audit of one is that of the other tests."""
+    model = tmp_path / "model"
+    shutil.copytree(alone / "diffusers", model)
+    (model / "unet" / convert.WEIGHTS).write_bytes(b"nothing")
     config = HERE.parent / "configs" / "scan.py"
-    flags = (f"--config={config}", f"--config.model={alone}", *FLAGS)
-    processes = start_two(tmp_path, flags)
+    flags = (f"--config={config}", f"--config.model={model}")
+    processes = start_two(tmp_path / "scan", flags)
     said = [end(process) for process in processes]
-    status = json.loads((tmp_path / "report.json").read_text())["numbers"]["status"]
-    assert [process.returncode for process in processes] == [status] * 2, said
-    assert status in (0, 2, 3)
+    report = json.loads((tmp_path / "scan" / "report.json").read_text())
+    assert report["numbers"]["status"] == 1 and "error" in report["verdict"]
+    assert [process.returncode for process in processes] == [1, 1], said
 
 
 def test_eight_devices_resume_what_four_began(bereft, alone, tmp_path):
