@@ -207,6 +207,8 @@ def _fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
 class Programs:
     """Traced and compiled programs: those that were used last.
 
+    What is dropped gives its memory back, so a sweep of many trainings stays bounded.
+
     Args:
       most: how many are kept.
     """

@@ -195,11 +195,15 @@ SHIPPED = UNet(
 """The network of the models that ship with the package: 0.64 M parameters."""
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)  # traced once
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
 def _normalise(
     x: Array, scale: Array, bias: Array, groups: int, eps: float, dtype: str
 ) -> Array:
-    """GroupNorm over `[B, H, W, C]`; statistics in float32, first of each channel."""
+    """GroupNorm over `[B, H, W, C]`; statistics in float32, first of each channel.
+
+    Under jit so that it is traced once for each shape: the norms are most of what a
+    network traces.
+    """
     width = x.shape[-1] // groups
 
     def of_groups(y: Array) -> Array:

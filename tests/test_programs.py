@@ -56,15 +56,6 @@ def test_lowers_for_every_platform(name: str, devices: int) -> None:
     assert exported.platforms == platforms and exported.nr_devices == devices
 
 
-def compiled(name: str) -> tuple[str, scaling.Counts, scaling.Counts]:
-    """A program of eight devices: its text, and its traffic in a step and in a call."""
-    program, arguments = PROGRAMS[name](parallel.make_mesh())
-    text = program.lower(*arguments).compile().as_text()
-    looped, once = scaling.collectives(text)
-    step = {k: (n / scaling.STEPS, b / scaling.STEPS) for k, (n, b) in looped.items()}
-    return text, step, once
-
-
 def convolved(text: str) -> set[int]:
     """Batch sizes of the forward convolutions on the whole image."""
     side = DEEP.sample_size[0]
@@ -74,13 +65,15 @@ def convolved(text: str) -> set[int]:
 
 def test_devices_share_an_inversion_and_add_only_images() -> None:
     """Each has its part of every batch; in a step only sums over noise cross."""
-    text, step, _ = compiled("inversion")
+    program, arguments = PROGRAMS["inversion"](parallel.make_mesh())
+    text = program.lower(*arguments).compile().as_text()
+    looped, _ = scaling.collectives(text)
     images = CANDIDATES * SAMPLES // 8
     assert convolved(text) == {images, TIMESTEPS * images}
-    assert set(step) == {"all-reduce"}
+    assert set(looped) == {"all-reduce"}
     # A mean a timestep, a gradient in both images, and, a rollout step, the mean and
     # the variance, forwards and when the step is made anew, and their gradients.
-    number, size = step["all-reduce"]
+    number, size = (x / scaling.STEPS for x in looped["all-reduce"])
     assert number <= 2 + 3 * ROLLOUT
     images = TIMESTEPS + 2 + 7 * ROLLOUT
     assert size < 4 * math.prod(DEEP.image_shape) * images
