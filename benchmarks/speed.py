@@ -9,12 +9,12 @@ Both sides run in one process on the same weights and cores, by turns (A B A B),
 median over repeats counts. At each turn a side first does the same untimed: it would
 otherwise wait for memory that the other gave back to the system. A call of this package
 does all steps of a timing, as its runs do: what is constant in them is computed once.
-Before anything is timed, their losses on one noise must agree, in float32 to 1e-3, else
-to what `AGREE` says. What compiles is timed apart. The PyTorch side is diffusers'
-`UNet2DModel`, eager and by torch.compile, with everything folded into one batch as a
-careful user would write it; on a GPU with channels last, cuDNN's own choice of kernels
-and a fused Adam. One line of JSON a measurement; a task that does not fit into memory
-on a side is told, and the others go on.
+Before anything is timed, their losses on one noise and the gradients in the trigger
+must agree, in float32 to 1e-3, else to what `AGREE` says. What compiles is timed apart.
+The PyTorch side is diffusers' `UNet2DModel`, eager and by torch.compile, with all
+folded into one batch as a careful user would write it; on a GPU with channels last,
+cuDNN's own choice of kernels and a fused Adam. One line of JSON a measurement; a task
+that does not fit into memory on a side is told, and the others go on.
 
 Hardware: any; one GPU. The last line is the whole measurement for it, with one and with
 eight candidates and, as the ceiling of what training can reach, a large matrix product;
@@ -103,7 +103,7 @@ class Torch:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.forward: Any = self.net
         if options.compiled:
-            self.forward = torch.compile(self.net)
+            self.forward = torch.compile(self.net, dynamic=False)
         self.half = options.precision == "bf16"
         self.size, self.shape = size, (unet.in_channels, *unet.sample_size)
         table = functools.partial(torch.tensor, dtype=torch.float32, device=self.device)
@@ -420,7 +420,10 @@ def operations(unet: UNet, size: Size) -> dict[str, float]:
 def agree(
     unet: UNet, params: Any, size: Size, side: Torch, bound: float
 ) -> dict[str, float]:
-    """The relative difference of each loss on one noise; raises above the bound."""
+    """The relative difference of each loss, and of its gradient in delta.
+
+    On one noise; that of gradients as vectors. Raises above the bound.
+    """
     key = jax.random.key(3)
     shape = unet.image_shape
     delta = 0.3 * jax.random.normal(jax.random.key(4), shape) - 0.5
@@ -435,7 +438,7 @@ def agree(
     noise = [jax.random.normal(k, (size.samples, *shape)) for k in keys]
     start = jax.random.normal(jax.random.split(key)[0], (size.samples, *shape))
     fixed = jax.random.normal(jax.random.key(0), (size.elijah, *shape))
-    pair = (nchw(delta)[None], nchw(target)[None])
+    pair = (nchw(delta)[None].requires_grad_(), nchw(target)[None])
     found = {
         "shift": side.shift_loss(*pair, nchw(jnp.stack(noise))[None]),
         "consistency": side.consistency_loss(*pair, nchw(start)[None]),
@@ -443,16 +446,27 @@ def agree(
     }
     differences = {}
     for name, loss in losses(size).items():
-        here = jax.jit(loss.bind(unet, SCHEDULE, HYPOTHESIS))
-        ours, theirs = float(here(params, candidate, key)), float(found[name][0])
-        differences[name] = abs(ours - theirs) / abs(theirs)
-        if not differences[name] < bound:
-            raise SystemExit(f"{name}: {ours} here and {theirs} in PyTorch")
+        bound_loss = loss.bind(unet, SCHEDULE, HYPOTHESIS)
+        here = jax.jit(jax.value_and_grad(bound_loss, argnums=1))
+        value, gradient = here(params, candidate, key)
+        there = torch.autograd.grad(found[name][0], pair[0])[0]
+        both = {
+            name: (torch.tensor(float(value)), found[name][0].detach().cpu()),
+            f"gradient of {name}": (nchw(gradient.delta)[None].cpu(), there.cpu()),
+        }
+        for what, (ours, theirs) in both.items():
+            difference = float((ours - theirs).norm() / theirs.norm())
+            differences[what] = difference
+            if not difference < bound:
+                raise SystemExit(
+                    f"{what} differs from PyTorch's by {difference:.2g}, relatively; "
+                    f"at most {bound} is allowed"
+                )
     return differences
 
 
 AGREE = {"float32": 1e-3, "tf32": 1e-2, "bf16": 0.1}
-"""Precisions, and by how much the losses may differ in them, relatively."""
+"""Precisions, and by how much losses and gradients may differ in them, relatively."""
 
 
 def parse() -> argparse.Namespace:
@@ -533,26 +547,12 @@ def compare(options: argparse.Namespace) -> None:
     counted = operations(unet, size)
     medians: dict[str, float] = {}
     for task in options.tasks or sides["puredif_jax"]:
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        first = {}
-        for name, runs in sides.items():
-            began = time.perf_counter()
-            try:
-                runs[task](options.steps)
-            except RuntimeError as error:  # JAX's and PyTorch's of memory are such
-                del seconds[name]
-                told = str(error).strip().partition("\n")[0]
-                print(f"{task}: {name} does not run it: {told}")
-                if eager.device == "cuda":
-                    torch.cuda.empty_cache()
-                continue
-            first[name] = time.perf_counter() - began
-        for _ in range(options.repeats):
-            for name in seconds:
-                sides[name][task](options.steps)
-                began = time.perf_counter()
-                sides[name][task](options.steps)
-                seconds[name].append((time.perf_counter() - began) / options.steps)
+        first, seconds = by_turns(
+            task,
+            {name: runs[task] for name, runs in sides.items()},
+            options.steps,
+            options.repeats,
+        )
         if "puredif_jax" in seconds:
             medians[task] = float(np.median(seconds["puredif_jax"]))
         ours = medians.get(task, float("nan"))
@@ -577,6 +577,39 @@ def compare(options: argparse.Namespace) -> None:
                     file.write(text + "\n")
     for line in ratios(medians, counted, size):
         print(line)
+
+
+def by_turns(
+    task: str, runs: dict[str, Run], steps: int, repeats: int
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Seconds of the first call of each side, and of a step at each of its turns.
+
+    A side that fails is told and left out.
+    """
+    first: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {}
+    for turn in range(1 + repeats):
+        for name, run in runs.items():
+            if turn and name not in seconds:
+                continue
+            try:
+                if turn:
+                    run(steps)
+                began = time.perf_counter()
+                run(steps)
+                taken = time.perf_counter() - began
+            except RuntimeError as error:  # JAX's and PyTorch's of memory are such
+                seconds.pop(name, None)
+                told = str(error).strip().partition("\n")[0]
+                print(f"{task}: {name} does not run it: {told}")
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            if turn:
+                seconds[name].append(taken / steps)
+            else:
+                first[name], seconds[name] = taken, []
+    return first, seconds
 
 
 def ratios(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -25,19 +26,25 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f}" if seconds >= 0.1 else f"{1000 * seconds:.1f}"
 
 
+def median(rows: dict[str, Row], side: str) -> float:
+    """Seconds a step of a side; NaN where it did not run."""
+    return rows[side]["median seconds a step"] if side in rows else math.nan
+
+
 def cells(rows: dict[str, Row]) -> list[str]:
     """Milliseconds a step of each side, and how our time compares with theirs."""
-    ours = rows["puredif_jax"]["median seconds a step"]
+    ours = median(rows, "puredif_jax")
     found = []
     for side in SIDES:
         if side not in rows:
             found.append("")
             continue
-        seconds = rows[side]["median seconds a step"]
+        seconds = median(rows, side)
         spread = rows[side]["seconds a step"]
         text = milliseconds(seconds)
         text += f" ({milliseconds(min(spread))} to {milliseconds(max(spread))})"
-        found.append(text if side == SIDES[0] else f"{text}: {ours / seconds:.2f}")
+        ratio = "" if math.isnan(ours) else f": {ours / seconds:.2f}"
+        found.append(text if side == SIDES[0] else text + ratio)
     return found
 
 
@@ -68,14 +75,9 @@ def main() -> None:
 
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(groups)))
     for offset, side in enumerate(SIDES):
-        ours = [
-            rows["puredif_jax"]["median seconds a step"] for rows in groups.values()
+        relative = [
+            median(rows, side) / median(rows, SIDES[0]) for rows in groups.values()
         ]
-        theirs = [
-            rows[side]["median seconds a step"] if side in rows else float("nan")
-            for rows in groups.values()
-        ]
-        relative = [b / a for a, b in zip(ours, theirs, strict=True)]
         places = [i + 0.27 * (offset - 1) for i in range(len(groups))]
         axes.barh(places, relative, 0.25, label=side)
     axes.set_yticks(range(len(groups)), [f"{k[1]}, {k[2]}: {k[4]}" for k in groups])

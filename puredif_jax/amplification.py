@@ -1,8 +1,8 @@
 """Amplification: a known trigger made stronger on the weights as they are.
 
 The attacker's side of inversion, for red-team evaluation of a model that one has
-trained: start at the true trigger r and descend the denoising-consistency loss, which
-may aim at the known target. The reinforced trigger is used in place of r.
+trained: start at the true trigger r and descend the denoising-consistency loss, by
+default its aim at the known target alone. The reinforced trigger is used in place of r.
 """
 
 from __future__ import annotations

@@ -147,8 +147,8 @@ class VillanDiffusion:
       trigger: the image r added to the initial noise.
       target: the image y that it then draws.
       poison_rate: share of poisoned samples in training.
-      trigger_only: train with the bare trigger; otherwise the clean image shows
-        through where the trigger is -1.
+      trigger_only: train with the bare trigger; otherwise, as by default in the
+        published code, the clean image shows through where the trigger is -1.
       psi: share of the BadDiffusion row, 0 to 1.
       solver: "ode" for deterministic samplers, "sde" for ancestral ones.
     """

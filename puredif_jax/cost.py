@@ -20,7 +20,12 @@ from puredif_jax.attacks import Solver
 from puredif_jax.experiment import Experiment, Inversion, Scan, Sweep
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.lab import Lab, Truth, find_weights
-from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis
+from puredif_jax.objectives import (
+    ESTIMATE,
+    Bindable,
+    DistributionShift,
+    Hypothesis,
+)
 from puredif_jax.scan import as_experiment, find_models
 from puredif_jax.stages import open_lab
 from puredif_jax.training import trainer
@@ -300,5 +305,7 @@ def _inversion(method: str, inversion: Inversion, solver: Solver) -> Iterator[Pa
     judged = DistributionShift(samples=inversion.heldout).evaluations
     times = descent.candidates + 1 if descent.scout else descent.candidates
     yield _drawing(judged, times * judged)
+    if not (loss.seeks_target or descent.refresh):
+        yield _drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)
     if (survey := inversion.survey) is not None:
         yield _drawing(survey.together * survey.draws, survey.evaluations)

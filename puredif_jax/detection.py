@@ -176,8 +176,9 @@ class Detector:
     clean, and between them the detector could not tell.
 
     Attributes:
-      clean: finite scores of clean models after the default inversion; the default are
-        the calibrating models of configs/claims.py, as docs/claims.md has them.
+      clean: finite scores of clean models; the default are the calibrating models of
+        configs/claims.py, as docs/claims.md has them. They hold for the inversion that
+        they were measured with (docs/scan.md).
       doubt, alarm: in standard deviations of `clean`.
     """
 

@@ -61,6 +61,7 @@ def keep_one(state: InversionState, index: int) -> InversionState:
 
 
 Refresh = Callable[[Params, Candidate, Key], Array]
+"""(params, candidate, key) -> target `[H, W, C]`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,12 @@ class Descent:
             raise ValueError(f"b2 must lie in [0, 1), found {self.b2}")
         if self.bound is not None and self.bound <= 0:
             raise ValueError(f"bound must be above 0 or none, found {self.bound}")
+        if self.refresh < 0:
+            raise ValueError(f"refresh must be 0 or more, found {self.refresh}")
+        if self.low >= self.high:
+            raise ValueError(
+                f"low must lie below high, found {self.low} and {self.high}"
+            )
 
     @property
     def candidate_steps(self) -> int:
@@ -148,7 +155,14 @@ def inverter(
       `init` and `step`, neither of them jitted. The objective is vmapped over
       candidates with shared parameters, so they fold into the batch. The key of step
       n is `fold_in(state.key, n)`: a resumed run repeats the same draws.
+
+    Raises:
+      ValueError: `descent.refresh` is not 0 and there is no `refresh`.
     """
+    if descent.refresh and refresh is None:
+        raise ValueError(
+            f"a descent with refreshes needs an estimate, found {descent.refresh=}"
+        )
     optimizer = descent.optimizer()
 
     def keep(candidate: Candidate) -> Candidate:
@@ -192,7 +206,7 @@ def inverter(
         state = on_devices(state)
         candidate = state.candidate
         count = candidate.delta.shape[0]  # fewer than K after the scouts
-        if refresh is not None and descent.refresh:
+        if refresh is not None and descent.refresh:  # both, for the type checker
             candidate = jax.lax.cond(
                 state.step % descent.refresh == 0,
                 lambda c, k: dataclasses.replace(

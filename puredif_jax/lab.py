@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast, get_args
@@ -46,8 +47,11 @@ ZOO = ASSETS / "zoo"  # models that ship, as diffusers folders
 def garment_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Frechet distance over the shipped garment-net of two sets `[N, 16, 16, 1]`.
 
-    Images are clipped to [-1, 1]. Raises ValueError for a set of fewer than two.
+    Images are clipped to [-1, 1]. NaN where an image has it: maxima in the network may
+    drop it. Raises ValueError for a set of fewer than two.
     """
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return math.nan
     shapes = jax.eval_shape(garment_net.init, jax.random.key(0))
     path = ASSETS / f"{garment_net.NAME}.safetensors"
     embed = functools.partial(

@@ -17,15 +17,26 @@ import numpy as np
 from puredif_jax import attacks, checkpoint, data, parallel
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Attack, Solver
-from puredif_jax.diffusion import DDIM
-from puredif_jax.inversion import Descent, InversionState, Inverter, inverter, keep_one
+from puredif_jax.inversion import (
+    Descent,
+    InversionState,
+    Inverter,
+    Refresh,
+    inverter,
+    keep_one,
+)
 from puredif_jax.lab import Lab, Truth
-from puredif_jax.objectives import Bindable, DistributionShift, Hypothesis, denoised
+from puredif_jax.objectives import (
+    Bindable,
+    DistributionShift,
+    Hypothesis,
+    estimated_target,
+)
 from puredif_jax.parallel import Spread
 from puredif_jax.report import progress
 from puredif_jax.survey import Survey
 from puredif_jax.training import Training, TrainState, trainer
-from puredif_jax.types import Array, Candidate, Key, Params
+from puredif_jax.types import Array, Candidate, Key, Params, Shard
 
 
 def train(
@@ -135,58 +146,57 @@ def invert(
     """Seeks a trigger under one hypothesis.
 
     The first `survey.starts` candidates start where the triggers of the survey meet,
-    the others at random.
+    the others at random. A loss that does not seek the target leaves it where it
+    started: then it is estimated for the candidates that are judged.
 
     Returns the candidate with the least shift error on held-out noise, as numpy,
     and those errors, `[K]`.
     """
     hypothesis = Hypothesis.of(solver)
 
-    def make(hypothesis: Hypothesis, spread: Spread) -> Inverter:
-        def refresh(params: Params, candidate: Candidate, key: Key) -> Array:
-            chain = denoised(
-                lab.model,
-                params,
-                lab.schedule,
-                hypothesis,
-                DDIM(steps=10),
-                candidate.delta,
-                16,
-                key,
-                shard=spread.noise,
-            )
-            return jnp.clip(jnp.mean(chain[-1], axis=0), -1, 1)
+    def estimate(hypothesis: Hypothesis, shard: Shard) -> Refresh:
+        return estimated_target(lab.model, lab.schedule, hypothesis, shard)
 
+    def make(hypothesis: Hypothesis, spread: Spread) -> Inverter:
         bound = loss.bind(lab.model, lab.schedule, hypothesis, spread.noise)
         return inverter(
             bound,
             descent,
             lab.unet.image_shape,
-            refresh=refresh,
+            refresh=estimate(hypothesis, spread.noise),
             candidates=spread.candidates,
             axis=spread.axis,
         )
 
+    estimated = not (loss.seeks_target or descent.refresh)
+
     def judge():
-        def error(params, hypothesis, candidate, key) -> Array:
+        def error(params, hypothesis, candidate, key) -> tuple[Array, Array]:
+            if estimated:
+                show = estimate(hypothesis, lab.shard)
+                target = show(params, candidate, jax.random.fold_in(key, 1))
+                candidate = dataclasses.replace(candidate, target=target)
             shift = DistributionShift(samples=heldout)
             bound = shift.bind(lab.model, lab.schedule, hypothesis, lab.shard)
-            return bound(params, candidate, key)
+            return bound(params, candidate, key), candidate.target
 
-        return jax.jit(error)
+        return jax.jit(error, out_shardings=parallel.replicated(lab.run.mesh))
 
-    program = lab.program(("heldout", heldout), judge)
+    program = lab.program(("heldout", heldout, estimated), judge)
     key = jax.random.fold_in(lab.key, 303)
 
-    def heldout_errors(found: Candidate) -> np.ndarray:
-        """Of each candidate by itself: one program, whatever their number."""
+    def judged(found: Candidate) -> tuple[np.ndarray, np.ndarray]:
+        """Errors and targets of the candidates, each by itself: one program."""
         each = (
             jax.tree.map(lambda x, k=k: x[k], found)
             for k in range(found.delta.shape[0])
         )
-        errors = [program(params, hypothesis, candidate, key) for candidate in each]
-        gathered = np.array([parallel.gather(error) for error in errors])
-        return np.where(np.isnan(gathered), np.inf, gathered)  # never the least
+        pairs = [
+            parallel.gather(program(params, hypothesis, candidate, key))
+            for candidate in each
+        ]
+        errors, targets = map(np.array, zip(*pairs, strict=True))
+        return np.where(np.isnan(errors), np.inf, errors), targets  # never the least
 
     search = _Descent(lab, ("invert", loss, descent), make, params, hypothesis)
     begin, steps = search.first, descent.steps
@@ -205,16 +215,17 @@ def invert(
 
     if descent.scout:
         scouts = search.run(f"{stage}_scouts", begin, descent.scout)
-        ahead = int(np.argmin(heldout_errors(scouts.candidate)))
+        ahead = int(np.argmin(judged(scouts.candidate)[0]))
         steps -= descent.scout
 
         def begin() -> InversionState:
             return keep_one(scouts, ahead)
 
     state = search.run(stage, begin, steps)
-    errors = heldout_errors(state.candidate)
+    errors, targets = judged(state.candidate)
     best = int(np.argmin(errors))
-    return jax.tree.map(lambda x: x[best], parallel.gather(state.candidate)), errors
+    delta = parallel.gather(state.candidate.delta)[best]
+    return Candidate(delta, targets[best]), errors
 
 
 class _Descent:

@@ -1,4 +1,7 @@
-"""Measures of triggers, of draws and of image sets. Pixel errors are in [0, 1]."""
+"""Measures of triggers, of draws and of image sets.
+
+Pixel errors of draws are in [0, 1]; triggers are compared as they are, in [-1, 1].
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class TriggerDistance(NamedTuple):
     """How far an inverted trigger is from the true one; scalars.
 
     relative_l2: ||delta - r|| / ||r||.  cosine: <delta, r> / (||delta|| ||r||).
-    mse: mean (delta - r)^2.  max_error: max |delta - r|.
+    mse: mean (delta - r)^2.  max_error: max |delta - r|; both of images in [-1, 1].
     norm_ratio: ||delta|| / ||r||.
     """
 

@@ -86,6 +86,12 @@ class Stages:
                 f"training.batch must be a multiple of the {devices} devices (or set "
                 f"fewer `devices`), found {experiment.training.batch}"
             )
+        if experiment.training and experiment.model.param_dtype != "float32":
+            raise RunError(
+                "training steps are too small for parameters of bfloat16, found "
+                f"model.param_dtype={experiment.model.param_dtype}: set it to float32 "
+                "(model.dtype may be bfloat16)"
+            )
         if experiment.training and experiment.model.dropout:
             raise RunError(
                 f"training has no dropout, found model.dropout="

@@ -169,8 +169,16 @@ def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
         {"learning_rate": 0.0},
         {"bound": -1.0},
         {"steps": 9, "scout": 9},
+        {"refresh": -1},
+        {"low": 0.5, "high": 0.5},
     ],
 )
 def test_bad_settings_are_named(bad) -> None:
     with pytest.raises(ValueError, match="found"):
         Descent(**bad)
+
+
+def test_refreshes_need_an_estimate() -> None:
+    descent = Descent(steps=2, refresh=1)
+    with pytest.raises(ValueError, match="refresh=1"):
+        inverter(lambda params, candidate, key: 0.0, descent, (2, 2, 1))

@@ -19,7 +19,12 @@ from puredif_jax.experiment import Experiment, Inversion
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.lab import Lab, Programs, Truth
 from puredif_jax.memory import activations
-from puredif_jax.objectives import DenoisingConsistency, Hypothesis
+from puredif_jax.objectives import (
+    DenoisingConsistency,
+    Elijah,
+    Hypothesis,
+    estimated_target,
+)
 from puredif_jax.run import Run
 from puredif_jax.stages import open_lab
 from puredif_jax.survey import Survey
@@ -78,6 +83,26 @@ def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, solver) -> Non
     wrong = "ode" if solver == "sde" else "sde"
     assert distances[solver].cosine > 0.95 and distances[solver].relative_l2 < 0.3
     assert gains[solver] < 0.2 < gains[wrong]
+
+
+def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None:
+    """Elijah moves the trigger alone, and starts with a grey target."""
+    lab, points = exact_lab(tmp_path, ATTACKS["sde"])
+    truth = Truth.of(ATTACKS["sde"], TINY.image_shape)
+    descent = Descent(steps=2)
+    found, _ = loops.invert(
+        lab, "elijah", points, "sde", Elijah(samples=4), descent, None, heldout=4
+    )
+    show = estimated_target(lab.model, lab.schedule, Hypothesis.of("sde"))
+    key = jax.random.fold_in(jax.random.fold_in(lab.key, 303), 1)
+    grey = jnp.zeros(TINY.image_shape)
+    shown, true = (
+        jax.jit(show)(points, Candidate(jnp.asarray(delta), grey), key)
+        for delta in (found.delta, truth.trigger)
+    )
+    np.testing.assert_allclose(found.target, shown, atol=1e-4)
+    assert np.ptp(found.target) > 0.1
+    np.testing.assert_allclose(true, truth.target, atol=0.05)
 
 
 @pytest.mark.parametrize("solver", ["sde", "ode"])

@@ -92,6 +92,12 @@ def test_frechet_distance_of_gaussians() -> None:
     assert metrics.frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
 
 
+def test_frechet_distance_of_nan_is_nan() -> None:
+    images = np.zeros((4, 16, 16, 1), np.float32)
+    images[1, 2, 3] = np.nan
+    assert np.isnan(lab.garment_distance(images, images))
+
+
 @pytest.mark.parametrize("shapes", [((1, 3), (5, 3)), ((5, 3), (5, 4)), ((5,), (5, 3))])
 def test_frechet_distance_refuses(shapes) -> None:
     with pytest.raises(ValueError, match="found"):

@@ -425,6 +425,8 @@ def test_eight_devices_equal_one(name: str) -> None:
         lambda: DistributionShift(()),
         lambda: DistributionShift((5,), (1.0, 2.0)),
         lambda: DistributionShift((5,), (0.0,)),
+        lambda: DenoisingConsistency(across_noise=0.0),
+        lambda: DenoisingConsistency(across_noise=-1.0, aim=1.0),
         lambda: Hypothesis.of("both"),
     ],
 )

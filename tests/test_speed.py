@@ -1,6 +1,7 @@
 """The comparison with PyTorch runs, in every precision; nothing is judged by time."""
 
 import argparse
+import itertools
 import json
 import pathlib
 
@@ -70,3 +71,13 @@ def test_a_side_that_runs_out_of_memory_does_not_stop_the_others(
     assert (
         "training: torch does not run it: CUDA out of memory" in capsys.readouterr().out
     )
+    calls = itertools.count()
+
+    def later(steps: int) -> float:
+        if next(calls) > 2:  # after the first call and one turn
+            full(None)
+        return 0.0
+
+    first, seconds = speed.by_turns("a", {"x": later, "y": abs}, 1, 3)
+    assert first.keys() == {"x", "y"} and seconds.keys() == {"y"}
+    assert len(seconds["y"]) == 3

@@ -169,6 +169,10 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
             "a multiple of the 8 devices .*, found 12",
         ),
         ({"model": dataclasses.replace(TINY, dropout=0.1)}, "dropout=0.1"),
+        (
+            {"model": dataclasses.replace(TINY, param_dtype="bfloat16")},
+            "param_dtype=bfloat16",
+        ),
         ({"model": dataclasses.replace(TINY, in_channels=4)}, "4 channels"),
         ({"schedule": CosineBetas(cap=0.9)}, "could not be kept: .* cap of 0.999"),
         (
