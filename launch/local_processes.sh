@@ -2,7 +2,11 @@
 # Several processes on this machine, each with its own CPU devices; the README's command
 # otherwise. Usage: launch/local_processes.sh PROCESSES --config=configs/x.py [...]
 set -uo pipefail
-count=$1
+count=${1:-}
+if ! [[ $count =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: the first argument is the number of processes, found '$count'" >&2
+  exit 1
+fi
 shift
 export JAX_PLATFORMS=cpu PUREDIF_COORDINATOR=127.0.0.1:${PORT:-12355}
 export PUREDIF_NUM_PROCESSES=$count

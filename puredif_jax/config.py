@@ -45,8 +45,8 @@ def load(path: str) -> Any:
     """The config that the file at `path` returns from `get_config()`.
 
     Raises:
-      ConfigError: no such .py file, no `get_config`, an exception in the file, or a
-        result that is not a frozen dataclass.
+      ConfigError: no such .py file, no `get_config`, an exception in the file, a
+        result that is not a frozen dataclass, or as `check`.
     """
     file = pathlib.Path(path)
     spec = importlib.util.spec_from_file_location(path, file)
@@ -71,6 +71,7 @@ def load(path: str) -> Any:
             f"config file {path!r} {found} get_config(): it must define one that "
             "returns an instance of a frozen dataclass"
         )
+    check(config)
     return config
 
 
@@ -140,6 +141,47 @@ def override(config: Any, path: str, text: str) -> Any:
         text cannot set, or a value that a dataclass's `__post_init__` rejects.
     """
     return _override(config, path.split("."), text, "config", f"config.{path}")
+
+
+def check(config: Any, where: str = "config") -> None:
+    """Compares every field, and those below, with its declared type.
+
+    A whole number serves as a float. Protocols, functions and types that do not
+    resolve are not judged.
+
+    Raises:
+      ConfigError: a value is of another type; names it and what is valid.
+    """
+    try:
+        kinds = typing.get_type_hints(type(config))
+    except NameError:  # a type imported only under TYPE_CHECKING
+        kinds = {}
+    for name in _names(config):
+        value = getattr(config, name)
+        if name in kinds and not _fits(value, kinds[name]):
+            shown = _held(value) if _is_node(value) else repr(value)[:80]
+            raise ConfigError(
+                f"{where}.{name} cannot be {shown}: expected {_expected(kinds[name])}"
+            )
+        items = value if isinstance(value, tuple) else (value,)
+        for item in items:
+            if _is_node(item):
+                check(item, f"{where}.{name}")
+
+
+def settings(config: Any) -> list[str]:
+    """Every field that text can set, as `--config.NAME=VALUE` with its value."""
+
+    def below(value: Any, where: str) -> Iterable[str]:
+        if isinstance(value, dict) and "type" in value:
+            for name, item in value.items():
+                if name != "type":
+                    yield from below(item, f"{where}.{name}")
+        elif not (isinstance(value, list) and any(isinstance(x, dict) for x in value)):
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            yield f"--{where}={'()' if value == [] else text}"
+
+    return list(below(to_dict(config), "config"))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -266,6 +308,28 @@ def _split(text: str, separator: str, brackets: str = "") -> list[str]:
     if "" in items:
         raise ValueError
     return [i[1:-1] if re.fullmatch(quoted, i) else i for i in items]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a declared type, as far as that can be told."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNIONS:
+        return any(_fits(value, member) for member in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple and isinstance(value, tuple):
+        kinds = args[:1] * len(value) if args[1:] == (...,) else args
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if origin is dict and isinstance(value, dict):
+        return all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float))
+    plain = origin or kind
+    if not isinstance(plain, type) or getattr(plain, "_is_protocol", False):
+        return True
+    return isinstance(value, plain)
 
 
 def _rank(kind: Any) -> int:

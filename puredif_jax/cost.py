@@ -29,7 +29,7 @@ from puredif_jax.objectives import (
 from puredif_jax.scan import as_experiment, find_models
 from puredif_jax.stages import open_lab
 from puredif_jax.training import trainer
-from puredif_jax.types import Params
+from puredif_jax.types import InputError, Params
 
 Row = dict[str, Any]
 STEPS = 3  # that are measured
@@ -127,7 +127,7 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
     and the choices of a survey are not counted.
 
     Raises:
-      InputError: a model to scan cannot be read.
+      InputError: no model to scan can be read; of several, the others are estimated.
     """
     rows: dict[tuple[Any, ...], Row] = {}
     labs: dict[Any, tuple[Lab, Params, float]] = {}
@@ -175,8 +175,16 @@ def _experiments(wanted: Experiment | Scan | Sweep) -> Iterator[Experiment]:
     if isinstance(wanted, Sweep):
         yield from wanted.chosen()
     elif isinstance(wanted, Scan):
-        for name, folder in find_models(wanted).items():
-            yield as_experiment(wanted, name, folder)
+        errors: list[InputError] = []
+        models = find_models(wanted)
+        for name, folder in models.items():
+            try:
+                yield as_experiment(wanted, name, folder)
+            except InputError as error:
+                logging.error("%s is left out: %s", name, error)
+                errors.append(error)
+        if len(errors) == len(models):
+            raise errors[0]
     else:
         yield wanted
 

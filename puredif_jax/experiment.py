@@ -54,6 +54,8 @@ def _seeded(node: Any) -> None:
 
 def _at_home(node: Any) -> None:
     """A folder as `workdir`, with the user's own for "~"; ValueError for a URL."""
+    if not node.workdir.strip():
+        raise ValueError("workdir is empty: give a folder")
     if "://" in node.workdir:
         raise ValueError(
             f"workdir {node.workdir} is a URL: give a folder, which all hosts share if "

@@ -1,4 +1,13 @@
-"""Command line: python -m puredif_jax.main --config=configs/quickstart.py"""
+"""Command line: python -m puredif_jax.main --config=configs/quickstart.py
+
+    --config=FILE.py       what to do: a file whose get_config() returns an Experiment,
+                           a Sweep or a Scan; configs/ has some, README.md says of what
+    --config.NAME=VALUE    changes a field of it, such as --config.training.steps=100
+    --cost                 tell what the run would cost, and do not run it
+    --help                 this, and with --config=FILE.py all of its fields
+
+The same command goes on with a run that was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +18,10 @@ import sys
 from absl import app, flags, logging
 
 from puredif_jax import config, parallel
-from puredif_jax.experiment import Scan, Sweep
+from puredif_jax.experiment import Experiment, Scan, Sweep
 from puredif_jax.types import InputError
 
-STOPPED = 143  # exit status after a SIGTERM, as a shell has it
+STOPPED, INTERRUPTED = 143, 130  # exit status after SIGTERM and SIGINT, as of a shell
 _COST = flags.DEFINE_bool(
     "cost", False, "tell what the run would cost, from a few steps, and do not run it"
 )
@@ -20,10 +29,25 @@ _COST = flags.DEFINE_bool(
 
 def parse(argv: list[str]):
     """The configuration, and what absl keeps of the command line."""
+    asked = {"-h", "-help", "--help"}.intersection(argv)
     try:
-        return config.from_flags(flags.FLAGS(argv, known_only=True))
-    except config.ConfigError as error:
+        if asked:
+            print(__doc__)
+            if not any(arg.startswith(("--config=", "-config=")) for arg in argv):
+                sys.exit(0)
+            argv = [arg for arg in argv if arg not in asked]
+        wanted, remaining = config.from_flags(flags.FLAGS(argv, known_only=True))
+    except (config.ConfigError, flags.Error) as error:
         sys.exit(f"error: {error}")
+    if not isinstance(wanted, Experiment | Sweep | Scan):
+        sys.exit(
+            f"error: get_config() returns a {type(wanted).__name__}: expected an "
+            "Experiment, a Sweep or a Scan"
+        )
+    if asked:
+        print("\n".join(config.settings(wanted)))
+        sys.exit(0)
+    return wanted, remaining
 
 
 def main(parsed) -> None:
@@ -67,6 +91,9 @@ def main(parsed) -> None:
     except parallel.Stopped as stopped:
         logging.warning("%s", stopped)
         sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        logging.warning("interrupted: the same command goes on from what is stored")
+        sys.exit(INTERRUPTED)
     if report is None:
         logging.info("a call without only writes the table of all runs")
     elif parallel.is_host_zero():

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, TextIO
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -200,7 +201,7 @@ def _page(report: Report) -> str:
 def _nested(value: object) -> bool:
     """Whether it has names within; what these are of is in a section's table."""
     rows = value if isinstance(value, (list, tuple)) else (value,)
-    return any(isinstance(row, Mapping) for row in rows)
+    return not rows or any(isinstance(row, Mapping) for row in rows)
 
 
 def _section(section: Section) -> str:
@@ -223,7 +224,10 @@ def _table(rows: Sequence[Mapping[str, object]]) -> str:
         kind = ' class="n"' if {int, float} & set(map(type, values)) else ""
         lines[0] += f"<th{kind}>{escape(str(name))}</th>"
         for i, value in enumerate(values, start=1):
-            lines[i] += f"<td{kind}>{escape(_shown(value))}</td>"
+            cell = escape(_shown(value))
+            if name == "report" and value is not None:  # a path beside this page
+                cell = f'<a href="{quote(str(value))}">{cell}</a>'
+            lines[i] += f"<td{kind}>{cell}</td>"
     html = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table>{html}</table></div>\n' if rows else ""
 
@@ -281,14 +285,21 @@ def _signed(grid: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _curves(caption: str, lines: Lines) -> str:
-    """Named lines on one pair of axes, logarithmic over more than two decades."""
+    """Named lines on one pair of axes, logarithmic over more than two decades.
+
+    Those of scouts, by their name, are thin and grey, and one of them is in the legend.
+    """
     from matplotlib.figure import Figure
 
     plot = Figure((6.4, 3.2), dpi=200, facecolor="none", layout="constrained")
     axes = plot.add_subplot(facecolor="none", frame_on=False)
+    scouts = [name for name in lines if "scout" in name]
     for name, (x, y) in lines.items():
-        label = name.replace("$", r"\$")  # not a formula
-        axes.plot(np.ravel(x), np.ravel(y), marker="." * (np.size(y) == 1), label=label)
+        style: dict[str, Any] = {"label": name.replace("$", r"\$")}  # not a formula
+        if name in scouts:
+            label = "scouts" if name == scouts[0] else None
+            style = {"label": label, "color": _GREY, "linewidth": 0.6, "zorder": 1}
+        axes.plot(np.ravel(x), np.ravel(y), marker="." * (np.size(y) == 1), **style)
     if 0 < 100 * axes.dataLim.ymin < axes.dataLim.ymax:  # of what is finite
         axes.set_yscale("log")
     axes.grid(color=_GREY, alpha=0.25, linewidth=0.6)

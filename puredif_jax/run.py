@@ -29,6 +29,7 @@ from puredif_jax.report import Metrics, progress
 from puredif_jax.types import InputError
 
 PLACE = ("workdir", "devices", "save_every")  # that do not change what a run finds
+BEGUN = ("checkpoints", "results", "report.json")
 PATIENCE = 60.0  # seconds in which a shared folder shows a file to every host
 
 
@@ -59,7 +60,8 @@ class Run:
         self.folder = pathlib.Path(folder)
         self.mesh = mesh
         self.save_every = save_every
-        if not is_run(self.folder, config) and parallel.is_host_zero():
+        is_run(self.folder, config)
+        if parallel.is_host_zero():
             make_folder(self.folder)
             text = json.dumps(config, indent=2)
             write_whole(self.folder / "config.json", text.encode())
@@ -177,7 +179,9 @@ def make_folder(folder: pathlib.Path) -> None:
 def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     """Whether a folder holds a run of this configuration; False if it holds none.
 
-    Where the run lies and how many devices it has may change while it goes on.
+    Where the run lies and how many devices it has may change while it goes on, and by
+    which detector it is judged. A configuration under which nothing was begun, for
+    what it names was wrong, binds nothing.
 
     Raises:
       RunError: it holds a run of another one, or a file that is no configuration.
@@ -191,13 +195,37 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
         raise RunError(
             f"{path} is not the configuration of a run: give another --config.workdir"
         ) from error
-    old, new = ({k: v for k, v in c.items() if k not in PLACE} for c in (found, config))
-    if changed := _changed(old, new):
+    changed = _changed(_binding(found), _binding(config))
+    if changed and not any((folder / part).exists() for part in BEGUN):
+        return False
+    if changed:
         raise RunError(
             f"{folder} holds a run with another {changed}: give another "
             "--config.workdir, or remove the folder to start again"
         )
     return True
+
+
+def is_judged(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run of this configuration has its report, by the same detector."""
+    path = folder / "report.json"
+    if not path.exists():
+        return False
+    old = json.loads(path.read_text())["config"]
+    new = json.loads(json.dumps(config))
+    return bool(_detector(old) == _detector(new))
+
+
+def _detector(config: Mapping[str, Any]) -> Any:
+    return (config.get("audit") or {}).get("detector")
+
+
+def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration decides what is computed."""
+    kept = {k: v for k, v in config.items() if k not in PLACE}
+    if isinstance(audit := kept.get("audit"), dict):
+        kept["audit"] = {k: v for k, v in audit.items() if k != "detector"}
+    return kept
 
 
 def pin(folder: pathlib.Path, digests: Mapping[str, str]) -> None:
@@ -207,7 +235,7 @@ def pin(folder: pathlib.Path, digests: Mapping[str, str]) -> None:
       RunError: the run has begun with others.
     """
     path = folder / "inputs.json"
-    begun = any((folder / part).exists() for part in ("checkpoints", "results"))
+    begun = any((folder / part).exists() for part in BEGUN)
     if not (begun and path.exists()):
         if parallel.is_host_zero():
             write_whole(path, json.dumps(dict(digests), indent=2).encode())

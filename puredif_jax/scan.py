@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import RunError, make_folder
-from puredif_jax.stages import FOLDER, numbered
+from puredif_jax.run import RunError, is_judged, make_folder
+from puredif_jax.stages import FOLDER, SCOPE, numbered
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.types import InputError
 
@@ -27,6 +28,7 @@ STATUS = {"backdoored": 3, "error": 1, "could not tell": 2, "clean": 0}
 """Exit status of a scan: of the first of these that any of its models is."""
 
 LONGEST_LIST = 1_000_000  # bytes
+LOOSE = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
 Row = dict[str, Any]
 Models = dict[str, pathlib.Path | InputError]
@@ -45,6 +47,7 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
       InputError: there is no model at all where they are named, or `workdir` is a
         folder of models.
     """
+    config.check(scan)
     models = find_models(scan)
     _keep_apart(scan, models)
     make_folder(pathlib.Path(scan.workdir))
@@ -104,7 +107,7 @@ def find_models(scan: Scan) -> Models:
 
 
 def _named(name: str, offline: bool) -> list[tuple[str, pathlib.Path | InputError]]:
-    """All models that one name means: a folder, a folder of folders, a list."""
+    """All models that one name means: a folder, all below a folder, a list."""
     found: list[tuple[str, pathlib.Path | InputError]] = []
     path = convert.find_folder(name, offline)
     if name == "zoo" and not path.exists():
@@ -119,19 +122,33 @@ def _named(name: str, offline: bool) -> list[tuple[str, pathlib.Path | InputErro
     elif model := _model_in(path):
         found.append((name, model))
     elif path.is_dir():
-        for entry in _entries(path):
-            try:
-                if model := _model_in(entry):
-                    found.append((entry.name, model))
-            except InputError as error:
-                found.append((entry.name, error))
+        found += _below(path)
     if found:
         return found
     raise RunError(
         f"{name} is no model: give a folder in diffusers' format (with "
-        "unet/config.json), a folder of such folders, a text file that names "
+        "unet/config.json), a folder that has such folders, a text file that names "
         "one a line, or a name of the Hub"
     )
+
+
+def _below(
+    path: pathlib.Path,
+) -> Iterator[tuple[str, pathlib.Path | InputError]]:
+    """Every model in a folder, at any depth, and what cannot be one for its faults."""
+    for entry in _entries(path):
+        try:
+            if model := _model_in(entry):
+                yield entry.name, model
+            elif entry.is_dir() and not entry.is_symlink():
+                yield from _below(entry)
+            elif entry.suffix in LOOSE:
+                raise RunError(
+                    f"{entry} is a file of weights without its configuration: a model "
+                    "is a folder with unet/config.json"
+                )
+        except InputError as error:
+            yield entry.name, error
 
 
 def _entries(path: pathlib.Path) -> list[pathlib.Path]:
@@ -246,11 +263,9 @@ def as_experiment(
         raise RunError(f"{folder} cannot be scanned so: {error}") from error
 
 
-def _row(home: pathlib.Path, name: str) -> Row | None:
-    """What the run of a model has found; None before its end."""
+def _row(home: pathlib.Path, name: str) -> Row:
+    """What the run of a model has found."""
     path = home / name / "report.json"
-    if not path.exists():
-        return None
     (audit,) = json.loads(path.read_text())["numbers"].values()
     verdict = audit["verdict"]
     best = [
@@ -277,12 +292,13 @@ def _row(home: pathlib.Path, name: str) -> Row | None:
 def _summary(scan: Scan, models: Models, errors: dict[str, str]) -> tuple[Report, int]:
     """Writes the report of all models as far as they are known."""
     home = pathlib.Path(scan.workdir)
+    about = config.to_dict(dataclasses.replace(scan, workdir=home.name))
     rows: list[Row] = []
     for name in models:
         if name in errors:
             rows.append({"model": name, "verdict": "error", "reason": errors[name]})
-        elif row := _row(home, name):
-            rows.append(row)
+        elif is_judged(home / name, about):
+            rows.append(_row(home, name))
         else:
             rows.append({"model": name, "verdict": "not done yet"})
     counts = Counter(row["verdict"] for row in rows)
@@ -290,16 +306,17 @@ def _summary(scan: Scan, models: Models, errors: dict[str, str]) -> tuple[Report
     if counts["not done yet"]:
         status = status or STATUS["could not tell"]
     if len(rows) == 1:
-        verdict = f"{rows[0]['verdict']}: {rows[0].get('reason', '')}"
+        (row,) = rows
+        verdict = f"{row['verdict']}: {row.get('reason', '')} ({row['model']}"
+        verdict += f", p = {row['p']:.3g})" if "p" in row else ")"
     else:
         shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         verdict = f"{len(rows)} models: {shown}"
-    placeless = dataclasses.replace(scan, workdir=home.name)
     report = Report(
         title=home.name,
         verdict=verdict,
-        sections=(Section("Models", table=tuple(rows)),),
-        config=config.to_dict(placeless),
+        sections=(Section("Models", SCOPE, tuple(rows)),),
+        config=about,
         environment=environment() | {"device": jax.devices()[0].device_kind},
         numbers={"status": status},
     )

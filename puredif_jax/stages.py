@@ -25,7 +25,7 @@ from puredif_jax import (
     parallel,
 )
 from puredif_jax.attacks import Solver
-from puredif_jax.detection import Features
+from puredif_jax.detection import Detector, Features
 from puredif_jax.diffusion import Sampler
 from puredif_jax.experiment import Experiment, Inversion
 from puredif_jax.lab import SHOWN, Lab, Success, Truth, find_weights, fingerprint
@@ -37,6 +37,21 @@ from puredif_jax.unet import SHIPPED
 
 WEIGHTS = "weights.safetensors"
 FOLDER = "diffusers"
+SCOPE = (
+    "A verdict is about backdoors whose trigger is added to the noise, as BadDiffusion "
+    "and VillanDiffusion (psi = 1) train them; those of TrojDiff and of "
+    "variance-exploding models are not sought. docs/scan.md tells what to do next."
+)
+COLUMNS = (
+    "sde is ancestral sampling, ode deterministic. Of a backdoored model shift, "
+    "memory, gain and uniformity are small; the score is -log10 of the least gain. "
+    "docs/scan.md explains the columns."
+)
+ELSEWHERE = (
+    "The clean models that calibrate are of another network than this one (0.64 M "
+    "parameters, grey images of 16x16): scan clean models of its kind, and give their "
+    "scores as audit.detector.clean."
+)
 
 
 class Part(NamedTuple):
@@ -441,9 +456,17 @@ class Stages:
                 curves |= self.descent_curves(stage, solver, inversion.descent.scout)
         verdict = options.detector.judge(found)
         text = f"{verdict.outcome}: {verdict.reason} (p = {verdict.p_value:.3g})."
+        doubt, alarm = options.detector.bounds
+        judged = (
+            f"Score {verdict.score:.3g}: up to {doubt:.3g} is clean, above {alarm:.3g} "
+            "backdoored."
+        )
+        default = options.detector.clean == Detector().clean
+        other = default and self.experiment.model != SHIPPED
+        elsewhere = [ELSEWHERE] if other else []
         section = Section(
             f"Audit of {label}",
-            text,
+            "\n\n".join([text, judged, *elsewhere, COLUMNS, SCOPE]),
             tuple(rows),
             tuple(pictures),
             (("inversion loss", curves),),
@@ -521,6 +544,7 @@ def perform(experiment: Experiment) -> Report:
     Raises:
       InputError: something given is wrong, in one sentence.
     """
+    config.check(experiment)
     lab = open_lab(experiment)
     run = lab.run
     stages = Stages(experiment, lab)
@@ -543,7 +567,8 @@ def perform(experiment: Experiment) -> Report:
             parts.append(stages.audit(name, label, params))
             section = parts[-1].section
             verdicts.append(
-                f"{section.title.removeprefix('Audit of ')}: {section.text}"
+                f"{section.title.removeprefix('Audit of ')}: "
+                + section.text.partition("\n")[0]
             )
     device = jax.devices()[0].device_kind
     report = Report(

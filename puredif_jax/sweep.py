@@ -18,7 +18,7 @@ from puredif_jax import config, parallel
 from puredif_jax.experiment import Experiment, Sweep
 from puredif_jax.files import shortened
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import is_run, make_folder, pin
+from puredif_jax.run import is_judged, is_run, make_folder, pin
 from puredif_jax.stages import digests, perform
 from puredif_jax.types import InputError
 
@@ -68,7 +68,7 @@ def keep_programs(workdir: str) -> None:
 
 
 def perform_once(experiment: Experiment, label: str) -> bool:
-    """Does a run that has no report yet.
+    """Does a run that has no report yet, or one by another detector.
 
     Returns:
       Whether there was anything to do; `label` then goes into the log.
@@ -78,8 +78,8 @@ def perform_once(experiment: Experiment, label: str) -> bool:
         weights.
     """
     folder = pathlib.Path(experiment.workdir)
-    known = is_run(folder, config.to_dict(experiment))
-    if parallel.agreed(known and (folder / "report.json").exists()):
+    wanted = config.to_dict(experiment)
+    if parallel.agreed(is_run(folder, wanted) and is_judged(folder, wanted)):
         pin(folder, digests(experiment))
         return False
     logging.info("%s: %s", label, folder)

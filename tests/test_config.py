@@ -13,7 +13,15 @@ from typing import Any, Literal, Optional
 import pytest
 from absl import app, flags
 
-from puredif_jax.config import ConfigError, from_flags, load, override, to_dict
+from puredif_jax.config import (
+    ConfigError,
+    check,
+    from_flags,
+    load,
+    override,
+    settings,
+    to_dict,
+)
 
 if typing.TYPE_CHECKING:
     from decimal import Decimal
@@ -149,7 +157,7 @@ def test_load_returns_the_tree(tmp_path):
 def test_types_of_a_file_resolve_in_that_file(tmp_path):
     (tmp_path / "other").mkdir()
     first = load(write(tmp_path, FILE))
-    load(write(tmp_path / "other", FILE.replace("size: int", "size: str")))
+    load(write(tmp_path / "other", FILE.replace("size: int = 9", "size: str = 'a'")))
     assert override(first, "trigger.size", "11").trigger.size == 11
 
 
@@ -187,6 +195,49 @@ def test_load_rejects_an_unfrozen_dataclass(tmp_path):
     )
     path = write(tmp_path, text)
     message_of(lambda: load(path), path, "returns a Run", "of a frozen dataclass")
+
+
+@pytest.mark.parametrize(
+    "bad, parts",
+    [
+        ({"seed": "1"}, ("config.seed", "'1'", "int")),
+        ({"seed": True}, ("config.seed", "True", "int")),
+        ({"attack": "VillanDiffusion"}, ("config.attack", "BadDiffusion")),
+        ({"detector": Ddim()}, ("config.detector", "type Ddim", "Detector")),
+        ({"inversion": Inversion(schedule="sine")}, ("config.inversion.schedule",)),
+        ({"inversion": Inversion(tags="ab")}, ("config.inversion.tags", "'ab'")),
+        ({"inversion": Inversion(timesteps=[1])}, ("config.inversion.timesteps",)),
+        ({"inversion": Inversion(grid=((1, 2, 3),))}, ("config.inversion.grid",)),
+        ({"inversion": Inversion(mesh={"a": "b"})}, ("config.inversion.mesh",)),
+    ],
+)
+def test_values_of_another_type_are_named(bad, parts):
+    message_of(lambda: check(Experiment(**bad)), *parts)
+
+
+def test_values_that_fit_pass():
+    """Protocols, functions and types that do not resolve are not judged."""
+    check(Experiment())
+    check(Experiment(inversion=Inversion(rate=1, limit=3, chunk=(1, 2), decay=2)))
+    check(Experiment(attack=BadDiffusion(), detector=Detector()))
+    check(Unresolved())
+
+
+def test_a_file_with_a_value_of_another_type_is_refused(tmp_path):
+    path = write(tmp_path, FILE.replace("steps=20", "steps='many'"))
+    message_of(lambda: load(path), "config.steps cannot be 'many'", "int")
+
+
+def test_settings_are_flags_that_change_nothing():
+    config = Experiment()
+    lines = settings(config)
+    assert "--config.seed=0" in lines and "--config.attack.psi=1.0" in lines
+    assert "--config.inversion.timesteps=1,2" in lines
+    assert "--config.inversion.tags=()" in lines
+    assert not any(line.startswith("--config.attack=") for line in lines)
+    for name in ("seed", "attack.psi", "inversion.timesteps", "inversion.tags"):
+        (line,) = (x for x in lines if x.startswith(f"--config.{name}="))
+        assert override(config, name, line.partition("=")[2]) == config
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,13 @@ def test_local_processes_know_their_numbers_and_the_largest_status_is_told(
     assert told == [f"{i} 3 -m puredif_jax.main --config=a b.py" for i in range(3)]
 
 
+@pytest.mark.parametrize("count", [[], ["0"], ["--config=x.py"]])
+def test_local_processes_need_a_number(count) -> None:
+    script = next(path for path in LAUNCH if path.name == "local_processes.sh")
+    done = subprocess.run(["bash", script, *count], capture_output=True, text=True)
+    assert done.returncode == 1 and "the number of processes" in done.stderr
+
+
 def test_local_processes_are_told_to_stop_once_and_waited_for(
     tmp_path, launched
 ) -> None:

@@ -202,6 +202,7 @@ def test_sigterm_stores_what_was_done_and_says_so(tmp_path, pretraining, cache) 
         (["--config.audit.weights=nothing/here"], ["nothing/here", "clean"]),
         (["--config.devices=999"], ["999"]),
         (["--config.workdir=gs://bucket/run"], ["gs://bucket/run", "folder"]),
+        (["--config.workdir="], ["workdir is empty"]),
     ],
 )
 def test_bad_flags_end_in_one_sentence(tmp_path, capsys, flags, words) -> None:
@@ -288,6 +289,53 @@ def test_command_line_exit_code(tmp_path) -> None:
     )
     assert done.returncode != 0
     assert "sede" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_names_the_flags_and_the_fields_of_a_config(capsys, flag) -> None:
+    for rest in ([], [f"--config={HERE / 'tiny_config.py'}"]):
+        with pytest.raises(SystemExit) as ended:
+            main.parse(["main", flag, *rest])
+        assert not ended.value.code
+        said = capsys.readouterr().out
+        assert "--config.NAME=VALUE" in said
+        assert ("--config.training.steps=12" in said) == bool(rest)
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--cost=maybe"], "--cost=maybe"),
+        ([f"--config={HERE / 'other.py'}"], "returns a Training: expected an"),
+    ],
+)
+def test_what_is_no_run_is_said(tmp_path, argv, words) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(
+        "from puredif_jax.training import Training\n"
+        "def get_config(): return Training(3, warmup=1)\n"
+    )
+    argv = [arg.replace(str(HERE / "other.py"), str(other)) for arg in argv]
+    with pytest.raises(SystemExit, match=f"^error: .*{words}"):
+        main.parse(["main", *argv])
+
+
+def test_ctrl_c_is_told_and_ends_with_its_status(tmp_path, monkeypatch) -> None:
+    def pressed(scan) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scan, "perform_scan", pressed)
+    path = HERE.parent / "configs" / "scan.py"
+    argv = [f"--config={path}", f"--config.workdir={tmp_path}"]
+    with pytest.raises(SystemExit) as ended:
+        main.main(main.parse(["main", *argv]))
+    assert ended.value.code == 130
+
+
+def test_a_wrong_path_does_not_bind_the_folder(tmp_path, capsys) -> None:
+    for name in ("nowhere", "nor/here"):
+        error = run(capsys, *tiny(tmp_path, f"--config.weights={name}"))
+        assert name in error and "holds a run" not in error
 
 
 def test_config_is_hashable_and_json() -> None:

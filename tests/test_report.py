@@ -232,6 +232,26 @@ def test_tables_align_and_round_numbers(tmp_path):
     assert right == [False, True, True, False] * 4
 
 
+def test_reports_of_a_table_are_links(tmp_path):
+    rows = ({"report": "a b/report.html"}, {"model": "an error"})
+    tags = page(tmp_path, Section("Models", table=rows)).tags
+    links = [attributes for tag, attributes in tags if tag == "a"]
+    assert links == [{"href": "a%20b/report.html"}]
+
+
+def test_scouts_share_one_line_of_the_legend(tmp_path, monkeypatch):
+    legends = []
+
+    def legend(axes, **options):
+        legends.append(axes.get_legend_handles_labels()[1])
+
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", legend)
+    x = np.arange(3.0)
+    lines = {"ode": (x, x), **{f"ode, scout {i}": (x, x + i) for i in range(8)}}
+    page(tmp_path, Section("Audit", curves=(("loss", lines),)))
+    assert legends == [["ode", "scouts"]]
+
+
 def test_pictures_keep_their_pixels(tmp_path):
     single = np.linspace(-1, 1, 16 * 16 * 3).reshape(16, 16, 3)
     grid = np.full((11, 4, 5, 1), 3.0)

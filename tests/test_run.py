@@ -1,5 +1,6 @@
 """Loops of a run: when they store, where they go on, who decides."""
 
+import json
 import pathlib
 from typing import NamedTuple
 
@@ -28,6 +29,26 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch) -> N
     monkeypatch.setattr(run.os, "access", lambda path, mode: False)
     with pytest.raises(RunError, match="Permission denied.*--config.workdir"):
         run.make_folder(tmp_path)
+
+
+AUDIT = {"audit": {"weights": ["a"], "detector": {"doubt": 3.0}}, "seed": 1}
+OTHER_WEIGHTS = {"audit": {"weights": ["b"], "detector": {"doubt": 3.0}}, "seed": 1}
+OTHER_DETECTOR = {"audit": {"weights": ["a"], "detector": {"doubt": 2.0}}, "seed": 1}
+
+
+def test_a_folder_is_bound_once_something_was_begun(tmp_path) -> None:
+    """By what decides the results; a detector judges them as often as one likes."""
+    mesh = parallel.make_mesh(1)
+    Run(str(tmp_path), OTHER_WEIGHTS, mesh, 0.0)
+    here = Run(str(tmp_path), AUDIT, mesh, 0.0)
+    here.once("one", lambda: {"x": np.zeros(1)})
+    with pytest.raises(RunError, match="another audit.weights"):
+        Run(str(tmp_path), OTHER_WEIGHTS, mesh, 0.0)
+    assert run.is_run(tmp_path, AUDIT) and run.is_run(tmp_path, OTHER_DETECTOR)
+    assert not run.is_judged(tmp_path, AUDIT)
+    (tmp_path / "report.json").write_text(json.dumps({"config": AUDIT}))
+    assert run.is_judged(tmp_path, AUDIT)
+    assert not run.is_judged(tmp_path, OTHER_DETECTOR)
 
 
 def count(

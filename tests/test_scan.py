@@ -72,6 +72,13 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
         path.write_text(json.dumps(found))
         report, status = scan.perform_scan(wanted)
         assert status == expected and report.verdict.startswith(outcome)
+    results = {p: p.stat().st_mtime_ns for p in (home / "model").glob("results/*")}
+    alarmed = dataclasses.replace(wanted.audit, detector=Detector(clean=(-9.0, -9.0)))
+    report, status = scan.perform_scan(dataclasses.replace(wanted, audit=alarmed))
+    assert status == 3 and report.verdict.startswith("backdoored: ")
+    assert {p: p.stat().st_mtime_ns for p in results} == results, "only judged again"
+    _, status = scan.perform_scan(wanted)
+    assert status == 0
     write(folder, seed=5)
     _, status = scan.perform_scan(wanted)
     assert status == 1 and "another version" in table(home)["model"]["reason"]
@@ -260,6 +267,22 @@ def test_whatever_one_model_leads_to_the_others_are_scanned(
     rows = table(tmp_path / "scan")
     assert status == 1 and rows["b"]["verdict"] == "clean"
     assert rows["a"]["reason"] == "ZeroDivisionError: of this model"
+
+
+def test_models_are_found_at_any_depth_and_lone_weights_are_told(tmp_path) -> None:
+    for place in ("a", "group/b", "group/of/c"):
+        write(tmp_path / "models" / place)
+    for lone in ("lone.safetensors", "group/of/old.bin"):
+        (tmp_path / "models" / lone).touch()
+    (tmp_path / "models" / "up").symlink_to(tmp_path / "models")  # no end of it
+    found = scan.find_models(plan(tmp_path / "scan", tmp_path / "models"))
+    assert [k for k, v in found.items() if isinstance(v, pathlib.Path)] == list("abc")
+    for name in ("lone-safetensors", "old-bin"):
+        assert "weights without its configuration" in str(found[name])
+    (tmp_path / "lone").mkdir()
+    (tmp_path / "lone" / "x.safetensors").touch()
+    with pytest.raises(InputError, match="weights without its configuration"):
+        scan.find_models(plan(tmp_path / "scan", tmp_path / "lone"))
 
 
 def test_what_is_wrong_with_an_entry_is_told_beside_the_others(tmp_path) -> None:
