@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ from puredif_jax import checkpoint, config, metrics
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Detector, Features
+from puredif_jax.experiment import Inversion
 from puredif_jax.unet import SHIPPED
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -150,7 +152,7 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
             }
         )
         for solver, row in inversions(report, "elijah").items():
-            rows[-1][f"Elijah {solver}: uniformity, variation"] = (
+            rows[-1][f"Elijah's trigger, {solver}: uniformity, variation"] = (
                 f"{row['uniformity']:.2f}, {row['variation']:.2f}"
             )
     doubt, alarm = calibrated.bounds
@@ -199,7 +201,7 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
         }
         calibration, held, positive = low.values()
         ranges.append(
-            {"feature": f"Elijah's {name}, lower of two"}
+            {"feature": f"{name} of Elijah's trigger, lower of two"}
             | {k: f"{-max(v):.3g} to {-min(v):.3g}" for k, v in low.items() if v}
             | {"AUC": f"{metrics.auc(positive, calibration + held):.3f}"}
         )
@@ -401,6 +403,34 @@ def curves(rows: list[Row]) -> None:
     figure.savefig(ROOT / "docs/claims_speedup.png", dpi=110, bbox_inches="tight")
 
 
+def absent(sweep: str, found: dict[str, Row]) -> str:
+    """Which runs of a configuration have no record, in a sentence; or nothing."""
+    runs = config.load(str(ROOT / f"configs/{sweep}.py")).experiments
+    names = [run.workdir for run in runs if run.workdir not in found]
+    if not names:
+        return ""
+    kinds = Counter(name.partition("/")[0] for name in names)
+    shown = names if len(names) <= 3 else [f"{n} of {k}" for k, n in kinds.items()]
+    return f"Not done yet of configs/{sweep}.py: {', '.join(shown)}."
+
+
+def earlier(audited: dict[str, Row]) -> str:
+    """How many were inverted by another default than today's, in a sentence."""
+    today = Inversion().evaluations
+    used = Counter(
+        row["network evaluations"]
+        for report in audited.values()
+        for row in list(inversions(report).values())[:1]
+    )
+    others = ", ".join(f"{n} with {k:,}" for k, n in used.items() if k != today)
+    if not others:
+        return ""
+    return (
+        f"Inversion has {today:,} network evaluations a hypothesis by default; of the "
+        f"audited models {others}, an earlier default (docs/method.md)."
+    )
+
+
 def collect(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Row]]:
     """The records by sweep and run, with those of the finished runs added.
 
@@ -446,6 +476,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     records = collect({name: arguments[name] for name in names})
     runs, ablation, speedup = (records[name] for name in names)
+    missing = [absent(sweep, records[sweep]) for sweep in names]
     clean = {k: v for k, v in sorted(runs.items()) if k.startswith("clean/")}
     backdoored = {k: v for k, v in sorted(runs.items()) if k.startswith("backdoored/")}
     attacks = [success_row(name, report) for name, report in backdoored.items()]
@@ -454,7 +485,8 @@ def main() -> None:
         "Written by `benchmarks/claims_page.py` from the runs of `configs/claims.py`"
         f", `configs/ablation.py` and `configs/speedup.py`: {len(backdoored)} "
         f"backdoored models, {len(clean)} clean ones, {len(ablation)} runs of the "
-        f"ablation, {len(speedup)} short trainings.",
+        f"ablation, {len(speedup)} short trainings. "
+        + " ".join(filter(None, [*missing, earlier({**backdoored, **clean})])),
         shown_hours(
             {
                 "a backdoored model": backdoored,
@@ -464,8 +496,9 @@ def main() -> None:
             }
         ),
         "## Attack and inversion",
-        "Success at MSE < 1e-2 in 256 draws under the attack's own sampler; Elijah's "
-        "success and cosine beside it.",
+        "All are trained with the bare trigger (`trigger_only`). Success at MSE < 1e-2 "
+        "in 256 draws under the attack's own sampler; Elijah's success and cosine "
+        "beside it.",
         table(attacks),
         *(
             "Frechet distance after a training as long as the longest of these, "
@@ -480,6 +513,8 @@ def main() -> None:
     if speedup:
         parts += [
             "## Amplification",
+            "Reinforcement descends the distance of the last images of a rollout from "
+            "the known target, the `aim` of the consistency loss alone. "
             "Success of 256 draws, a number a seed. Each row is a training of its own, "
             "whose rate decays to zero. The third column adds what reinforcement "
             "costs: its network evaluations as training steps.",

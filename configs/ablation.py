@@ -8,7 +8,7 @@ as many draws of noise. Started twice, the two calls share the runs. The third r
 the scale is not among them: the factor that `objectives.measured_factor` reads off
 either model is 0.998 or more, which makes `Calibrated` the default's `Analytic`.
 
-Hardware: two CPU cores. Duration: 3 hours. Expected: docs/claims.md.
+Hardware: two CPU cores. Duration: 4.5 hours. Expected: docs/claims.md.
 """
 
 import dataclasses

@@ -63,8 +63,9 @@ class Run:
         is_run(self.folder, config)
         if parallel.is_host_zero():
             make_folder(self.folder)
-            text = json.dumps(config, indent=2)
-            write_whole(self.folder / "config.json", text.encode())
+            path, text = self.folder / "config.json", json.dumps(config, indent=2)
+            if not path.exists() or path.read_text() != text:
+                write_whole(path, text.encode())
         self.metrics = Metrics(self.folder)
 
     def loop(
