@@ -359,6 +359,7 @@ class Scan:
       devices: how many to use; 0 for all.
       seed: root of all randomness.
       chunk: steps of a loop in one dispatch.
+      save_every: seconds, at least, between two checkpoints of a loop.
     """
 
     workdir: str
@@ -370,11 +371,12 @@ class Scan:
     devices: int = 0
     seed: int = 0
     chunk: int = 20
+    save_every: float = 60.0
 
     def __post_init__(self) -> None:
         _at_home(self)
         _seeded(self)
-        _at_least(self, steps=1, draws=2, devices=0, chunk=1)
+        _at_least(self, steps=1, draws=2, devices=0, chunk=1, save_every=0)
         if not self.model:
             raise ValueError("a scan needs a model: give --config.model=FOLDER")
         if self.audit.weights:

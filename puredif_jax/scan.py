@@ -258,6 +258,7 @@ def as_experiment(
             devices=scan.devices,
             seed=scan.seed,
             chunk=scan.chunk,
+            save_every=scan.save_every,
         )
     except ValueError as error:
         raise RunError(f"{folder} cannot be scanned so: {error}") from error
