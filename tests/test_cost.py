@@ -31,6 +31,7 @@ def tiny(workdir: pathlib.Path | str) -> Experiment:
         workdir=str(workdir),
         model=DEEP,
         amplification=None,
+        audit=dataclasses.replace(config.audit, baselines=()),
         evaluation=dataclasses.replace(config.evaluation, draws=64),
         devices=1,
         chunk=20,
