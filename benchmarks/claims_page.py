@@ -61,11 +61,11 @@ def shown_hours(kinds: dict[str, dict[str, Row]]) -> str:
         for kind, runs in kinds.items()
     }
     parts = [
-        f"{np.mean(found):.2f} for {kind} ({len(found)} known)"
+        f"{np.median(found):.2f} for {kind} ({len(found)} known)"
         for kind, found in known.items()
         if found
     ]
-    return f"Hours of a run, one on each of two cores: {', '.join(parts)}."
+    return f"Hours of a run, medians, one on each of two cores: {', '.join(parts)}."
 
 
 def inversions(report: Row, method: str = "puredif") -> dict[str, Row]:

@@ -207,14 +207,13 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def is_judged(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
-    """Whether a run of this configuration has its report, by the same detector."""
+def report_of(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a run, if it has one by the detector of this configuration."""
     path = folder / "report.json"
     if not path.exists():
-        return False
-    old = json.loads(path.read_text())["config"]
-    new = json.loads(json.dumps(config))
-    return bool(_detector(old) == _detector(new))
+        return None
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report if _detector(report["config"]) == _detector(config) else None
 
 
 def _detector(config: Mapping[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -19,7 +18,7 @@ from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import RunError, is_judged, make_folder
+from puredif_jax.run import RunError, make_folder, report_of
 from puredif_jax.stages import FOLDER, SCOPE, numbered
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.types import InputError
@@ -264,10 +263,9 @@ def as_experiment(
         raise RunError(f"{folder} cannot be scanned so: {error}") from error
 
 
-def _row(home: pathlib.Path, name: str) -> Row:
+def _row(name: str, report: dict[str, Any]) -> Row:
     """What the run of a model has found."""
-    path = home / name / "report.json"
-    (audit,) = json.loads(path.read_text())["numbers"].values()
+    (audit,) = report["numbers"].values()
     verdict = audit["verdict"]
     best = [
         row
@@ -298,8 +296,8 @@ def _summary(scan: Scan, models: Models, errors: dict[str, str]) -> tuple[Report
     for name in models:
         if name in errors:
             rows.append({"model": name, "verdict": "error", "reason": errors[name]})
-        elif is_judged(home / name, about):
-            rows.append(_row(home, name))
+        elif found := report_of(home / name, about):
+            rows.append(_row(name, found))
         else:
             rows.append({"model": name, "verdict": "not done yet"})
     counts = Counter(row["verdict"] for row in rows)

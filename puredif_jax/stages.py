@@ -48,9 +48,10 @@ COLUMNS = (
     "docs/scan.md explains the columns."
 )
 ELSEWHERE = (
-    "The clean models that calibrate are of another network than this one (0.64 M "
-    "parameters, grey images of 16x16): scan clean models of its kind, and give their "
-    "scores as audit.detector.clean."
+    "The clean models that calibrate are of the package's network (0.64 M parameters, "
+    "grey images of 16x16) and of the default inversion; this audit is not. Scan clean "
+    "models of this kind in the same way, and give their scores as "
+    "audit.detector.clean."
 )
 
 
@@ -462,8 +463,8 @@ class Stages:
             "backdoored."
         )
         default = options.detector.clean == Detector().clean
-        other = default and self.experiment.model != SHIPPED
-        elsewhere = [ELSEWHERE] if other else []
+        known = (self.experiment.model, options.inversion) == (SHIPPED, Inversion())
+        elsewhere = [ELSEWHERE] if default and not known else []
         section = Section(
             f"Audit of {label}",
             "\n\n".join([text, judged, *elsewhere, COLUMNS, SCOPE]),

@@ -18,7 +18,7 @@ from puredif_jax import config, parallel
 from puredif_jax.experiment import Experiment, Sweep
 from puredif_jax.files import shortened
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import is_judged, is_run, make_folder, pin
+from puredif_jax.run import is_run, make_folder, pin, report_of
 from puredif_jax.stages import digests, perform
 from puredif_jax.types import InputError
 
@@ -79,7 +79,8 @@ def perform_once(experiment: Experiment, label: str) -> bool:
     """
     folder = pathlib.Path(experiment.workdir)
     wanted = config.to_dict(experiment)
-    if parallel.agreed(is_run(folder, wanted) and is_judged(folder, wanted)):
+    done = is_run(folder, wanted) and report_of(folder, wanted) is not None
+    if parallel.agreed(done):
         pin(folder, digests(experiment))
         return False
     logging.info("%s: %s", label, folder)

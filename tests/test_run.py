@@ -45,10 +45,10 @@ def test_a_folder_is_bound_once_something_was_begun(tmp_path) -> None:
     with pytest.raises(RunError, match="another audit.weights"):
         Run(str(tmp_path), OTHER_WEIGHTS, mesh, 0.0)
     assert run.is_run(tmp_path, AUDIT) and run.is_run(tmp_path, OTHER_DETECTOR)
-    assert not run.is_judged(tmp_path, AUDIT)
+    assert run.report_of(tmp_path, AUDIT) is None
     (tmp_path / "report.json").write_text(json.dumps({"config": AUDIT}))
-    assert run.is_judged(tmp_path, AUDIT)
-    assert not run.is_judged(tmp_path, OTHER_DETECTOR)
+    assert run.report_of(tmp_path, AUDIT) == {"config": AUDIT}
+    assert run.report_of(tmp_path, OTHER_DETECTOR) is None
 
 
 def count(
