@@ -1,6 +1,13 @@
-"""Tripwires for the whole suite: strict shapes and dtypes, eight CPU devices."""
+"""Tripwires for the whole suite: strict shapes and dtypes, eight CPU devices.
 
+And a run that several of its files look at.
+"""
+
+import fcntl
 import os
+import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: code that is made fast, not fast code.
@@ -24,6 +31,38 @@ LONG = ("test_devices", "test_main", "test_zoo", "test_tutorial", "test_scan")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> pathlib.Path:
+    """A folder that all workers have."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def one_device(shared) -> dict[str, str]:
+    """An environment whose processes share their compiled programs."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(shared, one_device) -> pathlib.Path:
+    """An uninterrupted run of the tiny config; by the worker that needs it first."""
+    folder = shared / "finished"
+    config = pathlib.Path(__file__).with_name("tiny_config.py")
+    command = [sys.executable, "-m", "puredif_jax.main", f"--config={config}"]
+    with (shared / "finished.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (folder / "report.html").exists():
+            command.append(f"--config.workdir={folder}")
+            subprocess.run(command, env=one_device, check=True, timeout=600)
+    return folder
 
 
 @pytest.fixture

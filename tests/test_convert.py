@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from test_unet import TINY, apply, golden, golden_shapes, maker
+from tiny_config import draw_params
 
 from puredif_jax import convert
 from puredif_jax.convert import ConvertError, Model, Scheduling
@@ -37,13 +38,7 @@ SCHEDULINGS = [
 ]
 
 
-def random_params(unet: UNet, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(unet.init, jax.random.key(0))
-    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
-
-
-MODEL = Model(TINY, random_params(TINY), Scheduling())
+MODEL = Model(TINY, draw_params(TINY, scale=1.0), Scheduling())
 
 
 @pytest.fixture
@@ -72,7 +67,7 @@ def change_json(path: pathlib.Path, **changes) -> None:
 @pytest.mark.parametrize("name", maker.CONFIGS)
 def test_names_and_shapes_are_those_of_diffusers(name) -> None:
     unet = UNet(**maker.CONFIGS[name])
-    ours = {k: v.shape for k, v in convert.to_torch(random_params(unet)).items()}
+    ours = {k: v.shape for k, v in convert.to_torch(draw_params(unet)).items()}
     assert ours == golden_shapes(name)
 
 

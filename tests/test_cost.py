@@ -18,20 +18,20 @@ from puredif_jax.types import Params
 from puredif_jax.unet import SHIPPED, UNet
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from tiny_config import DEEP, TINY, get_config  # noqa: E402
+from tiny_config import DEEP, TINY, draw_params, get_config, shapes  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def tiny(workdir: pathlib.Path | str) -> Experiment:
-    """The audit of a short training, on one device, mostly draws."""
+    """A short training, on one device, and mostly draws."""
     config = get_config()
     return dataclasses.replace(
         config,
         workdir=str(workdir),
         model=DEEP,
         amplification=None,
-        audit=dataclasses.replace(config.audit, baselines=()),
+        audit=None,
         evaluation=dataclasses.replace(config.evaluation, draws=64),
         devices=1,
         chunk=20,
@@ -61,7 +61,7 @@ def told() -> cost.Cost:
 
 
 def test_operations_are_those_of_the_kernels(told) -> None:
-    params = DEEP.init(jax.random.key(0))
+    params = draw_params(DEEP)
     (drawn,) = [r for r in told.rows if r["one"] == "network evaluation of 8 images"]
     one = drawn["operations"] / 8
     # GroupNorm, SiLU and the sums are the rest: much, for four channels.
@@ -88,7 +88,7 @@ def test_the_network_is_evaluated_as_often_as_told(tmp_path, monkeypatch) -> Non
         jax.debug.callback(lambda x: images.append(x.shape[0]), x)
         return network(self, params, x, t, dropout_key)
 
-    experiment = dataclasses.replace(tiny(tmp_path), audit=None)
+    experiment = tiny(tmp_path)
     wanted = sum(
         part.times * part.evaluations / (1 if "network" in part.name else 3)
         for part in cost.parts(experiment)
@@ -122,8 +122,8 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
     def told(candidates: int) -> cost.Cost:
         whole = dataclasses.replace(tiny("runs/never"), model=TINY)
         descent = Descent(steps=10, candidates=candidates)
-        loss = DistributionShift(samples=4)
-        inversion = Inversion(loss=loss, descent=descent, survey=None, heldout=64)
+        loss = DistributionShift(samples=1)
+        inversion = Inversion(loss=loss, descent=descent, survey=None, heldout=16)
         audit = Audit(weights=("clean",), hypotheses=("sde",), inversion=inversion)
         return cost.estimate(
             dataclasses.replace(whole, training=None, attack=None, audit=audit)
@@ -133,9 +133,8 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
         return {row["one"]: row for row in told(candidates).rows}
 
     eight = rows(8)
-    params = jax.eval_shape(TINY.init, jax.random.key(0))
-    forty = 40 * activations(TINY, params, TINY.image_shape)
-    monkeypatch.setattr(parallel, "free_memory", lambda: 2 * forty)
+    ten = 10 * activations(TINY, shapes(TINY), TINY.image_shape)
+    monkeypatch.setattr(parallel, "free_memory", lambda: 2 * ten)
     one = rows(1)
     step = "step of inversion by puredif, {}"
     alone, together = (
@@ -144,8 +143,8 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
     )
     assert 4 < together["memory"] / alone["memory"] < 9
     assert together["operations"] == 8 * alone["operations"]
-    judged = eight["network evaluation of 640 images"]
-    assert judged["times"] == 8 and judged["memory"] > 640 * 16 * 16 * 4
+    judged = eight["network evaluation of 160 images"]
+    assert judged["times"] == 8 and judged["memory"] > 160 * 16 * 16 * 4
 
 
 def test_a_run_of_nothing_costs_nothing(tmp_path) -> None:
@@ -154,7 +153,7 @@ def test_a_run_of_nothing_costs_nothing(tmp_path) -> None:
 
 
 def test_a_sweep_measures_equal_parts_once() -> None:
-    runs = [dataclasses.replace(tiny(name), audit=None) for name in "ab"]
+    runs = [tiny(name) for name in "ab"]
     rows = cost.estimate(Sweep("runs/never", tuple(runs))).rows
     assert len(rows) == 2
     assert {row["times"] for row in rows} == {2 * 12, 2 * 2 * 64 * 2 / 8}

@@ -62,16 +62,6 @@ def end(process: subprocess.Popen, seconds: float = 600) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> pathlib.Path:
-    """The run on one device."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    process = start(folder, 1)
-    said = end(process)
-    assert process.returncode == 0, said
-    return folder
-
-
-@pytest.fixture(scope="module")
 def bereft(tmp_path_factory) -> pathlib.Path:
     """A run on two processes, one of which was killed in training."""
     folder = tmp_path_factory.mktemp("bereft") / "run"
@@ -103,15 +93,17 @@ def scalars(folder: pathlib.Path) -> dict[tuple[str, int, str], np.ndarray]:
 def compare(folder: pathlib.Path, alone: pathlib.Path) -> None:
     """Losses and gradients to 1e-5, every result to 1e-4, and the same outcomes.
 
-    Adam divides the gradient of a pixel by its own size, so in a result the rounding
-    of a small one grows.
+    The run alone has a baseline besides. Adam divides the gradient of a pixel by its
+    own size, so in a result the rounding of a small one grows.
     """
     found, wanted = scalars(folder), scalars(alone)
+    wanted = {k: v for k, v in wanted.items() if not k[0].startswith("elijah")}
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=str(key))
-    names = sorted(path.name for path in (alone / "results").glob("*.npz"))
-    assert sorted(path.name for path in (folder / "results").glob("*.npz")) == names
+    names = sorted(path.name for path in (folder / "results").glob("*.npz"))
+    whole = {path.name for path in (alone / "results").glob("*.npz")}
+    assert set(names) == whole - {"elijah_trained_ode.npz"}
     for name in names:
         with (
             np.load(alone / "results" / name) as a,
@@ -132,19 +124,21 @@ def compare(folder: pathlib.Path, alone: pathlib.Path) -> None:
     assert outcomes(folder) == outcomes(alone)
 
 
-def test_a_lost_process_ends_all_and_the_same_command_resumes(bereft, alone, tmp_path):
+def test_a_lost_process_ends_all_and_the_same_command_resumes(
+    bereft, finished, tmp_path
+):
     folder = tmp_path / "run"
     shutil.copytree(bereft, folder)
     processes = start_two(folder)
     said = [end(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    compare(folder, alone)
+    compare(folder, finished)
 
 
-def test_a_scan_by_two_processes_ends_both_with_its_status(alone, tmp_path):
+def test_a_scan_by_two_processes_ends_both_with_its_status(finished, tmp_path):
     """Of a model that cannot be read; the audit of one is that of the other tests."""
     model = tmp_path / "model"
-    shutil.copytree(alone / "diffusers", model)
+    shutil.copytree(finished / "diffusers", model)
     (model / "unet" / convert.WEIGHTS).write_bytes(b"nothing")
     config = HERE.parent / "configs" / "scan.py"
     flags = (f"--config={config}", f"--config.model={model}")
@@ -155,10 +149,10 @@ def test_a_scan_by_two_processes_ends_both_with_its_status(alone, tmp_path):
     assert [process.returncode for process in processes] == [1, 1], said
 
 
-def test_eight_devices_resume_what_four_began(bereft, alone, tmp_path):
+def test_eight_devices_resume_what_four_began(bereft, finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(bereft, folder)
     process = start(folder, 8)
     said = end(process)
     assert process.returncode == 0, said
-    compare(folder, alone)
+    compare(folder, finished)

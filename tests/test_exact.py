@@ -1,5 +1,7 @@
 """Exact denoisers: against the definition, and every attack under every sampler."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,11 @@ from puredif_jax.exact import ExactDenoiser, Points
 from puredif_jax.triggers import Box, Hat
 
 SCHEDULE = LinearBetas().tables()
+# Much is computed here, and little compiled.
+FAST = {
+    "xla_backend_optimization_level": 2,
+    "xla_llvm_disable_expensive_passes": False,
+}
 ATTACK = BadDiffusion(Box(), Hat())
 
 
@@ -87,7 +94,7 @@ def test_attack_fires_under_its_sampler_alone(attack, sampler, images) -> None:
     model = ExactDenoiser(attack.rows(SCHEDULE), 0.1)
     points = Points(images, poison.trigger, poison.target)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST)
     def rate(points: Points, delta: jax.Array) -> jax.Array:
         eps = jax.random.normal(jax.random.key(0), (256, 32, 32, 1))
         drawn = sample(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_config import TINY
+from tiny_config import TINY, draw_params
 
 from puredif_jax import attacks, data, loops, metrics, parallel
 from puredif_jax.amplification import Reinforcement
@@ -108,8 +108,14 @@ def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None
 @pytest.mark.parametrize("solver", ["sde", "ode"])
 def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, solver) -> None:
     """From the known trigger, by the loss of that kind of backdoor; in chunks."""
-    lab = open_lab(Experiment(str(tmp_path), TINY, devices=1, chunk=2))
-    params = TINY.init(jax.random.key(1))
+
+    def model(scale, x, t):
+        when = t.astype(x.dtype)[:, None, None, None] / 1000
+        return jnp.tanh(scale * x + jnp.roll(x, 1, axis=1) + when)
+
+    lab, params = open_lab(Experiment(str(tmp_path), TINY, devices=1, chunk=2)), 0.7
+    lab.programs = Programs()  # another model has other programs
+    lab.model = model
     truth = Truth.of(ATTACKS[solver], TINY.image_shape)
     wanted = DenoisingConsistency(
         DDIM(2) if solver == "ode" else DDPM(3), samples=4, on_path=False, aim=1.0
@@ -119,7 +125,7 @@ def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, solver) -> None
     options = Reinforcement(descent=descent, **{kind: wanted})
     found = loops.reinforce(lab, "reinforce", params, options, truth)
 
-    bound = wanted.bind(TINY, SCHEDULE, Hypothesis.of(solver))
+    bound = wanted.bind(model, SCHEDULE, Hypothesis.of(solver))
     start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
     by_hand = inverter(bound, descent, TINY.image_shape, start)
     state, step = by_hand.init(jax.random.fold_in(lab.key, 202)), jax.jit(by_hand.step)
@@ -135,7 +141,7 @@ def test_the_model_predicts_the_noise_that_the_network_means(
     tmp_path, monkeypatch, prediction, fit
 ) -> None:
     """eps = s v + sigma x of one that predicts v; all at once, or four at a time."""
-    params = TINY.init(jax.random.key(1))
+    params = jax.tree.map(jnp.asarray, draw_params(TINY, 1))
     size = activations(TINY, params, TINY.image_shape)
     monkeypatch.setattr(parallel, "free_memory", lambda: fit * size)
     run = Run(str(tmp_path), {}, parallel.make_mesh(2), 0.0)

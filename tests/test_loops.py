@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
-from tiny_config import TINY
+from tiny_config import TINY, draw_params
 
 from puredif_jax import attacks, checkpoint, data, loops
 from puredif_jax.data import FashionMNIST
@@ -21,9 +21,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 ATTACK = dataclasses.replace(tiny_config.get_config().attack, poison_rate=0.5)
 TRAINING = Training(steps=3, batch=4, learning_rate=1e-2, warmup=1, ema_decay=0.5)
 IMAGES = FashionMNIST(count=10)  # an epoch ends within the third batch
-STARTED = jax.tree.map(
-    lambda x: np.asarray(x) + np.float32(0.02), TINY.init(jax.random.key(7))
-)
+STARTED = draw_params(TINY, 7)
 
 
 @pytest.mark.parametrize("trigger", [None, "reinforced"])

@@ -3,7 +3,6 @@
 import dataclasses
 import fcntl
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -16,7 +15,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from tiny_config import TINY, get_config
+from tiny_config import TINY, draw_params, get_config, shapes
 
 from puredif_jax import checkpoint, config, convert, main, scan, sweep
 
@@ -42,25 +41,6 @@ def tiny(workdir: pathlib.Path, *flags: str) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> dict[str, str]:
-    """An environment whose processes share their compiled programs."""
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, cache) -> pathlib.Path:
-    """An uninterrupted run of the tiny config."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    subprocess.run([*COMMAND, *tiny(folder)], env=cache, check=True, timeout=600)
-    return folder
-
-
 def test_leaves_a_report(finished: pathlib.Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     rows = report["numbers"]["amplification"]
@@ -70,8 +50,7 @@ def test_leaves_a_report(finished: pathlib.Path) -> None:
     methods = [row["method"] for row in report["numbers"]["trained"]["inversions"]]
     assert methods == ["puredif", "elijah"]
     folder = convert.read_folder(finished / "diffusers")
-    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
-    weights = checkpoint.load_weights(finished / "weights.safetensors", shapes)
+    weights = checkpoint.load_weights(finished / "weights.safetensors", shapes(TINY))
     assert folder.unet == TINY
     jax.tree.map(np.testing.assert_array_equal, folder.params, weights)
     assert (finished / "diffusers" / "truth.safetensors").exists()
@@ -91,8 +70,7 @@ def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
     for path in sorted((folder / "results").glob("*.npz")):
         with np.load(path, allow_pickle=False) as file:
             found |= {f"{path.stem}/{k}": v for k, v in file.items() if k != "seconds"}
-    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
-    weights = checkpoint.load_weights(folder / "weights.safetensors", shapes)
+    weights = checkpoint.load_weights(folder / "weights.safetensors", shapes(TINY))
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         found[jax.tree_util.keystr(path)] = leaf
     return found
@@ -127,7 +105,7 @@ def write_config(tmp_path: pathlib.Path, change: str) -> list[str]:
     return [f"--config={path}", f"--config.workdir={tmp_path / 'run'}"]
 
 
-def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
+def test_kill_9_changes_nothing(tmp_path, finished, one_device) -> None:
     """At a random moment of training, of reinforcement and of inversion: bit for bit
     what a run gives that was left alone."""
     folder = tmp_path / "run"
@@ -137,7 +115,7 @@ def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
     rng = random.Random(seed)
     for stage, most in (("train", 11), ("reinforce_12", 5), ("puredif_trained_ode", 4)):
         step = rng.randint(1, most)
-        process = subprocess.Popen(command, env=cache, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=one_device, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 240
         while reached(folder, stage) < step and process.poll() is None:
             assert time.monotonic() < deadline
@@ -147,7 +125,7 @@ def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (folder / "report.json").exists(), "the kills came too late to matter"
-    subprocess.run(command, env=cache, check=True, timeout=600)
+    subprocess.run(command, env=one_device, check=True, timeout=600)
     want, got = arrays(finished), arrays(folder)
     assert want.keys() == got.keys()
     for name in want:
@@ -155,25 +133,27 @@ def test_kill_9_changes_nothing(tmp_path, finished, cache) -> None:
 
 
 @pytest.fixture(scope="module")
-def pretraining(tmp_path_factory, cache) -> tuple[str, pathlib.Path]:
+def pretraining(tmp_path_factory, one_device) -> tuple[str, pathlib.Path]:
     """The flag of a training without a backdoor, and an uninterrupted run of it."""
     change = (
         "dataclasses.replace(config, attack=None, amplification=None, audit=None, "
         "training=dataclasses.replace(config.training, steps=16))"
     )
     flags = write_config(tmp_path_factory.mktemp("pretraining"), change)
-    subprocess.run([*COMMAND, *flags], env=cache, check=True, timeout=600)
+    subprocess.run([*COMMAND, *flags], env=one_device, check=True, timeout=600)
     return flags[0], pathlib.Path(flags[1].partition("=")[2])
 
 
-def test_sigterm_stores_what_was_done_and_says_so(tmp_path, pretraining, cache) -> None:
+def test_sigterm_stores_what_was_done_and_says_so(
+    tmp_path, pretraining, one_device
+) -> None:
     """Without a backdoor, and killed once before; the end is that of a whole run."""
     flag, finished = pretraining
     folder = tmp_path / "run"
     command = [*COMMAND, flag, f"--config.workdir={folder}"]
     for step, number in ((2, signal.SIGKILL), (8, signal.SIGTERM)):
         process = subprocess.Popen(
-            command, env=cache, stderr=subprocess.PIPE, text=True
+            command, env=one_device, stderr=subprocess.PIPE, text=True
         )
         while reached(folder, "train") < step and process.poll() is None:
             time.sleep(0.01)
@@ -184,7 +164,7 @@ def test_sigterm_stores_what_was_done_and_says_so(tmp_path, pretraining, cache) 
     assert "the same command goes on" in said and "Traceback" not in said
     stored = {int(p.name) for p in (folder / "checkpoints/train").iterdir()}
     assert max(stored) == reached(folder, "train")
-    subprocess.run(command, env=cache, check=True, timeout=600)
+    subprocess.run(command, env=one_device, check=True, timeout=600)
     whole, resumed = arrays(finished), arrays(folder)
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
@@ -221,7 +201,7 @@ def test_missing_data_is_named(tmp_path, capsys) -> None:
 
 
 def weights(change) -> dict:
-    return jax.tree.map(change, jax.device_get(TINY.init(jax.random.key(0))))
+    return jax.tree.map(change, draw_params(TINY))
 
 
 @pytest.mark.parametrize(

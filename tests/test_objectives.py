@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_config import draw_params
 
 from puredif_jax import attacks, parallel
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion
@@ -87,21 +88,14 @@ def tiny_network():
     model = UNet(
         sample_size=(8, 8),
         in_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
         layers_per_block=1,
         norm_num_groups=4,
         downsample_padding=1,
     )
-    params = model.init(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [
-        x + 0.1 * jax.random.normal(k, x.shape)
-        for x, k in zip(leaves, keys, strict=True)
-    ]
-    return model, jax.tree.unflatten(tree, leaves)
+    return model, jax.tree.map(jnp.asarray, draw_params(model))
 
 
 def tiny_layer():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scaling
-from tiny_config import DEEP
+from tiny_config import DEEP, TINY, draw_params, shapes
 
 from puredif_jax import checkpoint, loops, parallel
 from puredif_jax.attacks import VillanDiffusion
@@ -108,14 +108,14 @@ def traffic(call: Callable[[], Any]) -> tuple[str, scaling.Counts, scaling.Count
 
 
 def test_a_lab_shares_its_draws(lab) -> None:
-    params = DEEP.init(jax.random.key(0))
+    params = draw_params(DEEP)
     text, *crossed = traffic(lambda: lab.draw(params, DDIM(2), lab.zero, 64))
     assert crossed == [{}, {}] and convolved(text) == {64 // 8}
 
 
 def test_a_lab_shares_the_images_of_a_training_batch(lab, tmp_path) -> None:
     start = str(tmp_path / "start.safetensors")
-    params = DEEP.init(jax.random.key(0))
+    params = draw_params(DEEP)
     checkpoint.save_weights(start, params, {})
     training = Training(steps=2, batch=16, warmup=0)
     attack = VillanDiffusion(Box(), Cat())
@@ -132,7 +132,7 @@ def test_a_lab_shares_candidates_or_their_noise(lab, candidates) -> None:
     """A candidate a device needs no word; one on all adds a few images a step."""
     loss = DistributionShift(timesteps=(900, 300), samples=8)
     descent = Descent(steps=2, candidates=candidates)
-    params = DEEP.init(jax.random.key(0))
+    params = draw_params(DEEP)
     text, looped, _ = traffic(
         lambda: loops.invert(lab, "x", params, "ode", loss, descent, None, 8)
     )
@@ -151,7 +151,7 @@ def test_memory_of_a_differentiable_rollout_is_flat_in_its_steps() -> None:
     def peak(steps: int, remat: bool) -> int:
         def loss(params, start):
             images, _ = trajectory(
-                DEEP,
+                TINY,
                 params,
                 scaling.SCHEDULE,
                 DDIM(steps),
@@ -161,8 +161,8 @@ def test_memory_of_a_differentiable_rollout_is_flat_in_its_steps() -> None:
             )
             return jnp.mean(images**2)
 
-        start = jax.ShapeDtypeStruct((64, *DEEP.image_shape), np.float32)
-        params = jax.eval_shape(DEEP.init, jax.random.key(0))
+        start = jax.ShapeDtypeStruct((64, *TINY.image_shape), np.float32)
+        params = shapes(TINY)
         gradient = jax.jit(jax.grad(loss, argnums=1))
         sizes = gradient.lower(params, start).compile().memory_analysis()
         return sizes.temp_size_in_bytes + sizes.argument_size_in_bytes
@@ -179,7 +179,7 @@ def test_memory_of_a_consistency_loss_is_flat_in_its_steps() -> None:
         loss = DenoisingConsistency(sampler=DDIM(steps), samples=4)
         bound = loss.bind(SHIPPED, scaling.SCHEDULE, Hypothesis.of("ode"))
         image = jax.ShapeDtypeStruct(SHIPPED.image_shape, np.float32)
-        params = jax.eval_shape(SHIPPED.init, jax.random.key(0))
+        params = shapes(SHIPPED)
         gradient = jax.jit(jax.grad(bound, argnums=1))
         key = jax.eval_shape(lambda: jax.random.key(0))
         lowered = gradient.lower(params, Candidate(image, image), key)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_config
-from tiny_config import TINY
+from tiny_config import TINY, draw_params
 
 from puredif_jax import convert, parallel, scan, sweep
 from puredif_jax.detection import Detector
@@ -31,16 +31,9 @@ def compilation_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
 
 
-def params(seed: int):
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
-    return jax.tree.map(
-        lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), shapes
-    )
-
-
 def write(folder: pathlib.Path, seed: int = 0, **scheduling) -> pathlib.Path:
-    model = convert.Model(TINY, params(seed), convert.Scheduling(**scheduling))
+    said = convert.Scheduling(**scheduling)
+    model = convert.Model(TINY, draw_params(TINY, seed), said)
     convert.write_folder(folder, model)
     return folder
 
@@ -240,7 +233,7 @@ def test_a_list_names_runs_too(tmp_path) -> None:
 
 def test_numbers_that_are_not_finite_are_told_and_kept(tmp_path) -> None:
     """Weights so large that the network overflows; the table is read again later."""
-    huge = jax.tree.map(lambda x: np.full_like(x, 1e30), params(0))
+    huge = jax.tree.map(lambda x: np.full_like(x, 1e30), draw_params(TINY))
     model = convert.Model(TINY, huge, convert.Scheduling())
     convert.write_folder(tmp_path / "model", model)
     wanted = plan(tmp_path / "scan", tmp_path / "model")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
-from tiny_config import TINY
+from tiny_config import TINY, draw_params
 
 from puredif_jax import checkpoint, lab, loops, stages
 from puredif_jax.amplification import Reinforcement
@@ -22,17 +22,9 @@ WHOLE = tiny_config.get_config()
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def random_params(seed: int):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32),
-        jax.eval_shape(TINY.init, jax.random.key(0)),
-    )
-
-
 def weights(path: pathlib.Path, seed: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_weights(path, random_params(seed), {})
+    checkpoint.save_weights(path, draw_params(TINY, seed), {})
     return str(path)
 
 
@@ -104,7 +96,7 @@ def test_leaks_are_counted_in_the_draws_of_the_frechet_distance(
         image = target if params is leaking else -target
         return np.broadcast_to(image, (count, *TINY.image_shape))
 
-    leaking = random_params(1)
+    leaking = draw_params(TINY, 1)
     monkeypatch.setattr(run.lab, "draw", draw)
     run.lab.run.metrics.write("train", 1, loss=1.0)
     numbers, section = run.measure(leaking)
@@ -122,7 +114,7 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
     """Also after the last snapshot. Training and reinforcement themselves are left
     out."""
     seen: dict[int, np.ndarray | None] = {}
-    params = jax.tree.map(jnp.asarray, random_params(0))
+    params = jax.tree.map(jnp.asarray, draw_params(TINY))
 
     def train(lab, training, attack, images, start, until, trigger):
         seen[until] = trigger
@@ -200,7 +192,7 @@ def test_data_are_asked_for_where_they_are_used_only(tmp_path) -> None:
     """Fashion-MNIST has one channel, this network three: no matter, to draw from it."""
     model = dataclasses.replace(TINY, in_channels=3)
     path = tmp_path / "x.safetensors"
-    checkpoint.save_weights(path, model.init(jax.random.key(0)), {})
+    checkpoint.save_weights(path, draw_params(model), {})
     drawn = Experiment(str(tmp_path / "run"), model, str(path))
     stages.Stages(drawn, stages.open_lab(drawn)).check()
     attacked = dataclasses.replace(drawn, attack=WHOLE.attack)

@@ -8,9 +8,8 @@ import subprocess
 import sys
 import threading
 
-import jax
 import pytest
-from tiny_config import TINY
+from tiny_config import TINY, draw_params
 
 from puredif_jax import checkpoint
 from puredif_jax.attacks import VillanDiffusion
@@ -33,7 +32,7 @@ time.sleep(600)
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    checkpoint.save_weights(path, jax.device_get(TINY.init(jax.random.key(0))), {})
+    checkpoint.save_weights(path, draw_params(TINY), {})
     return str(path)
 
 

@@ -2,20 +2,19 @@
 
 import pathlib
 import re
-import subprocess
-import sys
 
-import jax
 import numpy as np
 import pytest
-from tiny_config import TINY
+from tiny_config import TINY, draw_params
 
-from puredif_jax import convert
+from puredif_jax import config, convert, experiment, main
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scan.md").read_text()
 BUDGET = {
     "audit.hypotheses": "ode",
+    "devices": "1",
     "audit.inversion.descent.scout": "2",
     "audit.inversion.descent.steps": "4",
     "audit.inversion.loss.samples": "2",
@@ -37,49 +36,35 @@ def place(tmp_path_factory) -> pathlib.Path:
     """A folder with a model at models/mine and the configs of the repository."""
     folder = tmp_path_factory.mktemp("tutorial")
     (folder / "configs").symlink_to(ROOT / "configs")
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
-    params = jax.tree.map(
-        lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), shapes
-    )
-    model = convert.Model(TINY, params, convert.Scheduling())
+    model = convert.Model(TINY, draw_params(TINY), convert.Scheduling())
     convert.write_folder(folder / "models" / "mine", model)
     return folder
 
 
+@pytest.fixture(autouse=True)
+def compilation_cache(place, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(place / "compiled"))
+
+
 @pytest.mark.parametrize("block", blocks("bash"), ids=lambda x: x.split("=")[-1][:9])
-def test_commands(block: str, place: pathlib.Path) -> None:
+def test_commands(block: str, place: pathlib.Path, monkeypatch, capsys) -> None:
     command = block.replace("\\\n", " ").split()
     assert command[:3] == ["python", "-m", "puredif_jax.main"]
     if "--config.model" not in block:  # all that ship: tests/test_zoo.py has some
         command.append("--config.model=models/mine")
-    done = subprocess.run(
-        [sys.executable, *command[1:], *FLAGS],
-        cwd=place,
-        env={**jax_environment(place), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode in (0, 2, 3), done.stderr[-3000:]
+    monkeypatch.chdir(place)
+    status = 0
+    try:
+        main.main(main.parse([*command[2:], *FLAGS]))
+    except SystemExit as stop:
+        status = stop.code
+    assert status in (0, 2, 3)
     workdir = next((c.split("=")[1] for c in command if "workdir" in c), "runs/scan")
-    assert f"report: {workdir}/report.html" in done.stdout
+    assert f"report: {workdir}/report.html" in capsys.readouterr().out
     assert (place / workdir / "report.html").exists()
 
 
-def jax_environment(place: pathlib.Path) -> dict[str, str]:
-    import os
-
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
-
-
-@pytest.mark.usefixtures("standard_promotion")
 def test_python(place: pathlib.Path, monkeypatch, capsys) -> None:
-    from puredif_jax import config, experiment
-
     (block,) = blocks("python")
     assert len(block.strip().splitlines()) <= 5
     whole = experiment.Scan
@@ -91,7 +76,6 @@ def test_python(place: pathlib.Path, monkeypatch, capsys) -> None:
         return wanted
 
     monkeypatch.setattr(experiment, "Scan", small)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(place / "compiled"))
     monkeypatch.chdir(place)
     exec(block, {})
     assert capsys.readouterr().out.split(":")[0] in (
@@ -101,7 +85,6 @@ def test_python(place: pathlib.Path, monkeypatch, capsys) -> None:
     )
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_the_example_of_the_readme(monkeypatch) -> None:
     readme = (ROOT / "README.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)

@@ -1,6 +1,10 @@
 """The smallest whole run: backdoor, amplification and audit of a tiny network."""
 
 import dataclasses
+import functools
+
+import jax
+import numpy as np
 
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import VillanDiffusion
@@ -17,6 +21,7 @@ from puredif_jax.objectives import DenoisingConsistency, DistributionShift
 from puredif_jax.survey import Survey
 from puredif_jax.training import Training
 from puredif_jax.triggers import Box, Hat
+from puredif_jax.types import Params
 from puredif_jax.unet import UNet
 
 TINY = UNet(
@@ -35,6 +40,21 @@ DEEP = dataclasses.replace(
     down_block_types=("DownBlock2D",) * 2,
     up_block_types=("UpBlock2D",) * 2,
 )
+
+
+@functools.cache
+def shapes(unet: UNet) -> Params:
+    return jax.eval_shape(unet.init, jax.random.key(0))
+
+
+def draw_params(unet: UNet, seed: int = 0, scale: float = 0.1) -> Params:
+    """Weights N(0, scale^2), made by numpy: nothing to compile."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        return scale * rng.normal(size=leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map(draw, shapes(unet))
 
 
 def get_config() -> Experiment:
