@@ -8,8 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
-import tiny_config
-from tiny_config import TINY, draw_params
+from tiny_config import INVERSION, TINY, draw_params
 
 from puredif_jax import convert, parallel, scan, sweep
 from puredif_jax.detection import Detector
@@ -18,10 +17,7 @@ from puredif_jax.experiment import Audit, Inversion, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.types import InputError
 
-AUDIT = tiny_config.get_config().audit
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-INVERSION = dataclasses.replace(AUDIT.inversion, survey=None)
 CALM = Detector(clean=(9.0, 9.0))  # a score that no random network reaches
 
 

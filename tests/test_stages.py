@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
-from tiny_config import TINY, draw_params
+from tiny_config import INVERSION, TINY, draw_params
 
 from puredif_jax import checkpoint, lab, loops, stages
 from puredif_jax.amplification import Reinforcement
@@ -32,7 +32,7 @@ def audit(workdir: pathlib.Path, *names: str) -> Experiment:
     return Experiment(
         workdir=str(workdir),
         model=TINY,
-        audit=Audit(names, ("ode",), WHOLE.audit.inversion),
+        audit=Audit(names, ("ode",), INVERSION),
         evaluation=WHOLE.evaluation,
         devices=1,
     )

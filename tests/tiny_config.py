@@ -42,6 +42,15 @@ DEEP = dataclasses.replace(
 )
 
 
+# One candidate, from anywhere: for tests of what is around an inversion.
+INVERSION = Inversion(
+    loss=DistributionShift(timesteps=(900, 300), samples=4),
+    descent=Descent(steps=4, candidates=1, scout=0),
+    survey=None,
+    heldout=8,
+)
+
+
 @functools.cache
 def shapes(unet: UNet) -> Params:
     return jax.eval_shape(unet.init, jax.random.key(0))
