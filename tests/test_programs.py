@@ -86,7 +86,7 @@ class Compiled(Exception):
 @pytest.fixture
 def lab(tmp_path, monkeypatch) -> Lab:
     """On eight devices; its programs are compiled and not run."""
-    lab = open_lab(Experiment(str(tmp_path), DEEP, chunk=scaling.STEPS))
+    lab = open_lab(Experiment(str(tmp_path), TINY, chunk=scaling.STEPS))
     made = lab.program
 
     def program(name, make):
@@ -108,14 +108,14 @@ def traffic(call: Callable[[], Any]) -> tuple[str, scaling.Counts, scaling.Count
 
 
 def test_a_lab_shares_its_draws(lab) -> None:
-    params = draw_params(DEEP)
+    params = draw_params(TINY)
     text, *crossed = traffic(lambda: lab.draw(params, DDIM(2), lab.zero, 64))
     assert crossed == [{}, {}] and convolved(text) == {64 // 8}
 
 
 def test_a_lab_shares_the_images_of_a_training_batch(lab, tmp_path) -> None:
     start = str(tmp_path / "start.safetensors")
-    params = draw_params(DEEP)
+    params = draw_params(TINY)
     checkpoint.save_weights(start, params, {})
     training = Training(steps=2, batch=16, warmup=0)
     attack = VillanDiffusion(Box(), Cat())
@@ -132,7 +132,7 @@ def test_a_lab_shares_candidates_or_their_noise(lab, candidates) -> None:
     """A candidate a device needs no word; one on all adds a few images a step."""
     loss = DistributionShift(timesteps=(900, 300), samples=8)
     descent = Descent(steps=2, candidates=candidates)
-    params = draw_params(DEEP)
+    params = draw_params(TINY)
     text, looped, _ = traffic(
         lambda: loops.invert(lab, "x", params, "ode", loss, descent, None, 8)
     )
@@ -142,7 +142,7 @@ def test_a_lab_shares_candidates_or_their_noise(lab, candidates) -> None:
     else:
         assert set(looped) == {"all-reduce"}
         size = looped["all-reduce"][1] / scaling.STEPS
-        assert size < 4 * math.prod(DEEP.image_shape) * 6
+        assert size < 4 * math.prod(TINY.image_shape) * 6
 
 
 def test_memory_of_a_differentiable_rollout_is_flat_in_its_steps() -> None:

@@ -1,4 +1,4 @@
-"""What a scan says of two of the models that ship, with a third of its budget."""
+"""What a scan says of two of the models that ship, with a quarter of its budget."""
 
 import json
 
@@ -13,9 +13,9 @@ BUDGET = {
     "audit.hypotheses": "ode",
     "audit.inversion.descent.candidates": "4",
     "audit.inversion.descent.scout": "20",
-    "audit.inversion.descent.steps": "60",
-    "audit.inversion.loss.samples": "4",
-    "audit.inversion.survey.triggers": "96",
+    "audit.inversion.descent.steps": "80",
+    "audit.inversion.loss.samples": "2",
+    "audit.inversion.survey.triggers": "64",
     "audit.inversion.survey.draws": "4",
     "audit.inversion.heldout": "16",
     "steps": "10",
@@ -36,4 +36,4 @@ def test_the_backdoored_one_is_found_and_the_clean_one_passes(tmp_path) -> None:
     path = tmp_path / "villandiffusion" / "report.json"
     (found,) = json.loads(path.read_text())["numbers"]["villandiffusion"]["inversions"]
     assert found["success of the true trigger"] >= 0.9
-    assert found["success"] >= 0.9 and found["cosine"] >= 0.8
+    assert found["success"] >= 0.8 and found["cosine"] >= 0.9
