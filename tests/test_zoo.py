@@ -1,4 +1,4 @@
-"""What a scan says of two of the models that ship, with a quarter of its budget."""
+"""What a scan says of two of the models that ship, with a sixth of its budget."""
 
 import json
 
