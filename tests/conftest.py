@@ -4,6 +4,7 @@ And a run that several of its files look at.
 """
 
 import fcntl
+import gc
 import os
 import pathlib
 import subprocess
@@ -20,6 +21,7 @@ os.environ.setdefault(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+gc.set_threshold(100_000, 20, 100)  # a trace is many small objects that stay
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -153,7 +153,7 @@ def test_a_run_of_nothing_costs_nothing(tmp_path) -> None:
 
 
 def test_a_sweep_measures_equal_parts_once() -> None:
-    runs = [tiny(name) for name in "ab"]
+    runs = [dataclasses.replace(tiny(name), model=TINY) for name in "ab"]
     rows = cost.estimate(Sweep("runs/never", tuple(runs))).rows
     assert len(rows) == 2
     assert {row["times"] for row in rows} == {2 * 12, 2 * 2 * 64 * 2 / 8}
