@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import pytest
+from tiny_config import shapes
 
 from puredif_jax import config
 from puredif_jax.experiment import Experiment, Scan, Sweep
@@ -31,5 +32,4 @@ def test_config(path: pathlib.Path) -> None:
         changed = config.override(experiment, "seed", "3")
         assert changed.seed == 3 and changed.model == experiment.model
     for model in {experiment.model for experiment in experiments}:
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        assert sum(x.size for x in jax.tree.leaves(shapes)) > 1e5
+        assert sum(x.size for x in jax.tree.leaves(shapes(model))) > 1e5

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_config import TINY
+from tiny_config import TINY, draw_params
 
 from puredif_jax import garment_net, metrics
 from puredif_jax.data import FashionMNIST
@@ -108,8 +108,7 @@ def test_frechet_draws_come_in_pairs(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "frechet_distance", distance)
     options = Evaluation(batch=8, deterministic=DDIM(steps=2, clip=None))
     lab = open_lab(Experiment(str(tmp_path), model=TINY, evaluation=options))
-    shapes = jax.eval_shape(TINY.init, jax.random.key(0))
-    silent = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    silent = draw_params(TINY, scale=0.0)
     sampler, images = options.deterministic, FashionMNIST()
     found = lab.frechet("silent", silent, sampler, images, 24)
     assert found == (1.0, {})

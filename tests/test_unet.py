@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_config import shapes
 
 from puredif_jax.unet import UNet
 
@@ -47,12 +48,6 @@ TINY = dataclasses.replace(
 )
 
 
-@functools.cache
-def nest(config):
-    """The tree of shapes and dtypes of a network's parameters."""
-    return jax.eval_shape(config.init, jax.random.key(0))
-
-
 def torch_name(path):
     """PyTorch's name, with "_" for ".", of the parameter at a path of ours."""
     *modules, leaf = (entry.key for entry in path)
@@ -75,7 +70,7 @@ def from_torch(config, weights):
             value = np.moveaxis(value, (0, 1), (-1, -2))
         return jnp.asarray(value)
 
-    params = jax.tree.map_with_path(leaf, nest(config))
+    params = jax.tree.map_with_path(leaf, shapes(config))
     assert not flat
     return params
 
@@ -128,11 +123,11 @@ def assert_close(found, expected, tolerance):
 
 @each_config
 def test_parameters_are_those_of_diffusers(name):
-    flat, _ = jax.tree.flatten_with_path(nest(UNet(**maker.CONFIGS[name])))
+    flat, _ = jax.tree.flatten_with_path(shapes(UNet(**maker.CONFIGS[name])))
     found = {torch_name(path): torch_shape(leaf.shape) for path, leaf in flat}
-    shapes = golden_shapes(name)
-    assert len(found) == len(flat) == len(shapes)
-    assert found == {key.replace(".", "_"): shape for key, shape in shapes.items()}
+    wanted = golden_shapes(name)
+    assert len(found) == len(flat) == len(wanted)
+    assert found == {key.replace(".", "_"): shape for key, shape in wanted.items()}
 
 
 @each_config
@@ -148,9 +143,9 @@ def test_output_and_gradients_are_those_of_diffusers_live(name):
     pytest.importorskip("diffusers")
     config, seed = maker.CONFIGS[name], 7
     net = maker.model(config)
-    shapes = maker.shapes_of(net)
-    assert shapes == golden_shapes(name)
-    weights, images, times = maker.draw(config, shapes, seed)
+    wanted = golden_shapes(name)
+    assert maker.shapes_of(net) == wanted
+    weights, images, times = maker.draw(config, wanted, seed)
     net.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
     images = torch.from_numpy(images).requires_grad_()
     output = net(images, torch.from_numpy(times)).sample
@@ -184,7 +179,7 @@ def make_case(unet):
         return jnp.asarray(scale * rng.standard_normal(like.shape), jnp.float32)
 
     x = jnp.asarray(rng.standard_normal((3, *unet.image_shape)), jnp.float32)
-    return jax.tree.map(leaf, nest(unet)), x, jnp.array([0, 7, 999])
+    return jax.tree.map(leaf, shapes(unet)), x, jnp.array([0, 7, 999])
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +199,7 @@ def test_fresh_network_predicts_zero():
 def test_bfloat16_computes_close_to_float32(param_dtype):
     params, x, t = make_case(TINY)
     half = dataclasses.replace(TINY, dtype="bfloat16", param_dtype=param_dtype)
-    assert {v.dtype for v in jax.tree.leaves(nest(half))} == {jnp.dtype(param_dtype)}
+    assert {v.dtype for v in jax.tree.leaves(shapes(half))} == {jnp.dtype(param_dtype)}
     cast = jax.tree.map(lambda v: v.astype(param_dtype), params)
     exact = np.asarray(apply(TINY, params, x, t))
     found = apply(half, cast, x, t)
@@ -302,7 +297,7 @@ def test_configuration_is_a_hashable_value():
 
 
 def test_default_is_google_ddpm_cifar10_32():
-    sizes = [leaf.size for leaf in jax.tree.leaves(nest(UNet()))]
+    sizes = [leaf.size for leaf in jax.tree.leaves(shapes(UNet()))]
     assert sum(sizes) == 35_746_307
 
 

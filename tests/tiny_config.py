@@ -53,7 +53,7 @@ INVERSION = Inversion(
 
 @functools.cache
 def shapes(unet: UNet) -> Params:
-    """Of its parameters, traced once."""
+    """Shapes and dtypes of its parameters, traced once."""
     return jax.eval_shape(unet.init, jax.random.key(0))
 
 
