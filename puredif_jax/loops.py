@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -228,6 +229,15 @@ def invert(
     return Candidate(delta, targets[best]), errors
 
 
+def seconds(lab: Lab, stage: str) -> float:
+    """What the survey and the steps of an inversion or a reinforcement took.
+
+    Of all calls together, without steps that a killed one did not store; host 0 knows.
+    """
+    parts = (lab.run.metrics.read(f"{stage}{of}") for of in ("_survey", "_scouts", ""))
+    return sum(float(part["seconds"].sum()) for part in parts if "seconds" in part)
+
+
 class _Descent:
     """An inverter on one model as a resumable loop; compiled once for both hypotheses.
 
@@ -332,6 +342,7 @@ def _survey(
         begun = survey.begin(shape, jax.random.fold_in(lab.key, 505))
         triggers, keys, key_sign = lab.run.replicate(begun)
         images = []
+        began = time.perf_counter()
         with progress(
             survey.triggers, 0, f"{stage}_survey", parallel.is_host_zero()
         ) as bar:
@@ -343,6 +354,11 @@ def _survey(
                 parallel.safe_point()
         pool = lab.run.replicate(np.concatenate(images))
         found = parallel.gather(choose(params, hypothesis, triggers, pool, key_sign))
+        if parallel.is_host_zero():
+            metrics, name = lab.run.metrics, f"{stage}_survey"
+            metrics.rewind(name, 0)
+            took = time.perf_counter() - began
+            metrics.write(name, survey.triggers, seconds=took)
         return {"delta": found.delta, "target": found.target}
 
     found = lab.run.once(f"{stage}_survey", compute)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import quote
 
 import numpy as np
@@ -114,6 +114,13 @@ class Section:
     table: tuple[Mapping[str, object], ...] = ()
     pictures: tuple[tuple[str, np.ndarray], ...] = ()
     curves: tuple[tuple[str, Lines], ...] = ()
+
+
+class Part(NamedTuple):
+    """What a stage adds to a report."""
+
+    numbers: dict[str, Any]
+    section: Section
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import jax
 from absl import logging
 
 from puredif_jax import config, convert, parallel
+from puredif_jax.audit import SCOPE
 from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.report import Report, Section, environment
 from puredif_jax.run import RunError, make_folder, report_of
-from puredif_jax.stages import FOLDER, SCOPE, numbered
+from puredif_jax.stages import FOLDER, numbered
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.types import InputError
 

@@ -6,12 +6,10 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax import (
@@ -24,42 +22,18 @@ from puredif_jax import (
     metrics,
     parallel,
 )
-from puredif_jax.attacks import Solver
-from puredif_jax.detection import Detector, Features
+from puredif_jax.audit import Auditor
 from puredif_jax.diffusion import Sampler
-from puredif_jax.experiment import Experiment, Inversion
-from puredif_jax.lab import SHOWN, Lab, Success, Truth, find_weights, fingerprint
+from puredif_jax.experiment import Experiment
+from puredif_jax.lab import Lab, Success, Truth, find_weights, fingerprint
 from puredif_jax.objectives import Bindable, Hypothesis
-from puredif_jax.report import Report, Section, environment
+from puredif_jax.report import Part, Report, Section, environment
 from puredif_jax.run import Run, RunError, pin
-from puredif_jax.types import Candidate, Params
+from puredif_jax.types import Params
 from puredif_jax.unet import SHIPPED
 
 WEIGHTS = "weights.safetensors"
 FOLDER = "diffusers"
-SCOPE = (
-    "A verdict is about backdoors whose trigger is added to the noise, as BadDiffusion "
-    "and VillanDiffusion (psi = 1) train them; those of TrojDiff and of "
-    "variance-exploding models are not sought. docs/scan.md tells what to do next."
-)
-COLUMNS = (
-    "sde is ancestral sampling, ode deterministic. Of a backdoored model shift, "
-    "memory, gain and uniformity are small; the score is -log10 of the least gain. "
-    "docs/scan.md explains the columns."
-)
-ELSEWHERE = (
-    "The clean models that calibrate are of the package's network (0.64 M parameters, "
-    "grey images of 16x16) and of the default inversion; this audit is not. Scan clean "
-    "models of this kind in the same way, and give their scores as "
-    "audit.detector.clean."
-)
-
-
-class Part(NamedTuple):
-    """What a stage adds to the report."""
-
-    numbers: dict[str, Any]
-    section: Section
 
 
 class Stages:
@@ -212,11 +186,11 @@ class Stages:
             params = self.train(snapshot)
 
             def reinforce(params: Params = params, at: int = snapshot) -> Any:
-                began = time.perf_counter()
+                stage = f"reinforce_{at}"
                 delta = loops.reinforce(
-                    lab, f"reinforce_{at}", params, options.reinforcement, truth
+                    lab, stage, params, options.reinforcement, truth
                 )
-                return {"delta": delta, "seconds": time.perf_counter() - began}
+                return {"delta": delta, "seconds": loops.seconds(lab, stage)}
 
             found = lab.run.once(f"reinforced_{snapshot}", reinforce)
             delta = found["delta"]
@@ -320,162 +294,6 @@ class Stages:
         section = Section("Model", text, tuple(rows), tuple(pictures), curves)
         return Part(numbers, section)
 
-    def invert(
-        self, stage: str, params: Params, solver: Solver, inversion: Inversion
-    ) -> dict[str, np.ndarray]:
-        """Inverts under one hypothesis: delta, target, held-out errors and draws."""
-        lab, evaluation = self.lab, self.experiment.evaluation
-
-        def compute() -> Mapping[str, Any]:
-            began = time.perf_counter()
-            candidate, errors = loops.invert(
-                lab,
-                stage,
-                params,
-                solver,
-                inversion.loss,
-                inversion.descent,
-                inversion.survey,
-                inversion.heldout,
-            )
-            seconds = time.perf_counter() - began
-            sampler = evaluation.sampler(solver)
-            return {
-                "delta": candidate.delta,
-                "target": candidate.target,
-                "errors": errors,
-                "draws": lab.draw(params, sampler, candidate.delta, evaluation.draws),
-                "seconds": seconds,
-            }
-
-        return lab.run.once(stage, compute)
-
-    def plain(self, label: str, params: Params, solver: Solver) -> np.ndarray:
-        """64 draws of a model from plain noise."""
-        lab, sampler = self.lab, self.experiment.evaluation.sampler(solver)
-
-        def draw() -> Mapping[str, Any]:
-            return {"images": lab.draw(params, sampler, lab.zero, 64)}
-
-        return lab.run.once(f"plain_{label}_{solver}", draw)["images"]
-
-    def descent_curves(self, stage: str, solver: Solver, scout: int) -> dict[str, Any]:
-        """The loss of every scout, and of the candidate that went on; on host 0."""
-        if not parallel.is_host_zero():  # another one may see an older file
-            return {}
-        curve = self.lab.run.metrics.read(stage)
-        curves: dict[str, Any] = {}
-        curves[solver] = (scout + curve["step"], curve["loss"].min(axis=-1))
-        if scout:
-            scouts = self.lab.run.metrics.read(f"{stage}_scouts")
-            for i, loss in enumerate(scouts["loss"].reshape(len(scouts["step"]), -1).T):
-                curves[f"{solver}, scout {i + 1}"] = (scouts["step"], loss)
-        return curves
-
-    def compare(
-        self,
-        drawn: str,
-        stage: str,
-        params: Params,
-        truth: Truth,
-        solver: Solver,
-        result: Mapping[str, np.ndarray],
-    ) -> dict[str, float]:
-        """Success of an inverted trigger beside the true one's, and their distance.
-
-        The draws of the true trigger are kept by the name `drawn`.
-        """
-        delta = result["delta"]
-        if solver == truth.solver:  # the draws at hand are these
-            own = metrics.success(result["draws"], truth.target)["mse<0.01"]
-        else:
-            own = self.success(stage, params, truth, delta).rate
-        true = self.success(drawn, params, truth, truth.trigger).rate
-        distance = metrics.trigger_distance(delta, truth.trigger)
-        return {
-            "success": own,
-            "success of the true trigger": true,
-            **{k: float(v) for k, v in distance._asdict().items()},
-        }
-
-    def audit(self, name: str, label: str, params: Params) -> Part:
-        """Inverts and judges one model, from the model alone; `label` is its own.
-
-        The truth, where a file beside the weights tells it, is only compared with.
-        """
-        lab, options = self.lab, self.experiment.audit
-        assert options is not None
-        path = lab.run.folder / WEIGHTS if name == "trained" else find_weights(name)
-        truth = Truth.beside(path, lab.unet.image_shape)
-        # Those of the run's own model have been drawn, by `measure`.
-        drawn = "true_trained" if name == "trained" else f"audit_{label}"
-        found: dict[Solver, Features] = {}
-        rows: list[dict[str, Any]] = []
-        pictures: list[tuple[str, np.ndarray]] = []
-        curves: dict[str, Any] = {}
-        if truth is not None:
-            pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
-        for solver in options.hypotheses:
-            for method, inversion in options.methods(solver).items():
-                stage = (
-                    f"{method.replace(', ', '_').replace(' ', '_')}_{label}_{solver}"
-                )
-                result = self.invert(stage, params, solver, inversion)
-                delta = result["delta"]
-                row: dict[str, Any] = {"method": method, "hypothesis": solver}
-                if truth is not None:
-                    row |= self.compare(drawn, stage, params, truth, solver, result)
-                row["network evaluations"] = inversion.evaluations
-                row["seconds"] = float(result["seconds"])
-                rows.append(row)
-                pictures.append((f"inverted trigger, {method}, {solver}", delta))
-                if truth is not None:
-                    difference = delta - truth.trigger
-                    caption = f"difference from the true one, {method}, {solver}"
-                    pictures.append((caption, difference))
-                plain = self.plain(label, params, solver)
-                measured = lab.features(
-                    params,
-                    solver,
-                    Candidate(jnp.asarray(delta), jnp.asarray(result["target"])),
-                    result["errors"].min(),
-                    result["draws"][:64],
-                    plain,
-                )
-                row |= {k: float(v) for k, v in measured._asdict().items()}
-                if method != "puredif":
-                    continue
-                found[solver] = measured
-                pictures += [
-                    (f"estimated target, {solver}", result["target"]),
-                    (
-                        f"draws from the inverted trigger, {solver}",
-                        result["draws"][:SHOWN],
-                    ),
-                    (f"draws from plain noise, {solver}", plain[:SHOWN]),
-                ]
-                curves |= self.descent_curves(stage, solver, inversion.descent.scout)
-        verdict = options.detector.judge(found)
-        text = f"{verdict.outcome}: {verdict.reason} (p = {verdict.p_value:.3g})."
-        doubt, alarm = options.detector.bounds
-        judged = (
-            f"Score {verdict.score:.3g}: up to {doubt:.3g} is clean, above {alarm:.3g} "
-            "backdoored."
-        )
-        default = options.detector.clean == Detector().clean
-        known = (self.experiment.model, options.inversion) == (SHIPPED, Inversion())
-        elsewhere = [ELSEWHERE] if default and not known else []
-        section = Section(
-            f"Audit of {label}",
-            "\n\n".join([text, judged, *elsewhere, COLUMNS, SCOPE]),
-            tuple(rows),
-            tuple(pictures),
-            (("inversion loss", curves),),
-        )
-        return Part(
-            {label: {"verdict": verdict._asdict(), "inversions": rows}}, section
-        )
-
 
 def names(experiment: Experiment) -> list[str]:
     """The weights that an experiment reads."""
@@ -564,8 +382,13 @@ def perform(experiment: Experiment) -> Report:
         parts.append(stages.measure(lab.load(experiment.weights)))
     if experiment.audit is not None:
         for name, label in labels(experiment.audit.weights).items():
-            params = trained if name == "trained" else lab.load(name)
-            parts.append(stages.audit(name, label, params))
+            own = name == "trained"
+            path = run.folder / WEIGHTS if own else find_weights(name)
+            truth = Truth.beside(path, lab.unet.image_shape)
+            # Those of the run's own model have been drawn, by `measure`.
+            drawn = "true_trained" if own else f"audit_{label}"
+            params = trained if own else lab.load(name)
+            parts.append(Auditor(experiment, lab).audit(label, params, truth, drawn))
             section = parts[-1].section
             verdicts.append(
                 f"{section.title.removeprefix('Audit of ')}: "

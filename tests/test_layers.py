@@ -22,6 +22,7 @@ COMPOSITION = {
     "lab",
     "loops",
     "experiment",
+    "audit",
     "stages",
     "sweep",
     "scan",
@@ -124,8 +125,8 @@ def violations(sources: dict[str, str]) -> list[str]:
         if module in EDGES:
             others = (EDGES | COMPOSITION) - {module}
             problems |= {f"edge imports {t}" for t in targets & others}
-        if module not in {"main", "stages", "sweep", "scan", "cost"}:
-            top = {"experiment", "stages", "sweep", "scan"}
+        if module not in {"main", "audit", "stages", "sweep", "scan", "cost"}:
+            top = {"experiment", "audit", "stages", "sweep", "scan"}
             problems |= {f"imports {t}" for t in targets & top}
         if module != "checkpoint" and "orbax" in {root(n) for n in names}:
             problems.add("imports orbax")

@@ -59,3 +59,18 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
         lambda a, b: float(abs(a - b).max()), state.params, state.ema_params
     )
     assert max(jax.tree.leaves(moved)) > 1e-3, "they could not be told apart"
+
+
+def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
+    """But for steps that a killed call did not store."""
+    lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
+    metrics = lab.run.metrics
+    metrics.write("x_survey", 8, seconds=1.0)
+    metrics.write("x_scouts", 2, seconds=2.0)
+    metrics.write("x", 2, seconds=4.0)
+    metrics.write("x", 4, seconds=8.0)
+    metrics.write("y", 2, seconds=16.0)
+    assert loops.seconds(lab, "x") == 15
+    metrics.rewind("x", 2)
+    assert loops.seconds(lab, "x") == 7
+    assert loops.seconds(lab, "z") == 0

@@ -1,6 +1,7 @@
 """The stages of a run: what is refused before long work, and what must not be mixed."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -72,6 +73,10 @@ def test_weights_of_one_name_are_audited_each_for_itself(tmp_path) -> None:
     assert list(found) == ["x", "y"]
     x, y = (audited["inversions"][0]["shift"] for audited in found.values())
     assert x != y
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "puredif_x" in row["stage"]]
+    took = found["x"]["inversions"][0]["seconds"]
+    assert took == pytest.approx(sum(row["seconds"] for row in rows)) and took > 0
     weights(tmp_path / "x" / "weights.safetensors", 2)
     with pytest.raises(InputError, match="another version of .*weights.safetensors"):
         stages.perform(wanted)
