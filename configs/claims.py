@@ -24,7 +24,8 @@ TARGETS: dict[str, dict[str, Target]] = {  # docs/method.md, what the data can c
     "villandiffusion": {"shoe": Shoe(), "cat": Cat()},
 }
 CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
-STEPS = {"baddiffusion": 10_000, "villandiffusion": 14_000}
+STEPS = {"baddiffusion": 10_000, "villandiffusion": 30_000}
+RATES = {"baddiffusion": 0.2, "villandiffusion": 0.17}
 
 
 def training(steps: int) -> Training:
@@ -55,7 +56,7 @@ def backdoored(attack: str, trigger: str, target: str) -> Experiment:
         attack=ATTACKS[attack](
             trigger=TRIGGERS[trigger],
             target=TARGETS[attack][target],
-            poison_rate=0.2,
+            poison_rate=RATES[attack],
             trigger_only=True,
         ),
         audit=Audit(baselines=("elijah", "elijah, equal evaluations")),

@@ -115,7 +115,7 @@ class Inversion:
     """
 
     loss: Loss = DistributionShift(samples=4)
-    descent: Descent = Descent(candidates=8, scout=40)
+    descent: Descent = Descent(candidates=8, scout=40, finalists=4)
     survey: Survey | None = Survey()
     heldout: int = 64
 

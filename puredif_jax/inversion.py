@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -52,10 +53,11 @@ class Inverter(NamedTuple):
     step: Callable[[Params, InversionState], tuple[InversionState, InversionInfo]]
 
 
-def keep_one(state: InversionState, index: int) -> InversionState:
-    """The state of candidate `index` alone, K = 1; its optimiser goes on as it was."""
+def keep(state: InversionState, chosen: Sequence[int]) -> InversionState:
+    """The state of the chosen candidates alone; their optimiser goes on as it was."""
+    indices = np.asarray(chosen)
     candidate, opt_state = jax.tree.map(
-        lambda x: x[index][None] if x.ndim else x, (state.candidate, state.opt_state)
+        lambda x: x[indices] if x.ndim else x, (state.candidate, state.opt_state)
     )
     return dataclasses.replace(state, candidate=candidate, opt_state=opt_state)
 
@@ -71,8 +73,10 @@ class Descent:
     Attributes:
       steps: optimiser steps.
       candidates: K, restarts optimised together.
-      scout: steps after which a run (`loops.invert`) goes on with the best candidate
+      scout: steps after which a run (`loops.invert`) goes on with the best candidates
         alone; 0 keeps all to the end, as an `inverter` by itself does.
+      finalists: how many these are. Where a backdoor is sharp, the true candidate
+        overtakes the others late (docs/method.md).
       learning_rate: of Adam.
       b2: decay of Adam's second moment. Optax's 0.999 remembers the steep first steps
         longer than a descent lasts, and shrinks all later ones.
@@ -89,6 +93,7 @@ class Descent:
     steps: int = 120
     candidates: int = 1
     scout: int = 0
+    finalists: int = 1
     learning_rate: float = 0.2
     b2: float = 0.9
     low: float = -1.0
@@ -105,6 +110,11 @@ class Descent:
             raise ValueError(
                 f"scout must lie in 0..steps-1={self.steps - 1}, found {self.scout}"
             )
+        if not 1 <= self.finalists <= self.candidates:
+            raise ValueError(
+                f"finalists must lie in 1..candidates={self.candidates}, found "
+                f"{self.finalists}"
+            )
         if not 0 <= self.b2 < 1:
             raise ValueError(f"b2 must lie in [0, 1), found {self.b2}")
         if self.bound is not None and self.bound <= 0:
@@ -119,7 +129,7 @@ class Descent:
     @property
     def candidate_steps(self) -> int:
         """Steps, each counted once for every candidate that takes it."""
-        after = 1 if self.scout else self.candidates
+        after = self.finalists if self.scout else self.candidates
         return self.candidates * self.scout + after * (self.steps - self.scout)
 
     def optimizer(self) -> optax.GradientTransformation:

@@ -24,7 +24,7 @@ from puredif_jax.inversion import (
     Inverter,
     Refresh,
     inverter,
-    keep_one,
+    keep,
 )
 from puredif_jax.lab import Lab, Truth
 from puredif_jax.objectives import (
@@ -216,11 +216,11 @@ def invert(
 
     if descent.scout:
         scouts = search.run(f"{stage}_scouts", begin, descent.scout)
-        ahead = int(np.argmin(judged(scouts.candidate)[0]))
+        order = np.argsort(judged(scouts.candidate)[0], kind="stable")
         steps -= descent.scout
 
         def begin() -> InversionState:
-            return keep_one(scouts, ahead)
+            return keep(scouts, order[: descent.finalists])
 
     state = search.run(stage, begin, steps)
     errors, targets = judged(state.candidate)

@@ -65,11 +65,11 @@ def test_evaluations_of_a_survey() -> None:
 
 
 def test_evaluations_of_an_inversion() -> None:
-    """By hand: three candidates for two steps, then one for four."""
-    descent = Descent(steps=6, candidates=3, scout=2)
+    """By hand: three candidates for two steps, then two for four."""
+    descent = Descent(steps=6, candidates=3, scout=2, finalists=2)
     survey = Survey(triggers=4, draws=3, together=2, sampler=DDIM(steps=5))
     scouted = Inversion(loss=SHIFT, descent=descent, survey=survey)
-    assert scouted.evaluations == 3 * (3 * 2 + 4) * 6 + 60
+    assert scouted.evaluations == 3 * (3 * 2 + 2 * 4) * 6 + 60
     plain = Inversion(loss=SHIFT, descent=Descent(steps=6, candidates=3), survey=None)
     assert plain.evaluations == 3 * 18 * 6
 

@@ -11,7 +11,7 @@ from puredif_jax import metrics
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion
 from puredif_jax.diffusion import DDIM, DDPM
-from puredif_jax.inversion import Descent, inverter, keep_one
+from puredif_jax.inversion import Descent, inverter, keep
 from puredif_jax.objectives import DistributionShift, Elijah, Hypothesis
 from puredif_jax.triggers import Box, Hat, StopSign
 from puredif_jax.types import Candidate
@@ -75,17 +75,19 @@ def test_resuming_in_the_middle_changes_nothing() -> None:
     chex.assert_trees_all_equal(as_arrays(whole), as_arrays(again))
 
 
-def test_the_best_scout_goes_on_as_it_was() -> None:
-    """Alone it ends where it would have in company, optimiser and all."""
+@pytest.mark.parametrize("chosen", [(1,), (2, 0)])
+def test_the_best_scouts_go_on_as_they_were(chosen) -> None:
+    """They end where they would have in company, optimiser and all."""
     made = inverter(quadratic, Descent(steps=10, candidates=3), (2, 2, 1))
     goal = jnp.full((2, 2, 1), 0.5)
     company, _ = run(made, goal, 10)
     halfway, _ = run(made, goal, 5)
-    alone, info = run(made, goal, 5, keep_one(halfway, 1))
-    chex.assert_shape(info.loss, (5, 1))
-    np.testing.assert_allclose(
-        alone.candidate.delta[0], company.candidate.delta[1], rtol=1e-6
-    )
+    alone, info = run(made, goal, 5, keep(halfway, chosen))
+    chex.assert_shape(info.loss, (5, len(chosen)))
+    for found, wanted in enumerate(chosen):
+        np.testing.assert_allclose(
+            alone.candidate.delta[found], company.candidate.delta[wanted], rtol=1e-6
+        )
 
 
 def test_refresh_moves_the_target_every_m_steps() -> None:
@@ -169,6 +171,8 @@ def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
         {"learning_rate": 0.0},
         {"bound": -1.0},
         {"steps": 9, "scout": 9},
+        {"finalists": 2},
+        {"candidates": 2, "finalists": 0},
         {"refresh": -1},
         {"low": 0.5, "high": 0.5},
     ],

@@ -62,6 +62,8 @@ def test_leaves_a_report(finished: pathlib.Path) -> None:
         for line in (finished / "metrics.jsonl").read_text().splitlines()
     }
     assert {"train", "reinforce_6", "puredif_trained_ode"} <= stages
+    with np.load(finished / "results" / "puredif_trained_ode.npz") as file:
+        assert file["errors"].shape == (2,), "of the finalists"
 
 
 def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:

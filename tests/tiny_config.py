@@ -87,7 +87,7 @@ def get_config() -> Experiment:
             hypotheses=("ode",),
             inversion=Inversion(
                 loss=DistributionShift(timesteps=(900, 300), samples=4),
-                descent=Descent(steps=6, candidates=2, scout=2, refresh=2),
+                descent=Descent(steps=6, candidates=3, scout=2, finalists=2, refresh=2),
                 survey=Survey(triggers=4, draws=2, together=2, sampler=DDIM(steps=2)),
                 heldout=8,
             ),
