@@ -46,6 +46,7 @@ def descent(**changes) -> Inversion:
 
 CHANGES = {
     "default": Inversion(),
+    "default: one finalist": Inversion(descent=Descent(candidates=8, scout=40)),
     "base": BASE,
     "loss: consistency alone": dataclasses.replace(BASE, loss=CONSISTENCY),
     "loss: shift + consistency": dataclasses.replace(

@@ -24,38 +24,48 @@ class Reinforcement:
       deterministic: the loss for backdoors of deterministic sampling; its `aim` draws
         the last images to the known target.
       ancestral: that for backdoors of ancestral sampling, which do not fire under a
-        deterministic rollout. Expect nothing of it: where it was measured, the
-        reinforced trigger fired less often than the true one (docs/method.md).
-      descent: optimiser and bound of the reinforced trigger, from the true one; one
-        candidate, without scouts and refreshes.
+        deterministic rollout. The chain must be as long as can be afforded: the trigger
+        that suits a short one does not suit the sampler (docs/method.md).
+      descent: optimiser and bound of the former, from the true trigger; one candidate,
+        without scouts and refreshes.
+      ancestral_descent: those of the latter: few small steps, since the gradient
+        through a chain of random steps is mostly noise.
 
     Raises:
-      ValueError: `descent` has more than that.
+      ValueError: a descent has more than that.
     """
 
     deterministic: DenoisingConsistency = DenoisingConsistency(
         sampler=DDIM(steps=10), samples=48, on_path=False, across_noise=0.0, aim=1.0
     )
     ancestral: DenoisingConsistency = DenoisingConsistency(
-        sampler=DDPM(steps=20), samples=24, on_path=False, across_noise=0.0, aim=1.0
+        sampler=DDPM(steps=50), samples=16, on_path=False, across_noise=0.0, aim=1.0
     )
     descent: Descent = Descent(steps=100, learning_rate=0.05, b2=0.999, bound=None)
+    ancestral_descent: Descent = Descent(
+        steps=12, learning_rate=0.02, b2=0.999, bound=None
+    )
 
     def __post_init__(self) -> None:
-        descent = self.descent
-        if (descent.candidates, descent.scout, descent.refresh) != (1, 0, 0):
-            raise ValueError(
-                "reinforcement needs a descent of candidates=1, scout=0 and refresh=0, "
-                f"found {descent.candidates}, {descent.scout} and {descent.refresh}"
-            )
+        for each in (self.descent, self.ancestral_descent):
+            if (each.candidates, each.scout, each.refresh) != (1, 0, 0):
+                raise ValueError(
+                    "reinforcement needs a descent of candidates=1, scout=0 and "
+                    f"refresh=0, found {each.candidates}, {each.scout} and "
+                    f"{each.refresh}"
+                )
 
     def loss(self, solver: Solver) -> DenoisingConsistency:
         """That for a kind of backdoor."""
         return self.deterministic if solver == "ode" else self.ancestral
 
+    def descending(self, solver: Solver) -> Descent:
+        """How that one is descended."""
+        return self.descent if solver == "ode" else self.ancestral_descent
+
     def evaluations(self, solver: Solver) -> int:
         """Network evaluations of one image; one with its gradient counts for three."""
-        return 3 * self.descent.steps * self.loss(solver).evaluations
+        return 3 * self.descending(solver).steps * self.loss(solver).evaluations
 
     def inverter(
         self,
@@ -76,4 +86,5 @@ class Reinforcement:
         hypothesis = Hypothesis.of(solver)
         objective = self.loss(solver).bind(model, schedule, hypothesis, shard)
         height, width, channels = start.delta.shape
-        return inverter(objective, self.descent, (height, width, channels), start)
+        descent = self.descending(solver)
+        return inverter(objective, descent, (height, width, channels), start)

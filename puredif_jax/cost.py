@@ -211,7 +211,8 @@ def parts(experiment: Experiment) -> Iterator[Part]:
         steps = experiment.evaluation.sampler(attack.solver).steps
         yield _drawing(batch, 2 * draws * steps * count)
         reinforcement: Reinforcement = experiment.amplification.reinforcement
-        loss, descent = reinforcement.loss(attack.solver), reinforcement.descent
+        loss = reinforcement.loss(attack.solver)
+        descent = reinforcement.descending(attack.solver)
         times = descent.steps * count
         yield _descent(loss, attack.solver, descent, times, "reinforcement")
     if experiment.audit is not None:

@@ -53,11 +53,11 @@ class Inverter(NamedTuple):
     step: Callable[[Params, InversionState], tuple[InversionState, InversionInfo]]
 
 
-def keep(state: InversionState, chosen: Sequence[int]) -> InversionState:
+def keep(state: InversionState, chosen: Sequence[int] | np.ndarray) -> InversionState:
     """The state of the chosen candidates alone; their optimiser goes on as it was."""
-    indices = np.asarray(chosen)
+    chosen = np.asarray(chosen)
     candidate, opt_state = jax.tree.map(
-        lambda x: x[indices] if x.ndim else x, (state.candidate, state.opt_state)
+        lambda x: x[chosen] if x.ndim else x, (state.candidate, state.opt_state)
     )
     return dataclasses.replace(state, candidate=candidate, opt_state=opt_state)
 

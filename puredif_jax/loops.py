@@ -130,7 +130,8 @@ def reinforce(
     hypothesis = Hypothesis.of(truth.solver)
     name = ("reinforce", reinforcement, truth.solver)  # the start is not in a step
     descent = _Descent(lab, name, make, params, hypothesis)
-    state = descent.run(stage, descent.first, reinforcement.descent.steps)
+    steps = reinforcement.descending(truth.solver).steps
+    state = descent.run(stage, descent.first, steps)
     return parallel.gather(state.candidate.delta)[0]
 
 

@@ -156,10 +156,12 @@ def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
 
 
 def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
-    reinforcement = Reinforcement(descent=Descent(steps=7))
+    reinforcement = Reinforcement(
+        descent=Descent(steps=7), ancestral_descent=Descent(steps=5)
+    )
     assert isinstance(reinforcement.loss("sde").sampler, DDPM)
     assert isinstance(reinforcement.loss("ode").sampler, DDIM)
-    assert reinforcement.evaluations("sde") == 3 * 7 * 20 * 24
+    assert reinforcement.evaluations("sde") == 3 * 5 * 50 * 16
     assert reinforcement.evaluations("ode") == 3 * 7 * 10 * 48
 
 

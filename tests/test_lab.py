@@ -120,9 +120,11 @@ def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, solver) -> None
     wanted = DenoisingConsistency(
         DDIM(2) if solver == "ode" else DDPM(3), samples=4, on_path=False, aim=1.0
     )
-    kind = "deterministic" if solver == "ode" else "ancestral"
     descent = Descent(steps=3, learning_rate=0.05, bound=None)
-    options = Reinforcement(descent=descent, **{kind: wanted})
+    if solver == "ode":
+        options = Reinforcement(deterministic=wanted, descent=descent)
+    else:
+        options = Reinforcement(ancestral=wanted, ancestral_descent=descent)
     found = loops.reinforce(lab, "reinforce", params, options, truth)
 
     bound = wanted.bind(model, SCHEDULE, Hypothesis.of(solver))
