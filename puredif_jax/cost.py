@@ -306,13 +306,13 @@ def _inversion(method: str, inversion: Inversion, solver: Solver) -> Iterator[Pa
     descent, loss = inversion.descent, inversion.loss
     name = f"inversion by {method}"
     if descent.scout:
-        final = dataclasses.replace(descent, candidates=descent.finalists)
+        final = dataclasses.replace(descent, candidates=descent.last)
         yield _descent(loss, solver, descent, descent.scout, name)
         yield _descent(loss, solver, final, descent.steps - descent.scout, name)
     else:
         yield _descent(loss, solver, descent, descent.steps, name)
     judged = DistributionShift(samples=inversion.heldout).evaluations
-    times = descent.candidates + bool(descent.scout) * descent.finalists
+    times = descent.candidates + (descent.last if descent.scout else 0)
     yield _drawing(judged, times * judged)
     if not (loss.seeks_target or descent.refresh):
         yield _drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)

@@ -75,8 +75,8 @@ class Descent:
       candidates: K, restarts optimised together.
       scout: steps after which a run (`loops.invert`) goes on with the best candidates
         alone; 0 keeps all to the end, as an `inverter` by itself does.
-      finalists: how many these are. Where a backdoor is sharp, the true candidate
-        overtakes the others late (docs/method.md).
+      finalists: how many these are, at most. Where a backdoor is sharp, the true
+        candidate overtakes the others late (docs/method.md).
       learning_rate: of Adam.
       b2: decay of Adam's second moment. Optax's 0.999 remembers the steep first steps
         longer than a descent lasts, and shrinks all later ones.
@@ -103,17 +103,12 @@ class Descent:
     cosine: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "candidates", "learning_rate"):
+        for name in ("steps", "candidates", "finalists", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if not 0 <= self.scout < self.steps:
             raise ValueError(
                 f"scout must lie in 0..steps-1={self.steps - 1}, found {self.scout}"
-            )
-        if not 1 <= self.finalists <= self.candidates:
-            raise ValueError(
-                f"finalists must lie in 1..candidates={self.candidates}, found "
-                f"{self.finalists}"
             )
         if not 0 <= self.b2 < 1:
             raise ValueError(f"b2 must lie in [0, 1), found {self.b2}")
@@ -127,10 +122,14 @@ class Descent:
             )
 
     @property
+    def last(self) -> int:
+        """Candidates that are there at the end."""
+        return min(self.finalists, self.candidates) if self.scout else self.candidates
+
+    @property
     def candidate_steps(self) -> int:
         """Steps, each counted once for every candidate that takes it."""
-        after = self.finalists if self.scout else self.candidates
-        return self.candidates * self.scout + after * (self.steps - self.scout)
+        return self.candidates * self.scout + self.last * (self.steps - self.scout)
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optax transformation that these numbers describe."""

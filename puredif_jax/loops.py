@@ -221,7 +221,7 @@ def invert(
         steps -= descent.scout
 
         def begin() -> InversionState:
-            return keep(scouts, order[: descent.finalists])
+            return keep(scouts, order[: descent.last])
 
     state = search.run(stage, begin, steps)
     errors, targets = judged(state.candidate)

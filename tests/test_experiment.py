@@ -1,5 +1,7 @@
 """What a configuration says of itself: budgets and baselines."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,8 @@ def test_evaluations_of_an_inversion() -> None:
     survey = Survey(triggers=4, draws=3, together=2, sampler=DDIM(steps=5))
     scouted = Inversion(loss=SHIFT, descent=descent, survey=survey)
     assert scouted.evaluations == 3 * (3 * 2 + 2 * 4) * 6 + 60
+    alone = dataclasses.replace(descent, candidates=1)
+    assert Inversion(loss=SHIFT, descent=alone, survey=None).evaluations == 3 * 6 * 6
     plain = Inversion(loss=SHIFT, descent=Descent(steps=6, candidates=3), survey=None)
     assert plain.evaluations == 3 * 18 * 6
 

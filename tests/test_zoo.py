@@ -13,6 +13,7 @@ BUDGET = {
     "audit.hypotheses": "ode",
     "audit.inversion.descent.candidates": "4",
     "audit.inversion.descent.scout": "20",
+    "audit.inversion.descent.finalists": "1",
     "audit.inversion.descent.steps": "80",
     "audit.inversion.loss.samples": "2",
     "audit.inversion.survey.triggers": "64",
