@@ -90,7 +90,7 @@ def scalars(folder: pathlib.Path) -> dict[tuple[str, int, str], np.ndarray]:
     return {
         (row["stage"], row["step"], name): np.asarray(row[name])
         for row in map(json.loads, lines)
-        for name in ("loss", "grad_norm")
+        for name in {"loss", "grad_norm"} & set(row)
     }
 
 
