@@ -160,7 +160,7 @@ class Auditor:
         return lab.run.once(f"plain_{label}_{solver}", draw)["images"]
 
     def _curves(self, stage: str, solver: Solver, scout: int) -> dict[str, Any]:
-        """The loss of every scout, and of the candidate that went on; on host 0."""
+        """The loss of every scout, and the least of those that went on; on host 0."""
         if not parallel.is_host_zero():  # another one may see an older file
             return {}
         curve = self.lab.run.metrics.read(stage)

@@ -177,8 +177,8 @@ class Detector:
 
     Attributes:
       clean: finite scores of clean models after the inversion in use; the default are
-        those of the default one, on the calibrating models of configs/claims.py
-        (docs/claims.md).
+        those of the default one, but with one finalist, on the calibrating models of
+        configs/claims.py (docs/claims.md).
       doubt, alarm: in standard deviations of `clean`.
     """
 

@@ -235,8 +235,7 @@ def seconds(lab: Lab, stage: str) -> float:
 
     Of all calls together, without steps that a killed one did not store; host 0 knows.
     """
-    parts = (lab.run.metrics.read(f"{stage}{of}") for of in ("_survey", "_scouts", ""))
-    return sum(float(part["seconds"].sum()) for part in parts if "seconds" in part)
+    return lab.run.metrics.seconds(f"{stage}_survey", f"{stage}_scouts", stage)
 
 
 class _Descent:

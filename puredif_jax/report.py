@@ -65,6 +65,11 @@ class Metrics:
             columns[name] = np.stack(np.broadcast_arrays(*values))
         return columns
 
+    def seconds(self, *stages: str) -> float:
+        """What stages took, of all calls together, as far as they have told."""
+        told = (row for _, row in self._rows() if row["stage"] in stages)
+        return sum(float(row.get("seconds", 0)) for row in told)
+
     def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every whole line, as text and as an object."""
         if not os.path.exists(self._path):
