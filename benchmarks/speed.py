@@ -4,21 +4,24 @@
     python benchmarks/speed.py --work shipped --out docs/results/speed.jsonl
     python benchmarks/speed.py --work cifar --steps 4 --repeats 3
     python benchmarks/speed.py --work cifar-gpu --precision tf32 bf16 --out gpu.jsonl
+    python benchmarks/speed.py --work cifar-candidates --precision bf16 \
+        --sides 1 --out gpu.jsonl
 
 Both sides run in one process on the same weights and cores, by turns (A B A B), and the
 median over repeats counts. At each turn a side first does the same untimed: it would
 otherwise wait for memory that the other gave back to the system. A call of this package
 does all steps of a timing, as its runs do: what is constant in them is computed once.
 Before anything is timed, their losses on one noise and the gradients in the trigger
-must agree, in float32 to 1e-3, else to what `AGREE` says. What compiles is timed apart.
+must agree, in float32 to 1e-3, else to what `AGREE` says. Everything is called once
+before anything is timed: what compiles is in `first call, seconds`.
 The PyTorch side is diffusers' `UNet2DModel`, eager and by torch.compile, with all
 folded into one batch as a careful user would write it; on a GPU with channels last,
 cuDNN's own choice of kernels and a fused Adam. One line of JSON a measurement; a task
 that does not fit into memory on a side is told, and the others go on.
 
-Hardware: any; one GPU. The last line is the whole measurement for it, with one and with
-eight candidates and, as the ceiling of what training can reach, a large matrix product;
-`ratios` prints what they come to.
+Hardware: any; one GPU. The last two lines are the whole measurement for it, with one
+and with eight candidates (of 160 images each, and of 20) and, as the ceiling of what
+training can reach, a large matrix product; `ratios` prints what they come to.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import time
@@ -38,6 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.extend.core import jaxprs_in_params
 from torch.utils.checkpoint import checkpoint
 
 from puredif_jax import attacks, convert, parallel
@@ -86,7 +91,9 @@ WORK = {
     "shipped": (SHIPPED, Size(4, 8, 8, 100, 64)),
     "cifar": (UNet(), Size(1, 2, 2, 8, 8)),
     "cifar-gpu": (UNet(), Size(1, 16, 8, 100, 128, many=8, matmul=8192)),
+    "cifar-candidates": (UNet(), Size(1, 2, 8, 100, 128, many=8, matmul=8192)),
 }
+SIDES = ("puredif_jax", "torch", "torch.compile")
 
 
 class Torch:
@@ -231,9 +238,8 @@ class Torch:
 
     def matmul(self) -> Run:
         kind = torch.bfloat16 if self.half else torch.float32
-        side = self.size.matmul
-        x = torch.ones(side, side, device=self.device, dtype=kind)
-        w = x / side
+        x = torch.tensor(factor(self.size.matmul), device=self.device, dtype=kind)
+        w = x
 
         def run(steps: int) -> float:
             y = x
@@ -359,12 +365,11 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
 
     @functools.partial(jax.jit, static_argnums=1)
     def product(w, steps):
-        y, _ = jax.lax.scan(lambda y, _: (y @ w, None), w * len(w), length=steps)
+        y, _ = jax.lax.scan(lambda y, _: (y @ w, None), w, length=steps)
         return y.mean(dtype=jnp.float32)
 
     key = jax.device_put(jax.random.key(1), everywhere)
-    side = size.matmul
-    w = jnp.full((side, side), 1 / side, jnp.dtype(unet.dtype))
+    w = jnp.asarray(factor(size.matmul), jnp.dtype(unet.dtype))
     more = {}
     if size.many:
         shift = losses(size)["shift"]
@@ -399,16 +404,41 @@ def torch_runs(side: Torch, training: Torch, images: Any) -> dict[str, Run]:
     }
 
 
+def factor(side: int) -> np.ndarray:
+    """A random matrix whose powers keep its size; with constants a GPU is faster."""
+    drawn = np.random.default_rng(2).normal(size=(side, side)) / np.sqrt(side)
+    return drawn.astype(np.float32)
+
+
+def multiply_adds(jaxpr: Any) -> int:
+    """Of convolutions and matrix products; of a choice, those of its longest branch."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        inside = [multiply_adds(inner) for inner in jaxprs_in_params(eqn.params)]
+        total += max(inside, default=0) if eqn.primitive.name == "cond" else sum(inside)
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            outputs = eqn.params["dimension_numbers"].rhs_spec[0]
+            each = kernel.size // kernel.shape[outputs]
+        elif eqn.primitive.name == "dot_general":
+            (summed, _), _ = eqn.params["dimension_numbers"]
+            each = math.prod(eqn.invars[0].aval.shape[axis] for axis in summed)
+        else:
+            continue
+        total += eqn.outvars[0].aval.size * each
+    return total
+
+
 def operations(unet: UNet, size: Size) -> dict[str, float]:
     """Floating-point operations of a step, where they are those of the network alone.
 
-    As XLA counts the forward pass, a gradient for two more.
+    Two for a multiplication and an addition, and for a gradient those of two more
+    forward passes.
     """
     params = jax.eval_shape(unet.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, *unet.image_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    counted = jax.jit(unet).lower(params, x, t).cost_analysis()
-    forward = float(counted["flops"]) if counted else float("nan")
+    forward = 2 * multiply_adds(jax.make_jaxpr(unet)(params, x, t).jaxpr)
     return {
         "training": 3 * size.batch * forward,
         "sampling": size.batch * forward,
@@ -418,9 +448,9 @@ def operations(unet: UNet, size: Size) -> dict[str, float]:
 
 
 def agree(
-    unet: UNet, params: Any, size: Size, side: Torch, bound: float
+    unet: UNet, params: Any, size: Size, side: Torch, tasks: list[str], bound: float
 ) -> dict[str, float]:
-    """The relative difference of each loss, and of its gradient in delta.
+    """The relative difference of the losses of tasks, and of their gradients in delta.
 
     On one noise; that of gradients as vectors. Raises above the bound.
     """
@@ -439,23 +469,26 @@ def agree(
     start = jax.random.normal(jax.random.split(key)[0], (size.samples, *shape))
     fixed = jax.random.normal(jax.random.key(0), (size.elijah, *shape))
     pair = (nchw(delta)[None].requires_grad_(), nchw(target)[None])
-    found = {
-        "shift": side.shift_loss(*pair, nchw(jnp.stack(noise))[None]),
-        "consistency": side.consistency_loss(*pair, nchw(start)[None]),
-        "elijah": side.elijah_loss(*pair, nchw(fixed)),
+    theirs: dict[str, Callable[[], torch.Tensor]] = {
+        "shift": lambda: side.shift_loss(*pair, nchw(jnp.stack(noise))[None]),
+        "consistency": lambda: side.consistency_loss(*pair, nchw(start)[None]),
+        "elijah": lambda: side.elijah_loss(*pair, nchw(fixed)),
     }
     differences = {}
     for name, loss in losses(size).items():
+        if f"inversion, {name}" not in tasks:
+            continue
         bound_loss = loss.bind(unet, SCHEDULE, HYPOTHESIS)
         here = jax.jit(jax.value_and_grad(bound_loss, argnums=1))
         value, gradient = here(params, candidate, key)
-        there = torch.autograd.grad(found[name][0], pair[0])[0]
+        found = theirs[name]()[0]
+        there = torch.autograd.grad(found, pair[0])[0]
         both = {
-            name: (torch.tensor(float(value)), found[name][0].detach().cpu()),
+            name: (torch.tensor(float(value)), found.detach().cpu()),
             f"gradient of {name}": (nchw(gradient.delta)[None].cpu(), there.cpu()),
         }
-        for what, (ours, theirs) in both.items():
-            difference = float((ours - theirs).norm() / theirs.norm())
+        for what, (here_found, there_found) in both.items():
+            difference = float((here_found - there_found).norm() / there_found.norm())
             differences[what] = difference
             if not difference < bound:
                 raise SystemExit(
@@ -477,7 +510,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tasks", nargs="*")
     parser.add_argument("--precision", nargs="*", choices=AGREE, default=["float32"])
-    parser.add_argument("--no-compile", action="store_true", help="eager only")
+    parser.add_argument(
+        "--sides", type=int, default=len(SIDES), help="how many of: " + ", ".join(SIDES)
+    )
     parser.add_argument("--out", type=pathlib.Path)
     return parser.parse_args()
 
@@ -519,20 +554,16 @@ def compare(options: argparse.Namespace) -> None:
     )
     params = jax.device_put(params)
     images = rng.uniform(-1, 1, (size.batch, *unet.image_shape)).astype(np.float32)
-    options.compiled = False
-    eager = Torch(unet, params, size, options)
-    differences = agree(unet, params, size, eager, AGREE[options.precision])
-    sides = {
-        "puredif_jax": jax_runs(unet, params, size, images),
-        "torch": torch_runs(eager, Torch(unet, params, size, options), images),
-    }
-    if not options.no_compile:
-        options.compiled = True
-        sides["torch.compile"] = torch_runs(
-            Torch(unet, params, size, options),
-            Torch(unet, params, size, options),
-            images,
-        )
+    sides = {"puredif_jax": jax_runs(unet, params, size, images)}
+    tasks = options.tasks or list(sides["puredif_jax"])
+    differences: dict[str, float] = {}
+    for name in SIDES[1 : options.sides]:
+        options.compiled = name == "torch.compile"
+        side, training = (Torch(unet, params, size, options) for _ in range(2))
+        sides[name] = torch_runs(side, training, images)
+        if not options.compiled:
+            bound = AGREE[options.precision]
+            differences = agree(unet, params, size, side, tasks, bound)
     about = environment() | {
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -546,13 +577,13 @@ def compare(options: argparse.Namespace) -> None:
     }
     counted = operations(unet, size)
     medians: dict[str, float] = {}
-    for task in options.tasks or sides["puredif_jax"]:
-        first, seconds = by_turns(
-            task,
-            {name: runs[task] for name, runs in sides.items()},
-            options.steps,
-            options.repeats,
-        )
+    steps, called = options.steps, {}
+    for task in tasks:
+        runs = {name: found[task] for name, found in sides.items()}
+        called[task] = first_calls(task, runs, steps)
+    for task, first in called.items():
+        runs = {name: sides[name][task] for name in first}
+        seconds = by_turns(task, runs, steps, options.repeats)
         if "puredif_jax" in seconds:
             medians[task] = float(np.median(seconds["puredif_jax"]))
         ours = medians.get(task, float("nan"))
@@ -579,37 +610,42 @@ def compare(options: argparse.Namespace) -> None:
         print(line)
 
 
+def timed(task: str, name: str, run: Run, steps: int) -> float | None:
+    """Seconds of a call; None, and why is told, where a side fails."""
+    try:
+        began = time.perf_counter()
+        run(steps)
+        return time.perf_counter() - began
+    except RuntimeError as error:  # JAX's and PyTorch's of memory are such
+        told = str(error).strip().partition("\n")[0]
+        print(f"{task}: {name} does not run it: {told}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+
+def first_calls(task: str, runs: dict[str, Run], steps: int) -> dict[str, float]:
+    """Seconds of the first call of each side that can do the task."""
+    found = {name: timed(task, name, run, steps) for name, run in runs.items()}
+    return {name: seconds for name, seconds in found.items() if seconds is not None}
+
+
 def by_turns(
     task: str, runs: dict[str, Run], steps: int, repeats: int
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Seconds of the first call of each side, and of a step at each of its turns.
+) -> dict[str, list[float]]:
+    """Seconds of a step of each side at each of its turns, after as many untimed ones.
 
-    A side that fails is told and left out.
+    A side that fails is left out.
     """
-    first: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {}
-    for turn in range(1 + repeats):
-        for name, run in runs.items():
-            if turn and name not in seconds:
-                continue
-            try:
-                if turn:
-                    run(steps)
-                began = time.perf_counter()
-                run(steps)
-                taken = time.perf_counter() - began
-            except RuntimeError as error:  # JAX's and PyTorch's of memory are such
-                seconds.pop(name, None)
-                told = str(error).strip().partition("\n")[0]
-                print(f"{task}: {name} does not run it: {told}")
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            if turn:
-                seconds[name].append(taken / steps)
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name in list(found):
+            untimed, seconds = (timed(task, name, runs[name], steps) for _ in "ab")
+            if untimed is None or seconds is None:
+                del found[name]
             else:
-                first[name], seconds[name] = taken, []
-    return first, seconds
+                found[name].append(seconds / steps)
+    return found
 
 
 def ratios(

@@ -1,6 +1,6 @@
 """Puts the measurements of benchmarks/speed.py into docs/speed.md: a table and a plot.
 
-    python benchmarks/speed_page.py docs/results/speed.jsonl
+    python benchmarks/speed_page.py docs/results/speed*.jsonl
 
 The table is written between the two comments `table` of the page; a measurement that
 was made again counts as it was made last.
@@ -42,7 +42,8 @@ def cells(rows: dict[str, Row]) -> list[str]:
         seconds = median(rows, side)
         spread = rows[side]["seconds a step"]
         text = milliseconds(seconds)
-        text += f" ({milliseconds(min(spread))} to {milliseconds(max(spread))})"
+        if len(spread) > 1:
+            text += f" ({milliseconds(min(spread))} to {milliseconds(max(spread))})"
         ratio = "" if math.isnan(ours) else f": {ours / seconds:.2f}"
         found.append(text if side == SIDES[0] else text + ratio)
     return found

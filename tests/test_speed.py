@@ -5,6 +5,8 @@ import itertools
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny_config import TINY
 
@@ -29,7 +31,7 @@ def options(out: pathlib.Path, precision: str) -> argparse.Namespace:
         repeats=1,
         tasks=None,
         precision=precision,
-        no_compile=True,
+        sides=2,
         out=out,
     )
 
@@ -74,10 +76,22 @@ def test_a_side_that_runs_out_of_memory_does_not_stop_the_others(
     calls = itertools.count()
 
     def later(steps: int) -> float:
-        if next(calls) > 2:  # after the first call and one turn
+        if next(calls) > 1:  # after one turn
             full(None)
         return 0.0
 
-    first, seconds = speed.by_turns("a", {"x": later, "y": abs}, 1, 3)
-    assert first.keys() == {"x", "y"} and seconds.keys() == {"y"}
-    assert len(seconds["y"]) == 3
+    seconds = speed.by_turns("a", {"x": later, "y": abs}, 1, 3)
+    assert seconds.keys() == {"y"} and len(seconds["y"]) == 3
+
+
+def test_operations_are_those_of_convolutions_and_matrix_products(speed) -> None:
+    def network(x, kernel, w):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = jax.lax.platform_dependent(y, w, cpu=lambda y, w: y, default=jnp.matmul)
+        return jax.jit(jnp.matmul)(y, w)
+
+    shapes = (1, 8, 8, 3), (3, 3, 3, 5), (5, 5)
+    jaxpr = jax.make_jaxpr(network)(*(jnp.zeros(shape) for shape in shapes)).jaxpr
+    assert speed.multiply_adds(jaxpr) == 4 * 4 * 5 * (3 * 3 * 3) + 2 * 4 * 4 * 5 * 5

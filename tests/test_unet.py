@@ -211,7 +211,7 @@ def test_bfloat16_computes_close_to_float32(param_dtype):
 @pytest.mark.parametrize("dtype,name", [("float32", "f32"), ("bfloat16", "bf16")])
 def test_every_product_is_in_the_dtype(dtype, name):
     config = dataclasses.replace(TINY, dtype=dtype)
-    text = jax.jit(config).lower(*make_case(TINY)).as_text()
+    text = gradient.lower(config, *make_case(TINY)).as_text()
     pattern = r"stablehlo\.(?:dot_general|convolution).* : \((\S+), (\S+)\) ->"
     kinds = [kind for pair in re.findall(pattern, text) for kind in pair]
     assert len(kinds) > 40 and all(kind.endswith(f"x{name}>") for kind in kinds)
