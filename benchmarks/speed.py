@@ -12,8 +12,8 @@ median over repeats counts. At each turn a side first does the same untimed: it 
 otherwise wait for memory that the other gave back to the system. A call of this package
 does all steps of a timing, as its runs do: what is constant in them is computed once.
 Before anything is timed, their losses on one noise and the gradients in the trigger
-must agree, in float32 to 1e-3, else to what `AGREE` says. Everything is called once
-before anything is timed: what compiles is in `first call, seconds`.
+must agree, in float32 to 1e-3, else to what `AGREE` says. The first call of a task,
+which compiles, is timed apart.
 The PyTorch side is diffusers' `UNet2DModel`, eager and by torch.compile, with all
 folded into one batch as a careful user would write it; on a GPU with channels last,
 cuDNN's own choice of kernels and a fused Adam. One line of JSON a measurement; a task
@@ -577,13 +577,11 @@ def compare(options: argparse.Namespace) -> None:
     }
     counted = operations(unet, size)
     medians: dict[str, float] = {}
-    steps, called = options.steps, {}
+    steps = options.steps
     for task in tasks:
-        runs = {name: found[task] for name, found in sides.items()}
-        called[task] = first_calls(task, runs, steps)
-    for task, first in called.items():
-        runs = {name: sides[name][task] for name in first}
-        seconds = by_turns(task, runs, steps, options.repeats)
+        first = first_calls(task, {k: runs[task] for k, runs in sides.items()}, steps)
+        able = {name: sides[name][task] for name in first}
+        seconds = by_turns(task, able, steps, options.repeats)
         if "puredif_jax" in seconds:
             medians[task] = float(np.median(seconds["puredif_jax"]))
         ours = medians.get(task, float("nan"))
@@ -602,7 +600,10 @@ def compare(options: argparse.Namespace) -> None:
             } | about
             text = json.dumps(row)
             ratio = row["this package's time over it"]
-            print(f"{task}: {name} {1000 * median:.1f} ms a step, ratio {ratio:.2f}")
+            print(
+                f"{task}: {name} {1000 * median:.1f} ms a step, ratio {ratio:.2f}",
+                flush=True,
+            )
             if options.out:
                 with options.out.open("a") as file:
                     file.write(text + "\n")
