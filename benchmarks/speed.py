@@ -238,11 +238,10 @@ class Torch:
 
     def matmul(self) -> Run:
         kind = torch.bfloat16 if self.half else torch.float32
-        x = torch.tensor(factor(self.size.matmul), device=self.device, dtype=kind)
-        w = x
+        w = torch.tensor(factor(self.size.matmul), device=self.device, dtype=kind)
 
         def run(steps: int) -> float:
-            y = x
+            y = w
             for _ in range(steps):
                 y = y @ w
             return float(y.mean())
@@ -469,26 +468,26 @@ def agree(
     start = jax.random.normal(jax.random.split(key)[0], (size.samples, *shape))
     fixed = jax.random.normal(jax.random.key(0), (size.elijah, *shape))
     pair = (nchw(delta)[None].requires_grad_(), nchw(target)[None])
-    theirs: dict[str, Callable[[], torch.Tensor]] = {
+    references: dict[str, Callable[[], torch.Tensor]] = {
         "shift": lambda: side.shift_loss(*pair, nchw(jnp.stack(noise))[None]),
         "consistency": lambda: side.consistency_loss(*pair, nchw(start)[None]),
         "elijah": lambda: side.elijah_loss(*pair, nchw(fixed)),
     }
     differences = {}
     for name, loss in losses(size).items():
-        if f"inversion, {name}" not in tasks:
+        if not any(task.startswith(f"inversion, {name}") for task in tasks):
             continue
         bound_loss = loss.bind(unet, SCHEDULE, HYPOTHESIS)
         here = jax.jit(jax.value_and_grad(bound_loss, argnums=1))
         value, gradient = here(params, candidate, key)
-        found = theirs[name]()[0]
+        found = references[name]()[0]
         there = torch.autograd.grad(found, pair[0])[0]
         both = {
             name: (torch.tensor(float(value)), found.detach().cpu()),
             f"gradient of {name}": (nchw(gradient.delta)[None].cpu(), there.cpu()),
         }
-        for what, (here_found, there_found) in both.items():
-            difference = float((here_found - there_found).norm() / there_found.norm())
+        for what, (ours, theirs) in both.items():
+            difference = float((ours - theirs).norm() / theirs.norm())
             differences[what] = difference
             if not difference < bound:
                 raise SystemExit(
@@ -641,8 +640,8 @@ def by_turns(
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name in list(found):
-            untimed, seconds = (timed(task, name, runs[name], steps) for _ in "ab")
-            if untimed is None or seconds is None:
+            call = functools.partial(timed, task, name, runs[name], steps)
+            if call() is None or (seconds := call()) is None:
                 del found[name]
             else:
                 found[name].append(seconds / steps)

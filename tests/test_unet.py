@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_config import shapes
 
-from puredif_jax.unet import UNet
+from puredif_jax.unet import UNet, _normalise
 
 GOLDEN = Path(__file__).parent / "golden"
 TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -215,6 +215,20 @@ def test_every_product_is_in_the_dtype(dtype, name):
     pattern = r"stablehlo\.(?:dot_general|convolution).* : \((\S+), (\S+)\) ->"
     kinds = [kind for pair in re.findall(pattern, text) for kind in pair]
     assert len(kinds) > 40 and all(kind.endswith(f"x{name}>") for kind in kinds)
+
+
+def test_a_norm_sums_no_gradient_over_pixels_and_images_at_once():
+    """XLA would make that of the bias so, besides the sums over pixels alone."""
+
+    def loss(x, scale, bias):
+        return jnp.sin(_normalise(x, scale, bias, 2, 1e-5, "float32")).sum()
+
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 4, 4, 8), (8,), (8,))
+    ]
+    made = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile()
+    summed = set(re.findall(r" reduce\(.*dimensions=\{([\d,]+)\}", made.as_text()))
+    assert "1,2" in summed and "0,1,2" not in summed
 
 
 def test_bfloat16_has_float32_gradients():
