@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from puredif_jax import convert, data
-from puredif_jax.diffusion import DDIM, LinearBetas, diffuse, sample
+from puredif_jax.diffusion import DDIM, diffuse, sample
 from puredif_jax.lab import ZOO
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.unet import SHIPPED
 
 TIMESTEPS = (0, 10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)

@@ -22,12 +22,12 @@ class InputError(ValueError):
     """Something a user gave is wrong; the message is one sentence for that user.
 
     What a stranger's file says may be in it, so control characters come escaped, and
-    the message is cut at 1,000 characters.
+    the message is cut in its middle to 1,000 characters.
     """
 
     def __str__(self) -> str:
         text = super().__str__()
-        shown = text if len(text) <= 1000 else f"{text[:1000]}..."
+        shown = text if len(text) <= 1000 else f"{text[:500]} ... {text[-495:]}"
         return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in shown)
 
 

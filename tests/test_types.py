@@ -12,7 +12,7 @@ from puredif_jax.types import InputError
         ("class \x1b]0;title\x07 is unknown", r"class \x1b]0;title\x07 is unknown"),
         ("two\nlines", r"two\nlines"),
         ("right to left: \u202eabc", r"right to left: \u202eabc"),
-        ("x" * 10**6, "x" * 1000 + "..."),
+        ("x" * 10**6 + "y", "x" * 500 + " ... " + "x" * 494 + "y"),
     ],
 )
 def test_messages_are_short_and_printable(text: str, shown: str) -> None:
