@@ -200,7 +200,7 @@ class TrainedBetas:
     betas: tuple[float, ...] = dataclasses.field(repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.betas) < 2 or not 0 < min(self.betas) <= max(self.betas) <= 1:
+        if len(self.betas) < 2 or not all(0 < beta <= 1 for beta in self.betas):
             raise ValueError(
                 "TrainedBetas needs two numbers or more in (0, 1], found "
                 f"{len(self.betas)} from {min(self.betas, default=0)} to "
