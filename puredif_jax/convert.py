@@ -156,7 +156,9 @@ def _locate(path: str | os.PathLike[str], given: str | None) -> _Place:
       ConvertError: there is no network, or the pipeline has other parts.
     """
     top, weights = pathlib.Path(path), None
-    if top.is_file() and _is_principal(top):
+    if not top.is_dir() and top.parent.is_dir() and _is_principal(top):
+        if not top.is_file():
+            raise ConvertError(f"there is no file {top}")
         top, weights = top.parent, top
     if not top.is_dir():
         raise ConvertError(f"{path} is not a folder of a diffusers model")

@@ -85,13 +85,14 @@ def find(
 def safe_name(name: str) -> str:
     """A folder's name for a model: ASCII letters, digits, ".", "_" and "-".
 
-    Of a long one the end stays, after the start of its SHA-256.
+    Of a long one the start and the end stay, with a part of its SHA-256 between them.
     """
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
     if len(plain) <= LONGEST_NAME:
         return plain
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
-    return f"{digest}-{plain[-LONGEST_NAME + 9 :].strip('.-')}"
+    start = LONGEST_NAME // 2
+    return f"{plain[:start]}-{digest}-{plain[start + 10 - LONGEST_NAME :]}".strip(".-")
 
 
 def distinct(name: str, taken: Collection[str]) -> str:

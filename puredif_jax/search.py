@@ -166,6 +166,7 @@ class Search:
             network = convert.network_folder(folder)
         except InputError:  # who reads the model is told
             self.rows.append((name, folder))
+            self._claimed.add(folder / "unet")
             return set(), others
         place: pathlib.Path | InputError = folder
         alone = True
@@ -202,7 +203,7 @@ class Search:
                 used.update(path.name for path in each.files())
             except InputError:
                 pass
-            if each == chosen:
+            if each == chosen or (chosen is None and len(sets) == 1):
                 continue
             if chosen is None or not self._same(each, chosen):
                 self.rows.append((f"{name}.{each.label()}", each.principal))

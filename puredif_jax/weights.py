@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -227,7 +228,9 @@ def _pickled(path: pathlib.Path) -> Iterable[Entry]:
         ) from error
     _refuse_packed(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about the version of a pickle
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds; what they advise is not passed on
         raise ConvertError(
             f"{path} is not a pickle of arrays alone{_other_parts(path)}, and is not "
