@@ -1,6 +1,6 @@
 """diffusers model folders to ours and back: weights, network and noise schedule.
 
-A folder holds `unet/config.json` with the weights beside it (`puredif_jax.weights`),
+A folder holds `unet/config.json` with the weights beside it (`puredif_jax.weight_sets`),
 and `scheduler/scheduler_config.json`; older ones hold the same files at their top.
 Nothing in a folder is executed.
 """
@@ -32,7 +32,7 @@ from puredif_jax.state_dict import named_leaves, new_name, torch_shape
 from puredif_jax.state_dict import to_torch as to_torch
 from puredif_jax.types import Params
 from puredif_jax.unet import UNet
-from puredif_jax.weights import (
+from puredif_jax.weight_sets import (
     FLOATS,
     WEIGHTS,
     Entry,

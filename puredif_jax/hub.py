@@ -15,7 +15,7 @@ from absl import logging
 from puredif_jax import convert
 from puredif_jax.diffusers_config import ConvertError
 from puredif_jax.files import shortened
-from puredif_jax.weights import INDEX, PICKLE, STEM, WEIGHTS, weight_sets
+from puredif_jax.weight_sets import INDEX, PICKLE, STEM, WEIGHTS, weight_sets
 
 HOSTS = ("huggingface.co", "hf.co", "www.huggingface.co")
 WAYS = (

@@ -20,7 +20,7 @@ from puredif_jax.diffusers_config import ConvertError
 from puredif_jax.files import shortened
 from puredif_jax.state_dict import to_torch
 from puredif_jax.types import InputError
-from puredif_jax.weights import (
+from puredif_jax.weight_sets import (
     WeightSet,
     choose,
     entries,

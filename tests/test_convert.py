@@ -17,7 +17,7 @@ import safetensors.numpy
 from test_unet import TINY, apply, golden, golden_shapes, maker
 from tiny_config import draw_params
 
-from puredif_jax import convert, hub, weights
+from puredif_jax import convert, hub, weight_sets
 from puredif_jax.convert import ConvertError, Model, Scheduling
 from puredif_jax.diffusion import DDPM, sample
 from puredif_jax.lab import ZOO
@@ -48,11 +48,11 @@ def assert_same(params) -> None:
 
 
 def weights_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(folder / "unet" / weights.WEIGHTS)
+    return safetensors.numpy.load_file(folder / "unet" / weight_sets.WEIGHTS)
 
 
 def put_weights(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    safetensors.numpy.save_file(tensors, folder / "unet" / weights.WEIGHTS)
+    safetensors.numpy.save_file(tensors, folder / "unet" / weight_sets.WEIGHTS)
 
 
 def change_json(path: pathlib.Path, **changes) -> None:
@@ -116,7 +116,7 @@ def test_old_names_of_attention_at_the_top_of_the_folder(tmp_path) -> None:
                 value = value[..., None, None] if value.ndim == 2 else value
         tensors[name] = value
     assert any("proj_attn" in name for name in tensors)
-    safetensors.numpy.save_file(tensors, tmp_path / weights.WEIGHTS)
+    safetensors.numpy.save_file(tensors, tmp_path / weight_sets.WEIGHTS)
     (tmp_path / "config.json").write_text(json.dumps(convert.write_unet(TINY)))
     scheduler = convert.write_scheduling(Scheduling())
     (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
@@ -129,14 +129,14 @@ def shard(folder: pathlib.Path) -> dict[str, str]:
     """Splits the weights over two files; returns the index's map."""
     tensors = weights_of(folder)
     names = sorted(tensors)
-    (folder / "unet" / weights.WEIGHTS).unlink()
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
     places = {}
     for i, part in enumerate((names[::2], names[1::2])):
         file = f"part-{i}.safetensors"
         chosen = {name: tensors[name] for name in part}
         safetensors.numpy.save_file(chosen, folder / "unet" / file)
         places |= dict.fromkeys(part, file)
-    index = folder / "unet" / weights.INDEX
+    index = folder / "unet" / weight_sets.INDEX
     index.write_text(json.dumps({"weight_map": places}))
     return places
 
@@ -199,7 +199,7 @@ def test_missing_and_surplus_names_are_told_apart(folder) -> None:
 def test_unsupported_networks_are_refused_by_name(folder, option, value) -> None:
     """Before the weights are opened."""
     change_json(folder / "unet" / "config.json", **{option: value})
-    (folder / "unet" / weights.WEIGHTS).unlink()
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
     with pytest.raises(ConvertError, match=option):
         convert.read_folder(folder)
 
@@ -394,7 +394,7 @@ def pickled(folder: pathlib.Path) -> bytes:
 
 
 def truncated(folder):
-    path = folder / "unet" / weights.WEIGHTS
+    path = folder / "unet" / weight_sets.WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -402,12 +402,12 @@ def terabytes(folder):
     header = json.dumps(
         {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     ).encode()
-    path = folder / "unet" / weights.WEIGHTS
+    path = folder / "unet" / weight_sets.WEIGHTS
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 def endless_header(folder):
-    path = folder / "unet" / weights.WEIGHTS
+    path = folder / "unet" / weight_sets.WEIGHTS
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
 
 
@@ -430,11 +430,11 @@ def not_a_number(folder):
 
 
 def pickle_as_safetensors(folder):
-    (folder / "unet" / weights.WEIGHTS).write_bytes(pickled(folder))
+    (folder / "unet" / weight_sets.WEIGHTS).write_bytes(pickled(folder))
 
 
 def pickle_as_bin(folder):
-    (folder / "unet" / weights.WEIGHTS).unlink()
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
     path = folder / "unet" / "diffusion_pytorch_model.bin"
     path.write_bytes(pickled(folder))
 
@@ -442,19 +442,19 @@ def pickle_as_bin(folder):
 def path_outside(folder):
     places = shard(folder)
     places["conv_in.bias"] = "../../secret.safetensors"
-    (folder / "unet" / weights.INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / "unet" / weight_sets.INDEX).write_text(json.dumps({"weight_map": places}))
 
 
 def pickle_in_an_index(folder):
-    places = dict.fromkeys(weights_of(folder), weights.PICKLE)
-    (folder / "unet" / weights.WEIGHTS).unlink()
-    (folder / "unet" / weights.INDEX).write_text(json.dumps({"weight_map": places}))
+    places = dict.fromkeys(weights_of(folder), weight_sets.PICKLE)
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
+    (folder / "unet" / weight_sets.INDEX).write_text(json.dumps({"weight_map": places}))
 
 
 def long_name(folder):
     places = shard(folder)
     places["conv_in.bias"] = "x" * 5000 + ".safetensors"
-    (folder / "unet" / weights.INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / "unet" / weight_sets.INDEX).write_text(json.dumps({"weight_map": places}))
 
 
 def twice_in_shards(folder):
@@ -475,7 +475,7 @@ def twice_by_another_name(folder):
 
 
 def symlink_loop(folder):
-    path = folder / "unet" / weights.WEIGHTS
+    path = folder / "unet" / weight_sets.WEIGHTS
     path.unlink()
     path.symlink_to(path)
 
@@ -494,7 +494,7 @@ def json_list(folder):
 
 
 def large_json(folder):
-    (folder / "unet" / "config.json").write_text(" " * (weights.LARGEST_JSON + 1))
+    (folder / "unet" / "config.json").write_text(" " * (weight_sets.LARGEST_JSON + 1))
 
 
 HOSTILE = {
@@ -542,8 +542,8 @@ def test_a_name_that_is_no_path(name) -> None:
 def as_bin(folder: pathlib.Path, found) -> None:
     import torch
 
-    (folder / "unet" / weights.WEIGHTS).unlink()
-    torch.save(found, folder / "unet" / weights.PICKLE)
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
+    torch.save(found, folder / "unet" / weight_sets.PICKLE)
 
 
 def test_an_old_pickle_of_arrays_is_read_with_torch(folder) -> None:
@@ -617,18 +617,18 @@ def test_the_hub_gives_weights_of_supported_models_only(
 ) -> None:
     source = Hub(folder, tmp_path / "cache")
     monkeypatch.setitem(sys.modules, "huggingface_hub", source)
-    (folder / "unet" / weights.PICKLE).write_bytes(b"not needed")
+    (folder / "unet" / weight_sets.PICKLE).write_bytes(b"not needed")
     shutil.copytree(folder / "unet", folder / "checkpoint-9" / "unet")
     (folder / "tokens.json").write_text("{}")
     found = hub.find_folder("owner/model")
     assert_same(convert.read_folder(found).params)
     parts = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-    assert sorted(source.given) == sorted([*parts, f"unet/{weights.WEIGHTS}"])
-    (folder / "unet" / weights.WEIGHTS).unlink()
+    assert sorted(source.given) == sorted([*parts, f"unet/{weight_sets.WEIGHTS}"])
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
     source = Hub(folder, tmp_path / "other")
     monkeypatch.setitem(sys.modules, "huggingface_hub", source)
     hub.find_folder("owner/model")
-    assert source.given[-1] == f"unet/{weights.PICKLE}" and source.revision is None
+    assert source.given[-1] == f"unet/{weight_sets.PICKLE}" and source.revision is None
     address = "https://huggingface.co/owner/model/tree/v1.0"
     for name, revision in (("owner/model@v1.0", "v1.0"), (address, "v1.0")):
         hub.find_folder(name)

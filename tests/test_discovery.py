@@ -13,7 +13,7 @@ from tiny_config import TINY, draw_params
 
 from puredif_jax import checkpoint, convert, discovery
 from puredif_jax.types import InputError
-from puredif_jax.weights import WEIGHTS
+from puredif_jax.weight_sets import WEIGHTS
 
 
 def write(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:

@@ -15,7 +15,7 @@ CORE = set(
     "convolution triggers metrics attacks training exact objectives survey memory "
     "inversion detection amplification garment_net".split()
 )
-FORMATS = set("weights convert hub search discovery".split())  # models of others
+FORMATS = set("weight_sets convert hub search discovery".split())  # models of others
 EDGES = set("config parallel checkpoint data report".split())
 BELOW = {"files"}  # of the edges
 COMPOSITION = {

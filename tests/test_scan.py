@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_config import INVERSION, TINY, draw_params
 
-from puredif_jax import convert, discovery, parallel, scan, sweep, weights
+from puredif_jax import convert, discovery, parallel, scan, sweep, weight_sets
 from puredif_jax.detection import Detector
 from puredif_jax.experiment import Audit, Inversion, Scan
 from puredif_jax.lab import ZOO
@@ -83,7 +83,7 @@ def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None
     (tmp_path / "models" / "notes").mkdir()
     other = write(tmp_path / "other" / "a", seed=1)
     broken = write(tmp_path / "broken")
-    (broken / "unet" / weights.WEIGHTS).write_bytes(b"nothing")
+    (broken / "unet" / weight_sets.WEIGHTS).write_bytes(b"nothing")
     names = tmp_path / "list.txt"
     names.write_text(f"# two of them\n{other}\n\n{broken}\n")
     wanted = plan(tmp_path / "scan", tmp_path / "models", names)
@@ -187,7 +187,7 @@ def test_the_zoo_is_found_by_name() -> None:
 
 def test_files_and_places_that_are_none(tmp_path) -> None:
     folder = write(tmp_path / "models" / "mine")
-    stored = folder / "unet" / weights.WEIGHTS
+    stored = folder / "unet" / weight_sets.WEIGHTS
     assert scan.find_models(plan(tmp_path / "scan", stored)) == {
         "unet.diffusion_pytorch_model.safetensors": stored
     }
