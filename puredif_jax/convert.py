@@ -1,6 +1,6 @@
 """diffusers model folders to ours and back: weights, network and noise schedule.
 
-A folder holds `unet/config.json` with the weights beside it (`puredif_jax.weight_sets`),
+A folder holds `unet/config.json`, the weights beside it (`puredif_jax.weight_sets`)
 and `scheduler/scheduler_config.json`; older ones hold the same files at their top.
 Nothing in a folder is executed.
 """
