@@ -161,8 +161,8 @@ class NpzImages:
             images = npz.read(path, [self.key], self.max_gib * 2**30)[self.key]
         except npz.NpzError as error:
             raise DataError(
-                f"{path} {error}: save the images again, by numpy.savez(path, "
-                "images=...), as uint8 [N, H, W, C]"
+                f"{path} {error}: save images by numpy.savez(path, images=...), as "
+                "uint8 [N, H, W, C], or give a folder of pictures, as ImageFolder(path)"
             ) from error
         if images.dtype != np.uint8:
             try:
@@ -184,7 +184,7 @@ class NpzImages:
     ) -> str:
         """Why the array is not taken, by its header alone; "" if it is."""
         if not found:
-            return "holds no arrays: unpack pictures, and give ImageFolder(path)"
+            return "holds no arrays: save images by numpy.savez(path, images=...)"
         if self.key not in found:
             arrays = [f"`{name}` {header}" for name, header in found.items()]
             more = f" and {len(arrays) - 5} more" if len(arrays) > 5 else ""
@@ -203,21 +203,14 @@ class NpzImages:
         if 0 in shape:
             return f"holds no images, found {header} in `{self.key}`"
         deep = dtype.kind == "u" and dtype.itemsize == 2
-        if len(shape) not in (3, 4) or dtype != np.uint8 and not (deep and self.fit):
-            remedy = "reshape them"
-            if deep:
-                remedy = "convert them, as NpzImages(path, fit=Fit())"
-            elif dtype.kind == "f":
-                remedy = (
-                    "save (images * 255).round().astype('uint8') of values in 0..1, or "
-                    "((images + 1) * 127.5).round().astype('uint8') of those in -1..1"
-                )
-            elif dtype != np.uint8:
-                remedy = "save images.astype('uint8') of values in 0..255"
+        taken = dtype == np.uint8 or (deep and self.fit is not None)
+        if not taken or len(shape) not in (3, 4):
             return (
                 f"must have uint8 [N, H, W] or [N, H, W, C] in `{self.key}`, found "
-                f"{header}: {remedy}"
+                f"{header}: {'reshape it' if taken else _to_bytes(dtype)}"
             )
+        if len(shape) == 3 and shape[2] in (3, 4):
+            return f"has one image, {header} in `{self.key}`: save images[None]"
         if header.size > self.max_gib * 2**30:
             return (
                 f"would unpack to {header.size / 2**30:.3g} GiB, more than "
@@ -243,6 +236,18 @@ class NpzImages:
                 "convert them, as NpzImages(path, fit=Fit())"
             )
         return ""
+
+
+def _to_bytes(dtype: np.dtype) -> str:
+    """What to do with an array of values that are not taken."""
+    if dtype.kind == "u" and dtype.itemsize == 2:
+        return "convert it, as NpzImages(path, fit=Fit())"
+    if dtype.kind == "f":
+        return (
+            "save (images * 255).round().astype('uint8') of values in 0..1, or "
+            "((images + 1) * 127.5).round().astype('uint8') of those in -1..1"
+        )
+    return "save images.astype('uint8') of values in 0..255"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,7 +144,8 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         ):
             if picture.width * picture.height > PIXELS:
                 raise Unfit(large)
-            ImageOps.exif_transpose(picture, in_place=True)  # loads it
+            picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
             return picture
     except Unfit:
         raise

@@ -8,13 +8,14 @@ import logging
 import os
 import pathlib
 import pickle
+import re
 import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from puredif_jax import data
+from puredif_jax import config, data
 from puredif_jax.data import (
     DataError,
     FashionMNIST,
@@ -25,6 +26,8 @@ from puredif_jax.data import (
     resize,
     to_float,
 )
+from puredif_jax.experiment import Experiment
+from puredif_jax.unet import UNet
 
 
 def random_images(*shape: int) -> np.ndarray:
@@ -187,6 +190,8 @@ def test_many_arrays_are_listed_in_part(npz):
         (random_images(2, 3, 8, 8), r"channels first.*transpose\(0, 2, 3, 1\)"),
         (random_images(2, 1, 8, 8), "channels first"),
         (random_images(2, 8, 8, 7), "7 channels"),
+        (random_images(8, 8, 3), r"one image.*images\[None\]"),
+        (random_images(8, 192), "reshape it"),
         (np.zeros((2, 8, 8), np.float16), "0..1.*-1..1"),
         (np.zeros((2, 8, 8), np.int32), r"astype\('uint8'\)"),
         (np.zeros((2, 8, 8), bool), r"astype\('uint8'\)"),
@@ -432,6 +437,36 @@ def test_a_folder_is_decoded_again_only_if_it_has_changed(folder, monkeypatch):
     assert not first.flags.writeable, "nobody can change it for the others"
     folder(a_png=random_images(8, 8))
     assert pictures.load((8, 8, 1)).any() and len(decoded) == 2
+
+
+# --- In a config ---------------------------------------------------------------------
+
+
+def test_a_set_can_be_changed_from_the_command_line():
+    wanted = Experiment("run", UNet(), data=ImageFolder("a"))
+    for path, text in (("data.path", "b"), ("data.fit.background", "255")):
+        wanted = config.override(wanted, path, text)
+    assert wanted.data == ImageFolder("b", Fit(background=255))
+    with pytest.raises(config.ConfigError, match="0..255 or be None, found 300"):
+        config.override(wanted, "data.fit.background", "300")
+    config.check(wanted)
+
+
+def test_the_recipe_for_cifar10_gives_its_images(tmp_path, monkeypatch):
+    """Each row is a label and an image, the red plane first."""
+    monkeypatch.chdir(tmp_path)
+    images = random_images(6, 32, 32, 3)
+    pathlib.Path("cifar-10-batches-bin").mkdir()
+    for i in (2, 1):
+        rows = [b"\7" + x.transpose(2, 0, 1).tobytes() for x in images[3 * i - 3 :][:3]]
+        path = pathlib.Path(f"cifar-10-batches-bin/data_batch_{i}.bin")
+        path.write_bytes(b"".join(rows))
+    page = pathlib.Path(__file__).parents[1] / "docs" / "images.md"
+    usage, recipe = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(recipe, {})
+    exec(usage, {})
+    found = NpzImages("cifar10.npz").load((32, 32, 3))
+    np.testing.assert_array_equal(found, images)
 
 
 # --- Resizing ------------------------------------------------------------------------

@@ -83,12 +83,15 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + kind + data + check
 
 
-def png(width: int, height: int, depth: int, kind: int, rows: bytes) -> bytes:
+def png(
+    width: int, height: int, depth: int, kind: int, rows: bytes, more: bytes = b""
+) -> bytes:
     """A PNG file by its specification; each row begins with its filter, 0."""
     head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", head)
+        + more
         + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
     )
@@ -135,9 +138,14 @@ def test_holes_without_a_background_are_refused(fitted) -> None:
     palette = Image.fromarray(COLOURS).quantize(4)
     with pytest.raises(Unfit, match="transparent pixels"):
         fitted(palette, (12, 10, 3), transparency=bytes([255, 0, 255, 255]))
+
+
+def test_16_bit_grey_with_holes_is_refused(tmp_path) -> None:
+    rows = b"\0" + np.array([7, 5000], ">u2").tobytes()
+    path = tmp_path / "x.png"
+    path.write_bytes(png(2, 1, 16, 0, rows, chunk(b"tRNS", b"\0\7")))
     with pytest.raises(Unfit, match="16 bits and transparent"):
-        deep = Image.fromarray(GREY.astype(np.uint16) * 256)
-        fitted(deep, (12, 10, 3), Fit(0), transparency=7)
+        Fit(0)(open_picture(path), (1, 2, 3))
 
 
 def test_opaque_alpha_changes_nothing(fitted) -> None:
