@@ -49,7 +49,7 @@ def test_grey_and_colour(fitted) -> None:
 
 
 def test_palettes_and_single_bits(fitted) -> None:
-    palette = Image.fromarray(GREY % 4, "L").convert("L")
+    palette = Image.fromarray(GREY % 4)
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 255, 0, 5])
     assert palette.mode == "P"
     found = fitted(palette, (12, 10, 3)).pixels
