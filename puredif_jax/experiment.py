@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import BadDiffusion, Solver, VillanDiffusion
-from puredif_jax.data import FashionMNIST, NpzImages
+from puredif_jax.data import FashionMNIST, ImageFolder, NpzImages
 from puredif_jax.detection import Detector
 from puredif_jax.diffusion import DDIM, DDPM, DPMSolver, Prediction, Sampler, UniPC
 from puredif_jax.inversion import Descent
@@ -233,7 +233,7 @@ class Experiment:
       amplification: reinforces the trigger along the training.
       audit: inverts and judges models.
       evaluation: how models are measured.
-      data: images to train on.
+      data: images to train on: the shipped ones, a file or a folder of a user.
       schedule: forward process of the model.
       prediction: what the network predicts, by the name that diffusers has for it.
       devices: how many to use; 0 for all.
@@ -251,7 +251,7 @@ class Experiment:
     amplification: Amplification | None = None
     audit: Audit | None = None
     evaluation: Evaluation = Evaluation()
-    data: FashionMNIST | NpzImages = FashionMNIST()
+    data: FashionMNIST | NpzImages | ImageFolder = FashionMNIST()
     schedule: Schedule = LinearBetas()
     prediction: Prediction = "epsilon"
     devices: int = 0
