@@ -1,7 +1,9 @@
 """Whole folders, as diffusers reads them and as we do: the same network and process.
 
 Generated folders: all pairs of saves, all fields of both configurations one at a time,
-all schedulers. Each is read alike, or refused by us; never read otherwise.
+all schedulers. Each is read alike, or refused by one of the two; never otherwise.
+
+    python tests/test_as_diffusers.py [FILE.json]    counts them
 """
 
 import collections
@@ -9,6 +11,8 @@ import inspect
 import itertools
 import json
 import pathlib
+import sys
+import tempfile
 import warnings
 
 import jax
@@ -90,16 +94,23 @@ SAVES = {
 }
 
 
-@pytest.mark.parametrize("forms", [*itertools.permutations(SAVES, 2)], ids=str)
+PAIRS = [*itertools.permutations(SAVES, 2)]
+
+
+@pytest.mark.parametrize("forms", PAIRS, ids=str)
 def test_pairs_of_saves(tmp_path, forms) -> None:
     """The weights that `from_pretrained` takes; the others have rows of their own."""
+    compare_saves(tmp_path / "model", forms)
+
+
+def compare_saves(folder: pathlib.Path, forms) -> str:
     nets = [network(seed) for seed in (1, 2)]
     for net, form in zip(nets, forms, strict=True):
-        save(tmp_path / "model", net, **SAVES[form])
-    pipeline, model = theirs(tmp_path / "model"), ours(tmp_path / "model")
+        save(folder, net, **SAVES[form])
+    pipeline, model = theirs(folder), ours(folder)
     if pipeline is not None:
         assert model is not None and outputs_agree(pipeline, model)
-    found = discovery.find([str(tmp_path / "model")])
+    found = discovery.find([str(folder)])
     read = [
         convert.weight_files(path)
         for path in found.models.values()
@@ -108,11 +119,12 @@ def test_pairs_of_saves(tmp_path, forms) -> None:
     scanned = {file.name for files in read for file in files if file.exists()}
     held = {
         path.name
-        for path in (tmp_path / "model" / "unet").iterdir()
+        for path in (folder / "unet").iterdir()
         if path.suffix in (".safetensors", ".bin")
     }
     loose = " ".join(str(x) for x in found.models.values() if isinstance(x, InputError))
     assert all(name in scanned or name in loose for name in held)
+    return "refused" if pipeline is None else "alike"
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
@@ -183,17 +195,22 @@ CASES = [(name, value) for name, values in NETWORK.items() for value in values]
 @pytest.mark.parametrize("name,value", CASES, ids=str)
 def test_fields_of_a_network(tmp_path, name, value) -> None:
     """As they are saved, and as `_use_default_values` names them, of another value."""
+    compare_networks(tmp_path, name, value)
+
+
+def compare_networks(home: pathlib.Path, name: str, value) -> list[str]:
+    found = []
     try:
         net = network(**{name: value})
     except Exception:
         net = None  # no network of diffusers
     if net is not None:
-        save(tmp_path / "saved", net)
-        assert_alike(tmp_path / "saved")
-    save(tmp_path / "silent", network())
-    config = tmp_path / "silent" / "unet" / "config.json"
+        save(home / "saved", net)
+        found.append(assert_alike(home / "saved"))
+    save(home / "silent", network())
+    config = home / "silent" / "unet" / "config.json"
     change(config, **{name: value, "_use_default_values": [name, "dropout"]})
-    assert_alike(tmp_path / "silent")
+    return [*found, assert_alike(home / "silent")]
 
 
 def assert_alike(folder: pathlib.Path) -> str:
@@ -312,6 +329,12 @@ def plain(tmp_path_factory) -> pathlib.Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_schedulers_and_their_fields(plain, name) -> None:
     """Every class, with every field that it or another takes, one at a time."""
+    found = compare_schedulers(plain, name)
+    if name in READ:
+        assert found["alike"] >= 30, found
+
+
+def compare_schedulers(plain: pathlib.Path, name: str) -> collections.Counter:
     path = plain / "scheduler" / "scheduler_config.json"
     change(plain / "model_index.json", scheduler=["diffusers", name])
     found = collections.Counter()
@@ -340,9 +363,7 @@ def test_schedulers_and_their_fields(plain, name) -> None:
         assert spec.scheduling is not None
         assert_process(pipeline.scheduler, spec.scheduling)
         found["alike"] += 1
-    print(name, dict(found))
-    if name in READ:
-        assert found["alike"] >= 30, found
+    return found
 
 
 READ = (
@@ -399,3 +420,39 @@ def test_the_average_of_a_training_script(tmp_path) -> None:
     spec = convert.read_spec(found.models["out.checkpoint-5.unet_ema"])
     assert spec.scheduling is not None and not spec.own
     assert any("moving average" in remark for remark in spec.remarks)
+
+
+def tally() -> dict:
+    """How many folders of each kind are read alike, and how many are refused."""
+    counts: dict[str, collections.Counter] = collections.defaultdict(
+        collections.Counter
+    )
+    with tempfile.TemporaryDirectory() as place:
+        home = pathlib.Path(place)
+        for i, forms in enumerate(PAIRS):
+            counts["pairs of saves"][compare_saves(home / f"saves-{i}", forms)] += 1
+        for i, (name, value) in enumerate(CASES):
+            found = compare_networks(home / f"network-{i}", name, value)
+            counts["fields of a network"].update(found)
+        save(home / "plain", network())
+        for name in NAMES:
+            counts["schedulers"].update(compare_schedulers(home / "plain", name))
+    versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
+    return {
+        "command": "python tests/test_as_diffusers.py",
+        "read otherwise": 0,  # the comparisons raise
+        **{kind: dict(found) for kind, found in counts.items()},
+        "classes of schedulers": len(NAMES),
+        "device": "CPU",
+        **versions,
+    }
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    text = json.dumps(tally(), indent=2)
+    print(text)
+    for file in sys.argv[1:]:
+        pathlib.Path(file).write_text(text + "\n")
