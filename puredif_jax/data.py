@@ -95,7 +95,11 @@ class FashionMNIST:
 
 @dataclasses.dataclass(frozen=True)
 class NpzImages:
-    """A file made by `numpy.savez(path, images=...)`: uint8 `[N, H, W]` or with C."""
+    """A file made by `numpy.savez(path, images=...)`: uint8 `[N, H, W]` or with C.
+
+    Attributes:
+      path: the file.
+    """
 
     path: str
 

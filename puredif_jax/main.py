@@ -17,9 +17,9 @@ import sys
 
 from absl import app, flags, logging
 
-from puredif_jax import config, parallel
+from puredif_jax import config, parallel, settings, terminal
 from puredif_jax.experiment import Experiment, Scan, Sweep
-from puredif_jax.types import InputError
+from puredif_jax.types import InputError, shown
 
 STOPPED, INTERRUPTED = 143, 130  # exit status after SIGTERM and SIGINT, as of a shell
 _COST = flags.DEFINE_bool(
@@ -45,7 +45,7 @@ def parse(argv: list[str]):
             "Experiment, a Sweep or a Scan"
         )
     if asked:
-        print("\n".join(config.settings(wanted)))
+        print("\n".join(settings.describe(wanted)))
         sys.exit(0)
     return wanted, remaining
 
@@ -58,6 +58,7 @@ def main(parsed) -> None:
     """
     wanted, _ = parsed
     status = 0
+    terminal.protect()
     try:
         parallel.initialize(os.environ)
         parallel.use_cores()
@@ -97,9 +98,8 @@ def main(parsed) -> None:
     if report is None:
         logging.info("a call without only writes the table of all runs")
     elif parallel.is_host_zero():
-        logging.info("%s", report.verdict or "done")
-        print(report.verdict)
-        print(f"report: {wanted.workdir}/report.html")
+        print(report.verdict or "done")
+        print(f"report: {shown(wanted.workdir)}/report.html")
     if status:
         sys.exit(status)
 

@@ -26,8 +26,8 @@ from puredif_jax.diffusion import (
     ScaledLinearBetas,
     sample,
 )
-from puredif_jax.lab import ZOO
 from puredif_jax.unet import UNet
+from puredif_jax.weights import ZOO
 
 SCHEDULINGS = [
     Scheduling(),

@@ -14,8 +14,8 @@ from puredif_jax import convert, parallel, scan, sweep
 from puredif_jax.detection import Detector
 from puredif_jax.diffusion import LinearBetas, ScaledLinearBetas
 from puredif_jax.experiment import Audit, Inversion, Scan
-from puredif_jax.lab import ZOO
 from puredif_jax.types import InputError
+from puredif_jax.weights import ZOO
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 CALM = Detector(clean=(9.0, 9.0))  # a score that no random network reaches

@@ -6,8 +6,8 @@ import pytest
 
 from puredif_jax import config
 from puredif_jax.experiment import Scan
-from puredif_jax.lab import ZOO
 from puredif_jax.scan import perform_scan
+from puredif_jax.weights import ZOO
 
 BUDGET = {
     "audit.hypotheses": "ode",
