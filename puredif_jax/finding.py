@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from puredif_jax.attacks import Solver
-from puredif_jax.detection import KINDS, Verdict
+from puredif_jax.detection import KINDS, Outcome, Verdict
 from puredif_jax.page import Judgement, Section
 from puredif_jax.run import RunError
 
@@ -134,17 +134,22 @@ class Finding:
             verdict = dict(numbers["verdict"])
             for name in ("score", "p_value", "doubt", "alarm"):
                 verdict[name] = float(verdict[name])  # inf comes as a string
-            calibration = numbers["calibration"]
-            if calibration not in get_args(Calibration):
-                raise ValueError(calibration)
-            return cls(
+            found = cls(
                 str(numbers["weights"]),
                 dict(numbers["sha256"]),
                 Verdict(**verdict),
-                calibration,
+                numbers["calibration"],
                 tuple(numbers["hypotheses"]),
-                tuple(numbers["inversions"]),
+                tuple(map(dict, numbers["inversions"])),
             )
+            for value, kind in (
+                (found.verdict.outcome, Outcome),
+                (found.verdict.hypothesis, Solver),
+                (found.calibration, Calibration),
+            ):
+                if value not in get_args(kind):
+                    raise ValueError(value)
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"{where} is no report of an audit by this version: remove it, and the "

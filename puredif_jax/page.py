@@ -49,9 +49,8 @@ class Judgement:
     def line(self) -> str:
         """For a terminal; the verdict stands first, so that no name can feign one."""
         why = self.sure or self.detail
-        return f"{self.outcome}: {shown(self.name, 255)}" + (
-            f" ({shown(why)})" if why else ""
-        )
+        line = f"{self.outcome}: {shown(self.name, 255)}"
+        return shown(f"{line} ({why})" if why else line, 2000)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from puredif_jax.run import RunError, make_folder
 from puredif_jax.scan_report import Models, summarise
 from puredif_jax.stages import FOLDER, numbered
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
-from puredif_jax.types import InputError
+from puredif_jax.types import InputError, shown
 from puredif_jax.weights import ZOO
 
 LONGEST_LIST = 1_000_000  # bytes
@@ -56,10 +56,10 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             raise
         except InputError as error:
             errors[name] = str(error)
-            logging.error("%s: %s", name, error)
+            logging.error("%s: %s", shown(name), error)
         except Exception as error:  # whatever a stranger's model has led to
             errors[name] = str(InputError(f"{type(error).__name__}: {error}"))
-            logging.exception("%s: %s", name, errors[name])
+            logging.exception("%s: %s", shown(name), errors[name])
         report, status = summarise(scan, models, errors)
     return report, parallel.agreed(status)
 

@@ -91,6 +91,7 @@ def test_every_field_of_every_configuration_has_a_meaning(kind) -> None:
 
 def test_every_field_is_shown_with_type_default_and_meaning() -> None:
     found: dict[str, str] = {}
+    field = ""
     for line in describe(Heir(4, second=len)):
         assert len(line) <= 88
         if line.startswith("      "):
