@@ -20,7 +20,7 @@ from puredif_jax.lab import SHOWN, Lab
 from puredif_jax.page import Section
 from puredif_jax.types import Candidate, Params
 from puredif_jax.unet import SHIPPED
-from puredif_jax.weights import Truth, weight_digests
+from puredif_jax.weights import Truth
 
 PICTURED = (500, 300, 100)  # timesteps of the evidence: high, middle and low noise
 
@@ -79,13 +79,20 @@ class Auditor:
         return "this network" if known else "another network"
 
     def audit(
-        self, label: str, weights: str, params: Params, truth: Truth | None, drawn: str
+        self,
+        label: str,
+        weights: str,
+        sha256: Mapping[str, str],
+        params: Params,
+        truth: Truth | None,
+        drawn: str,
     ) -> Audited:
         """Inverts and judges one model, from the model alone.
 
         Args:
           label: of the model, its own.
-          weights: name or path of its weights, which are in `params`.
+          weights: where its weights were read, as the user named it.
+          sha256: of each of their files.
           params: its weights.
           truth: the backdoor that it is known to have, only compared with.
           drawn: name by which the draws of the true trigger are kept.
@@ -112,10 +119,8 @@ class Auditor:
         verdict = options.detector.judge({k: v.features for k, v in ours.items()})
         best = verdict.hypothesis
         others = [k for k in options.hypotheses if k != best]
-        # Another process writes them, and only process 0 writes of them.
-        known = weight_digests(weights) if parallel.is_host_zero() else {}
         finding = Finding(
-            weights, known, verdict, self.calibration, options.hypotheses, tuple(rows)
+            weights, sha256, verdict, self.calibration, options.hypotheses, tuple(rows)
         )
         sections = [
             *ours[best].sections,

@@ -104,7 +104,7 @@ class Finding:
     """What an audit has found of one model.
 
     Attributes:
-      weights: where they lie, as the user named it.
+      weights: folder, file or name, as the user gave it.
       sha256: of each file of the weights, by its name.
       verdict: the judgement.
       calibration: what the detector was calibrated with.
@@ -178,7 +178,7 @@ class Finding:
         self, name: str, detail: str = "", report: str | None = None
     ) -> Judgement:
         """For the first screen of a page; arguments as of `page.Judgement`."""
-        facts, files = {"Folder": self.weights}, list(self.sha256.items())
+        facts, files = {"Weights": self.weights}, list(self.sha256.items())
         facts |= {f"SHA-256 of {file}": digest for file, digest in files[:_SHARDS]}
         if (more := len(files) - _SHARDS) > 0:
             facts["More files"] = f"{more}; report.json has their digests"

@@ -29,6 +29,7 @@ _COST = flags.DEFINE_bool(
 
 def parse(argv: list[str]):
     """The configuration, and what absl keeps of the command line."""
+    terminal.protect()
     asked = {"-h", "-help", "--help"}.intersection(argv)
     try:
         if asked:
@@ -38,7 +39,7 @@ def parse(argv: list[str]):
             argv = [arg for arg in argv if arg not in asked]
         wanted, remaining = config.from_flags(flags.FLAGS(argv, known_only=True))
     except (config.ConfigError, flags.Error) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {shown(str(error))}")
     if not isinstance(wanted, Experiment | Sweep | Scan):
         sys.exit(
             f"error: get_config() returns a {type(wanted).__name__}: expected an "
@@ -58,7 +59,6 @@ def main(parsed) -> None:
     """
     wanted, _ = parsed
     status = 0
-    terminal.protect()
     try:
         parallel.initialize(os.environ)
         parallel.use_cores()

@@ -99,7 +99,7 @@ def _scanned(
     about: Mapping[str, Any],
 ) -> _Scanned:
     """What is known of a model: an error, what its own report says, or nothing yet."""
-    facts = {"Folder": str(folder)} if isinstance(folder, pathlib.Path) else {}
+    facts = {"Weights": str(folder)} if isinstance(folder, pathlib.Path) else {}
     link = f"{name}/report.html"
     finding = None
     if error is None:

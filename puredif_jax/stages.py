@@ -33,7 +33,7 @@ from puredif_jax.report import Part, Report, environment
 from puredif_jax.run import Run, RunError, pin
 from puredif_jax.types import Params
 from puredif_jax.unet import SHIPPED
-from puredif_jax.weights import Truth, find_weights, fingerprint
+from puredif_jax.weights import Truth, find_weights, fingerprint, weight_digests
 
 WEIGHTS = "weights.safetensors"
 FOLDER = "diffusers"
@@ -391,9 +391,11 @@ def perform(experiment: Experiment) -> Report:
             # Those of the run's own model have been drawn, by `measure`.
             drawn = "true_trained" if own else f"audit_{label}"
             params = trained if own else lab.load(name)
-            weights = str(path) if own else name
-            auditor = Auditor(experiment, lab)
-            finding, section = auditor.audit(label, weights, params, truth, drawn)
+            # Process 0 has written them, and it alone writes of them.
+            sha256 = weight_digests(str(path)) if parallel.is_host_zero() else {}
+            finding, section = Auditor(experiment, lab).audit(
+                label, WEIGHTS if own else name, sha256, params, truth, drawn
+            )
             findings[label] = finding
             parts.append(Part({label: finding.numbers()}, section))
     device = jax.devices()[0].device_kind

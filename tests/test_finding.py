@@ -65,7 +65,7 @@ def test_the_first_screen_says_how_sure_and_of_what() -> None:
     )
     assert (judged.outcome, judged.detail) == ("clean", "Why.")
     assert judged.facts == {
-        "Folder": "models/mine",
+        "Weights": "models/mine",
         "SHA-256 of unet/x.safetensors": "ab" * 32,
     }
     shards = {f"{i}": f"{i:064x}" for i in range(5)}

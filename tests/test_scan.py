@@ -59,7 +59,7 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
     (judged,) = report.judgements
     stored = f"unet/{convert.WEIGHTS}"
     digest = hashlib.sha256((folder / stored).read_bytes()).hexdigest()
-    assert judged.facts == {"Folder": str(folder), f"SHA-256 of {stored}": digest}
+    assert judged.facts == {"Weights": str(folder), f"SHA-256 of {stored}": digest}
     assert "not calibrated" not in report.about, "the scores are the user's"
     path = home / "model" / "report.json"
     for outcome, expected in {"could not tell": 2, "backdoored": 3}.items():
