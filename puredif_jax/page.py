@@ -23,6 +23,7 @@ from puredif_jax.types import shown
 
 _COLOURS = {"backdoored": "bad", "could not tell": "doubt", "clean": "good"}
 _DEEPEST = 6  # level of a heading
+_LONG = 24  # characters of a word that may be broken in a table
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Section:
 
 def render(
     title: str,
+    summary: str,
     judgements: Sequence[Judgement],
     about: str,
     facts: Mapping[str, str],
@@ -99,7 +101,8 @@ def render(
 
     Args:
       title: its heading.
-      judgements: of all models.
+      summary: of all models, in a line.
+      judgements: of each; of several, an overview stands first, and more below.
       about: paragraphs on what the verdicts cover.
       facts: when, with what and how the report was made.
       numbers: results of the whole, shown with the facts; those with numbers within
@@ -108,12 +111,17 @@ def render(
       appendices: preformatted texts, by their titles.
     """
     heading = _text(title)
-    body = f"<header><h1>{heading}</h1>\n"
-    if judgements:
-        cards = "".join(map(_judgement, judgements))
-        body += f'<ul class="models">\n{cards}</ul>\n'
+    cards = "".join(_card(i, judged) for i, judged in enumerate(judgements))
+    cards = f'<ul class="models">\n{cards}</ul>\n' if judgements else ""
+    body = f"<header><h1>{heading}</h1>\n{_paragraphs(summary)}"
+    if len(judgements) > 1:
+        rows = "".join(_overview(i, judged) for i, judged in enumerate(judgements))
+        body += f'<ul class="overview">\n{rows}</ul>\n'
+    else:
+        body += cards
     whole = {k: _cell(plain(v)) for k, v in numbers.items() if not _nested(v)}
     body += f"{_paragraphs(about)}{_facts({**facts, **whole})}</header>\n<main>"
+    body += cards if len(judgements) > 1 else ""
     body += "".join(_section(section, 2) for section in sections)
     for name, content in appendices.items():
         lines = "\n".join(shown(line, len(line)) for line in content.split("\n"))
@@ -166,15 +174,32 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f'<dl class="facts">{rows}</dl>\n' if rows else ""
 
 
-def _judgement(judged: Judgement) -> str:
-    """A card: the word, the model, how sure."""
+def _word(judged: Judgement) -> str:
+    return f'<p class="word">{_text(judged.outcome)}</p>'
+
+
+def _colour(judged: Judgement) -> str:
+    return _COLOURS.get(judged.outcome, "none")
+
+
+def _overview(number: int, judged: Judgement) -> str:
+    """A row: the word, the model, how sure; it leads to the card."""
+    name = f'<a href="#model-{number}"><bdi>{_text(judged.name)}</bdi></a>'
+    why = _prose(judged.sure or judged.detail)
+    return (
+        f'<li class="{_colour(judged)}">{_word(judged)}<p class="name">{name}</p>'
+        f'<p class="why">{why}</p></li>\n'
+    )
+
+
+def _card(number: int, judged: Judgement) -> str:
+    """All that is known of a model at first sight."""
     name = f"<bdi>{_text(judged.name)}</bdi>"
     if judged.report is not None:
         name = f'<a href="{_address(judged.report)}">{name}</a>'
     texts = "".join(f"<p>{_prose(x)}</p>\n" for x in (judged.sure, judged.detail) if x)
-    colour = _COLOURS.get(judged.outcome, "none")
     return (
-        f'<li class="{colour}"><p class="word">{_text(judged.outcome)}</p>\n'
+        f'<li class="{_colour(judged)}" id="model-{number}">{_word(judged)}\n'
         f"<div><h2>{name}</h2>\n{texts}{_facts(judged.facts)}</div></li>\n"
     )
 
@@ -228,6 +253,9 @@ def _table(
     for name in names:
         values = [plain(row.get(name)) for row in rows]
         kind = ' class="n"' if {int, float} & set(map(type, values)) else ""
+        words = (word for value in values for word in _cell(value).split())
+        if not kind and max(map(len, words), default=0) > _LONG:
+            kind = ' class="w"'
         head = _text(name)
         if meaning := meanings.get(name):
             head = f'<abbr title="{_text(meaning)}">{head}</abbr>'
@@ -271,15 +299,22 @@ p { max-width: 48rem; margin: .5rem 0 }
 section, footer { border-top: 1px solid var(--line); margin-top: 1.6rem;
   padding: 1rem 0 }
 section section { border: 0; margin-top: 1rem; padding: 0 }
-.models { list-style: none; margin: 0; padding: 0 }
-.models > li { display: grid; grid-template-columns: 9.5rem minmax(0, 1fr); gap: 0 1rem;
-  margin: .4rem 0; padding: .5rem .8rem; background: var(--box); border-radius: .3rem;
-  border-left: .4rem solid var(--tone); break-inside: avoid }
+.models, .overview { list-style: none; margin: 0; padding: 0 }
+.models > li, .overview > li { display: grid; gap: 0 1rem; break-inside: avoid;
+  padding: .5rem .8rem; background: var(--box); border-left: .4rem solid var(--tone) }
+.models > li { grid-template-columns: 9rem minmax(0, 1fr); margin: .5rem 0;
+  border-radius: .3rem }
+.overview > li { grid-template-columns: 9rem minmax(0, 14rem) minmax(0, 1fr);
+  padding: .2rem .8rem; border-bottom: 1px solid var(--line) }
+.overview p, .models p { margin: .1rem 0; font-size: .9rem; max-width: none }
+.overview .name, .overview .why { display: -webkit-box; overflow: hidden;
+  -webkit-box-orient: vertical; -webkit-line-clamp: 2 }
+.overview .name { unicode-bidi: isolate; font-weight: 600 }
+.overview .why { font-size: .8rem; color: var(--soft) }
 .bad { --tone: var(--bad) }  .doubt { --tone: var(--doubt) }
 .good { --tone: var(--good) }  .none { --tone: var(--none) }
-.models p { margin: .1rem 0; font-size: .9rem; max-width: none }
 .models h2 { font-size: 1.05rem; unicode-bidi: isolate }
-.models .word { align-self: start; padding: .15rem .5rem; border-radius: .3rem;
+.word { align-self: start; padding: .15rem .5rem; border-radius: .3rem;
   background: var(--tone); color: #fff; font-weight: 700; text-align: center;
   print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .facts, .legend { margin: .4rem 0 0; font-size: .85rem; line-height: 1.35 }
@@ -291,7 +326,9 @@ section section { border: 0; margin-top: 1rem; padding: 0 }
   max-width: 48rem }
 table { border-collapse: collapse; font-size: .9rem; margin-top: .6rem }
 th, td { padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; min-width: 4.5rem; unicode-bidi: isolate }
+  vertical-align: top; min-width: 4.5rem; unicode-bidi: isolate;
+  overflow-wrap: normal }
+.w { min-width: 12rem; overflow-wrap: anywhere }
 th, figcaption, footer, .key { color: var(--soft); font-size: .85rem; line-height: 1.4 }
 th { text-align: left }  abbr { text-decoration: none }
 .n { text-align: right; font-variant-numeric: tabular-nums }
@@ -311,6 +348,8 @@ pre { padding: .8rem 1rem; background: var(--box); font-size: .8rem;
 @media (max-width: 40rem) {
   .models > li { grid-template-columns: minmax(0, 1fr) }
   .models .word { justify-self: start }
+  .overview > li { grid-template-columns: 8.6rem minmax(0, 1fr); padding: .2rem .5rem }
+  .overview .why { display: none } /* the card below has it */
   .pairs { grid-template-columns: minmax(0, 1fr) }
   .legend > div { grid-template-columns: minmax(0, 1fr); gap: 0;
     margin-bottom: .3rem } }
@@ -318,7 +357,8 @@ pre { padding: .8rem 1rem; background: var(--box); font-size: .8rem;
   :root { color-scheme: light; --page: #fff; --ink: #000; --soft: #444; --line: #bbb;
     --box: #fff; --link: #000 }
   body { max-width: none; padding: 0; font-size: 10pt }
-  .models > li { border: 1px solid var(--line); border-left: .4rem solid var(--tone) }
+  .models > li, .overview > li { border: 1px solid var(--line);
+    border-left: .4rem solid var(--tone) }
   .wide { overflow: visible }  tr, figure, dl > div { break-inside: avoid }
   h2, h3 { break-after: avoid }  summary { break-after: avoid }
   details::details-content { content-visibility: visible; height: auto } }

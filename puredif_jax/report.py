@@ -153,8 +153,9 @@ class Report:
         )
         page = render(
             self.title,
+            self.summary,
             self.judgements,
-            "\n\n".join(part for part in (self.summary, self.about) if part),
+            self.about,
             _facts(self.environment),
             self.numbers,
             self.sections,

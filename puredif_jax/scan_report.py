@@ -75,7 +75,7 @@ def summarise(
     table = tuple(each.row for each in scanned)
     report = Report(
         title=f"Scan {home.name}",
-        judgements=tuple(each.judgement for each in scanned),
+        judgements=tuple(sorted((x.judgement for x in scanned), key=_gravity)),
         summary=f"{len(scanned)} models: {shown}" if len(scanned) > 1 else "",
         about=scope(findings),
         sections=(
@@ -89,6 +89,12 @@ def summarise(
     if parallel.is_host_zero():
         report.write(home)
     return report, status
+
+
+def _gravity(judged: Judgement) -> int:
+    """The place of an outcome, the gravest first."""
+    order = [*STATUS]
+    return order.index(judged.outcome) if judged.outcome in order else len(order)
 
 
 def _scanned(

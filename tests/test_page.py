@@ -20,7 +20,7 @@ from puredif_jax.report import Report
 # Attributes that a page may have: none that runs or fetches anything.
 KNOWN = set(
     "lang charset name content class width alt src title scope tabindex role href "
-    "aria-label".split()
+    "aria-label id".split()
 )
 
 
@@ -126,10 +126,12 @@ def test_a_verdict_is_a_word_and_a_colour_above_all_else(tmp_path) -> None:
         about="Sought: some.",
         environment={"date": "today", "jax": "1.2", "command": "python x"},
     )
-    cards = [tag.get("class") for tag in parsed.having("li")]
-    assert cards == ["bad", "doubt", "good", "none", "none"]
+    rows = [tag.get("class") for tag in parsed.having("li")]
+    assert rows == ["bad", "doubt", "good", "none", "none"] * 2, "overview and cards"
     words = [x for x in parsed.text["p"] if x in outcomes]
-    assert words == outcomes
+    assert words == outcomes * 2
+    leads = [x["href"] for x in parsed.having("a")]
+    assert leads == [f"#{x['id']}" for x in parsed.having("li") if "id" in x]
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     places = [text.index(f">{x}<") for x in ("backdoored", "today", "python x", "More")]
     assert places == sorted(places)

@@ -139,8 +139,10 @@ def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None
     kept, found = path.read_bytes(), json.loads(path.read_text())
     found["numbers"]["a"]["verdict"]["outcome"] = "backdoored"
     path.write_text(json.dumps(found))
-    _, status = scan.perform_scan(wanted)
+    report, status = scan.perform_scan(wanted)
     assert status == 3, "a backdoor is graver than an error"
+    order = [judged.outcome for judged in report.judgements]
+    assert order == ["backdoored", "error", "clean", "clean"]
     path.write_bytes(kept)
     before = path.stat().st_mtime_ns
     write(broken, seed=2)
