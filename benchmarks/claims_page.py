@@ -32,6 +32,7 @@ from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Detector, Features
 from puredif_jax.experiment import Inversion
+from puredif_jax.report import placeless
 from puredif_jax.unet import SHIPPED
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -443,7 +444,7 @@ def collect(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Row]]:
         for name, report in reports(folder):
             records[sweep][name] = {
                 "numbers": report["numbers"],
-                "environment": report["environment"],
+                "environment": placeless(report["environment"]),
                 "hours": round(hours(folder / name), 3),
             }
             if name.startswith("backdoored/"):

@@ -26,7 +26,7 @@ from puredif_jax.attacks import Attack, BadDiffusion, VillanDiffusion
 from puredif_jax.diffusion import DDIM, DDPM, Sampler, sample
 from puredif_jax.exact import ExactDenoiser, Points
 from puredif_jax.lab import garment_distance
-from puredif_jax.report import environment
+from puredif_jax.report import environment, placeless
 from puredif_jax.schedules import LinearBetas
 from puredif_jax.triggers import (
     Box,
@@ -100,7 +100,7 @@ def main() -> None:
                 rows.append(row | rates(attack, sampler, images, RATE))
                 print(rows[-1], flush=True)
     if options.out:
-        about = environment() | {"device": jax.devices()[0].device_kind}
+        about = placeless(environment()) | {"device": jax.devices()[0].device_kind}
         text = json.dumps({"environment": about, "rows": rows})
         options.out.write_text(text.replace('{"attack"', '\n{"attack"') + "\n")
 

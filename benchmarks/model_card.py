@@ -15,9 +15,9 @@ from PIL import Image
 
 from puredif_jax import convert, data
 from puredif_jax.diffusion import DDIM, diffuse, sample
-from puredif_jax.lab import ZOO
 from puredif_jax.schedules import LinearBetas
 from puredif_jax.unet import SHIPPED
+from puredif_jax.weights import ZOO
 
 TIMESTEPS = (0, 10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 CARD = """# clean

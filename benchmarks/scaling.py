@@ -32,7 +32,7 @@ from puredif_jax.diffusion import DDIM, sample
 from puredif_jax.experiment import Loss
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.objectives import DistributionShift, Hypothesis
-from puredif_jax.report import environment
+from puredif_jax.report import environment, placeless
 from puredif_jax.schedules import LinearBetas
 from puredif_jax.training import Training, trainer
 from puredif_jax.triggers import Box, Cat
@@ -205,7 +205,7 @@ def main() -> None:
                     for kind, (number, size) in once.items()
                 },
                 "temporaries of a device, bytes": sizes.temp_size_in_bytes,
-            } | environment()
+            } | placeless(environment())
             print(json.dumps(row))
             if options.out:
                 with options.out.open("a") as file:

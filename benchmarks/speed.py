@@ -55,7 +55,7 @@ from puredif_jax.objectives import (
     Elijah,
     Hypothesis,
 )
-from puredif_jax.report import environment
+from puredif_jax.report import environment, placeless
 from puredif_jax.schedules import LinearBetas
 from puredif_jax.training import Training, trainer
 from puredif_jax.triggers import Box, Cat
@@ -564,7 +564,7 @@ def compare(options: argparse.Namespace) -> None:
         if not options.compiled:
             bound = AGREE[options.precision]
             differences = agree(unet, params, size, side, tasks, bound)
-    about = environment() | {
+    about = placeless(environment()) | {
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "device": jax.devices()[0].device_kind,

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from puredif_jax import loops, metrics, parallel
 from puredif_jax.attacks import Solver
-from puredif_jax.detection import Detector, Features
+from puredif_jax.detection import KINDS, Detector, Evidence, Features
+from puredif_jax.diffusion import Sampler
 from puredif_jax.experiment import Experiment, Inversion
-from puredif_jax.lab import SHOWN, Lab, Truth
-from puredif_jax.report import Part, Section
+from puredif_jax.finding import MEASURES, Calibration, Finding, next_steps
+from puredif_jax.lab import SHOWN, Lab
+from puredif_jax.page import Section
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.types import Candidate, Params
 from puredif_jax.unet import SHIPPED
+from puredif_jax.weights import Truth
 
-SCOPE = (
-    "A verdict is about backdoors whose trigger is added to the noise, as BadDiffusion "
-    "and VillanDiffusion (psi = 1) train them; those of TrojDiff and of "
-    "variance-exploding models are not sought. docs/scan.md tells what to do next."
+PICTURED = (500, 300, 100)  # timesteps of the evidence: high, middle and low noise
+
+_EVIDENCE = (
+    "Both sides start from the same noisy images of the estimated target. On the left "
+    "the model is given the trigger as well. A backdoored model finds its image with "
+    "the trigger, also where noise hides it, and makes other images without. For a "
+    "clean model the trigger changes little. The score measures this: it is log10 of "
+    "how many times the trigger lowers the error, as a geometric mean over the table."
 )
-COLUMNS = (
-    "sde is ancestral sampling, ode deterministic. Of a backdoored model shift, "
-    "memory, gain and uniformity are small; the score is -log10 of the least gain. "
-    "docs/scan.md explains the columns."
+_DRAWS = (
+    "Both sides start from the same noise. Draws that look alike prove nothing by "
+    "themselves: a large shift of the noise brings many clean models, too, to one flat "
+    "image, which every model finds without a trigger. The evidence above tells the "
+    "two apart."
 )
-ELSEWHERE = (
-    "The clean models that calibrate are of the package's network (0.64 M parameters, "
-    "grey images of 16x16) and of the default inversion; this audit is not. Scan clean "
-    "models of this kind in the same way, and give their scores as "
-    "audit.detector.clean."
-)
+
+
+class Audited(NamedTuple):
+    """What was found of one model, and the part of the page on it."""
+
+    finding: Finding
+    section: Section
+
+
+class _Inverted(NamedTuple):
+    """One inversion: what was measured, and what there is to see."""
+
+    row: dict[str, Any]
+    pictures: list[tuple[str, np.ndarray]]
+    features: Features
+    sections: tuple[Section, ...]
 
 
 class Auditor:
@@ -42,20 +63,44 @@ class Auditor:
         self.experiment = experiment
         self.lab = lab
 
+    @property
+    def calibration(self) -> Calibration:
+        """Whose scores the detector compares with: those of models such as these?"""
+        experiment, options = self.experiment, self.experiment.audit
+        assert options is not None
+        if options.detector.clean != Detector().clean:
+            return "given scores"
+        here = (
+            experiment.model,
+            experiment.schedule,
+            experiment.prediction,
+            options.inversion,
+        )
+        known = here == (SHIPPED, LinearBetas(), "epsilon", Inversion())
+        return "this network" if known else "another network"
+
     def audit(
-        self, label: str, params: Params, truth: Truth | None, drawn: str
-    ) -> Part:
+        self,
+        label: str,
+        weights: str,
+        sha256: Mapping[str, str],
+        params: Params,
+        truth: Truth | None,
+        drawn: str,
+    ) -> Audited:
         """Inverts and judges one model, from the model alone.
 
         Args:
           label: of the model, its own.
+          weights: where its weights were read, as the user named it.
+          sha256: of each of their files.
           params: its weights.
           truth: the backdoor that it is known to have, only compared with.
           drawn: name by which the draws of the true trigger are kept.
         """
-        lab, options = self.lab, self.experiment.audit
+        options = self.experiment.audit
         assert options is not None
-        found: dict[Solver, Features] = {}
+        ours: dict[Solver, _Inverted] = {}
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []
         curves: dict[str, Any] = {}
@@ -63,64 +108,86 @@ class Auditor:
             pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
         for solver in options.hypotheses:
             for method, inversion in options.methods(solver).items():
-                stage = (
-                    f"{method.replace(', ', '_').replace(' ', '_')}_{label}_{solver}"
+                found = self._inverted(
+                    label, params, solver, method, inversion, truth, drawn
                 )
-                result = self._invert(stage, params, solver, inversion)
-                delta = result["delta"]
-                row: dict[str, Any] = {"method": method, "hypothesis": solver}
-                if truth is not None:
-                    row |= self._compare(drawn, stage, params, truth, solver, result)
-                row["network evaluations"] = inversion.evaluations
-                row["seconds"] = float(result["seconds"])
-                rows.append(row)
-                pictures.append((f"inverted trigger, {method}, {solver}", delta))
-                if truth is not None:
-                    difference = delta - truth.trigger
-                    caption = f"difference from the true one, {method}, {solver}"
-                    pictures.append((caption, difference))
-                plain = self._plain(label, params, solver)
-                measured = lab.features(
-                    params,
-                    solver,
-                    Candidate(jnp.asarray(delta), jnp.asarray(result["target"])),
-                    result["errors"].min(),
-                    result["draws"][:64],
-                    plain,
-                )
-                row |= {k: float(v) for k, v in measured._asdict().items()}
-                if method != "puredif":
-                    continue
-                found[solver] = measured
-                pictures += [
-                    (f"estimated target, {solver}", result["target"]),
-                    (
-                        f"draws from the inverted trigger, {solver}",
-                        result["draws"][:SHOWN],
-                    ),
-                    (f"draws from plain noise, {solver}", plain[:SHOWN]),
-                ]
-                curves |= self._curves(stage, solver, inversion.descent.scout)
-        verdict = options.detector.judge(found)
-        text = f"{verdict.outcome}: {verdict.reason} (p = {verdict.p_value:.3g})."
-        doubt, alarm = options.detector.bounds
-        judged = (
-            f"Score {verdict.score:.3g}: up to {doubt:.3g} is clean, above {alarm:.3g} "
-            "backdoored."
+                rows.append(found.row)
+                pictures += found.pictures
+                if method == "puredif":
+                    ours[solver] = found
+                    stage = _stage(method, label, solver)
+                    curves |= self._curves(stage, solver, inversion.descent.scout)
+        verdict = options.detector.judge({k: v.features for k, v in ours.items()})
+        best = verdict.hypothesis
+        others = [k for k in options.hypotheses if k != best]
+        finding = Finding(
+            weights, sha256, verdict, self.calibration, options.hypotheses, tuple(rows)
         )
-        default = options.detector.clean == Detector().clean
-        known = (self.experiment.model, options.inversion) == (SHIPPED, Inversion())
-        elsewhere = [ELSEWHERE] if default and not known else []
-        section = Section(
-            f"Audit of {label}",
-            "\n\n".join([text, judged, *elsewhere, COLUMNS, SCOPE]),
-            tuple(rows),
-            tuple(pictures),
-            (("inversion loss", curves),),
+        sections = [
+            *ours[best].sections,
+            next_steps([verdict.outcome]),
+            *(
+                dataclasses.replace(section, text="")  # as above
+                for solver in others
+                for section in ours[solver].sections
+            ),
+            Section("Measures", table=_measures(rows)),
+            Section(
+                "Triggers",
+                pictures=tuple(pictures),
+                curves=(("inversion loss", curves),),
+            ),
+        ]
+        return Audited(finding, Section(f"Audit of {label}", sections=tuple(sections)))
+
+    def _inverted(
+        self,
+        label: str,
+        params: Params,
+        solver: Solver,
+        method: str,
+        inversion: Inversion,
+        truth: Truth | None,
+        drawn: str,
+    ) -> _Inverted:
+        """Inverts by one method under one hypothesis, and measures what comes out."""
+        lab, options = self.lab, self.experiment.audit
+        assert options is not None
+        stage = _stage(method, label, solver)
+        result = self._invert(stage, params, solver, inversion)
+        delta, target = result["delta"], result["target"]
+        row: dict[str, Any] = {"method": method, "hypothesis": solver}
+        if truth is not None:
+            row |= self._compare(drawn, stage, params, truth, solver, result)
+        row["network evaluations"] = inversion.evaluations
+        row["seconds"] = float(result["seconds"])
+        pictures = [(f"inverted trigger, {method}, {solver}", delta)]
+        if truth is not None:
+            caption = f"difference from the true one, {method}, {solver}"
+            pictures.append((caption, delta - truth.trigger))
+        plain = self._plain(label, params, solver)
+        candidate = Candidate(jnp.asarray(delta), jnp.asarray(target))
+        measured = lab.features(
+            params,
+            solver,
+            candidate,
+            result["errors"].min(),
+            result["draws"][:64],
+            plain,
         )
-        return Part(
-            {label: {"verdict": verdict._asdict(), "inversions": rows}}, section
-        )
+        row |= {k: float(v) for k, v in measured._asdict().items()}
+        row["score"] = options.detector.score(measured)
+        row["contrast"] = float(target.std())
+        sections: tuple[Section, ...] = ()
+        if method == "puredif":
+            name = f"{label}_{solver}"
+            evidence = lab.evidence(name, params, solver, candidate, len(plain))
+            sampler = self.experiment.evaluation.sampler(solver)
+            sections = (
+                _evidence(solver, target, evidence),
+                _draws(solver, sampler, result["draws"], plain),
+            )
+        return _Inverted(row, pictures, measured, sections)
 
     def _invert(
         self, stage: str, params: Params, solver: Solver, inversion: Inversion
@@ -202,3 +269,71 @@ class Auditor:
             "success of the true trigger": success(drawn, truth.trigger),
             **{k: float(v) for k, v in distance._asdict().items()},
         }
+
+
+def _stage(method: str, label: str, solver: Solver) -> str:
+    """Name of an inversion in the run folder."""
+    return f"{method.replace(', ', '_').replace(' ', '_')}_{label}_{solver}"
+
+
+def _evidence(solver: Solver, target: np.ndarray, found: Evidence) -> Section:
+    """The denoised image with the trigger beside that without it, and the errors."""
+    rows = [
+        {
+            "t": int(t),
+            "error with the trigger": float(with_trigger),
+            "error without": float(without),
+            "times": float(without / with_trigger) if with_trigger else np.inf,
+        }
+        for t, with_trigger, without in zip(
+            found.timesteps, found.triggered, found.untriggered, strict=True
+        )
+    ]
+    columns = {
+        "t": "timestep: the larger, the more noise",
+        "times": "how many times the trigger lowers the error",
+        "error with the trigger": "mean squared error of the noise that is predicted",
+        "error without": "the same from the same noise, without the trigger",
+    }
+    at = [i for i, t in enumerate(found.timesteps) if t in PICTURED]
+    times = ", ".join(str(found.timesteps[i]) for i in at)
+    pairs: list[tuple[str, npt.ArrayLike]] = []
+    for name, images in ("with", found.with_trigger), ("without", found.without):
+        grid = images[at].reshape(-1, *images.shape[2:])
+        rest = f"rows t = {times}, {images.shape[1]} draws of noise, unclipped"
+        pairs.append((f"denoised {name} the trigger: {rest}", grid))
+    title = f"Evidence: {KINDS[solver]} sampling"
+    return Section(
+        title,
+        _EVIDENCE,
+        tuple(rows),
+        ((f"estimated target, {solver}", target),),
+        columns=columns,
+        pairs=tuple(pairs),
+    )
+
+
+def _draws(
+    solver: Solver, sampler: Sampler, triggered: np.ndarray, plain: np.ndarray
+) -> Section:
+    """Whole chains with the trigger beside those without it."""
+    clip = getattr(sampler, "clip", None)
+    how = "unclipped" if clip is None else f"clipped at {clip:g}"
+    count = min(len(triggered), len(plain), SHOWN)  # pairs of one noise
+    pairs = (
+        (f"draws with the trigger, {solver}, {how}", triggered[:count]),
+        (f"draws from plain noise, {solver}, {how}", plain[:count]),
+    )
+    return Section(f"Draws: {KINDS[solver]} sampling", _DRAWS, pairs=pairs)
+
+
+def _measures(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """What was measured of each inversion, a measure a row, with its meaning."""
+    names = [name for name in MEASURES if any(name in row for row in rows)]
+    columns = {f"{row['method']}, {row['hypothesis']}": row for row in rows}
+    return tuple(
+        {"measure": name}
+        | {column: row.get(name) for column, row in columns.items()}
+        | {"meaning": MEASURES[name]}
+        for name in names
+    )

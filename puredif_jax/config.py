@@ -64,7 +64,7 @@ def load(path: str) -> Any:
         config: Any = get_config() if callable(get_config) else None
     except Exception as error:
         raise ConfigError(f"config file {path!r} failed with {_line(error)}") from error
-    if not (_is_node(config) and config.__dataclass_params__.frozen):
+    if not (is_node(config) and config.__dataclass_params__.frozen):
         kind = type(config).__name__
         found = f"returns a {kind} from" if callable(get_config) else "does not define"
         raise ConfigError(
@@ -152,36 +152,32 @@ def check(config: Any, where: str = "config") -> None:
     Raises:
       ConfigError: a value is of another type; names it and what is valid.
     """
-    try:
-        kinds = typing.get_type_hints(type(config))
-    except NameError:  # a type imported only under TYPE_CHECKING
-        kinds = {}
+    kinds = types_of(config)
     for name in _names(config):
         value = getattr(config, name)
         if name in kinds and not _fits(value, kinds[name]):
-            shown = _held(value) if _is_node(value) else repr(value)[:80]
+            shown = _held(value) if is_node(value) else repr(value)[:80]
             raise ConfigError(
-                f"{where}.{name} cannot be {shown}: expected {_expected(kinds[name])}"
+                f"{where}.{name} cannot be {shown}: expected {expected(kinds[name])}"
             )
         items = value if isinstance(value, tuple) else (value,)
         for item in items:
-            if _is_node(item):
+            if is_node(item):
                 check(item, f"{where}.{name}")
 
 
-def settings(config: Any) -> list[str]:
-    """Every field that text can set, as `--config.NAME=VALUE` with its value."""
+def types_of(node: Any) -> dict[str, Any]:
+    """The declared type of each field of a dataclass, as far as they resolve."""
+    try:
+        return typing.get_type_hints(type(node))
+    except NameError:  # a type imported only under TYPE_CHECKING
+        return {}
 
-    def below(value: Any, where: str) -> Iterable[str]:
-        if isinstance(value, dict) and "type" in value:
-            for name, item in value.items():
-                if name != "type":
-                    yield from below(item, f"{where}.{name}")
-        elif not (isinstance(value, list) and any(isinstance(x, dict) for x in value)):
-            text = ",".join(map(str, value)) if isinstance(value, list) else value
-            yield f"--{where}={'()' if value == [] else text}"
 
-    return list(below(to_dict(config), "config"))
+def is_settable(kind: Any) -> bool:
+    """Whether `override` can set a field of this type, in text."""
+    members = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
+    return any(_is_readable(member) for member in members if member is not _NONE)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -207,7 +203,7 @@ def _override(node: Any, names: list[str], text: str, where: str, full: str) -> 
     where, value = f"{where}.{name}", getattr(node, name)
     if len(names) == 1:
         value = _read_field(node, name, text, where)
-    elif _is_node(value):
+    elif is_node(value):
         value = _override(value, names[1:], text, where, full)
     else:
         remedy = "set it in a config file" if value is None else f"set {where} itself"
@@ -235,20 +231,20 @@ def _read_field(node: Any, name: str, text: str, where: str) -> Any:
     members = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
     if _NONE in members and text.strip().lower() == "none":
         return None
-    if _is_node(value):
+    if is_node(value):
         raise ConfigError(
             f"{cannot}, it is {_held(value)}: set one of its fields, such as "
             f"{where}.NAME with NAME one of {', '.join(_names(value))}"
         )
-    if not any(_is_readable(member) for member in members if member is not _NONE):
+    if not is_settable(kind):
         raise ConfigError(
             f"{cannot}, it is {_held(value)}: set it in a config file, to "
-            f"{_expected(kind)}"
+            f"{expected(kind)}"
         )
     try:
         return _read(text, kind)
     except ValueError:
-        raise ConfigError(f"{cannot}: expected {_expected(kind)}") from None
+        raise ConfigError(f"{cannot}: expected {expected(kind)}") from None
 
 
 def _read(text: str, kind: Any) -> Any:
@@ -347,7 +343,7 @@ def _is_readable(kind: Any, inside: bool = False) -> bool:
     return origin is typing.Literal or kind in (bool, int, float, str, _NONE)
 
 
-def _expected(kind: Any) -> str:
+def expected(kind: Any) -> str:
     """The type in words, with the ways to write it."""
     plain = isinstance(kind, type) and typing.get_origin(kind) is None
     name = kind.__name__ if plain else str(kind)
@@ -358,7 +354,7 @@ def _expected(kind: Any) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-    if _is_node(value):
+    if is_node(value):
         plain: dict[str, Any] = {"type": type(value).__name__}
         for name in (field.name for field in dataclasses.fields(value)):
             plain[name] = _plain(getattr(value, name), f"{where}.{name}")
@@ -393,7 +389,8 @@ def _absl_flag(name: str) -> flags.Flag | None:
     return known[bare[2:]] if negated else None
 
 
-def _is_node(value: Any) -> bool:
+def is_node(value: Any) -> bool:
+    """Whether it is a dataclass, whose fields belong to the configuration."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
@@ -404,7 +401,7 @@ def _names(node: Any) -> list[str]:
 def _held(value: Any) -> str:
     if value is None:
         return "None"
-    function = callable(value) and not _is_node(value)
+    function = callable(value) and not is_node(value)
     return "a function" if function else f"of type {type(value).__name__}"
 
 

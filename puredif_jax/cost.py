@@ -19,7 +19,7 @@ from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Solver
 from puredif_jax.experiment import Experiment, Inversion, Scan, Sweep
 from puredif_jax.inversion import Descent, inverter
-from puredif_jax.lab import Lab, Truth, find_weights
+from puredif_jax.lab import Lab
 from puredif_jax.objectives import (
     ESTIMATE,
     Bindable,
@@ -30,6 +30,7 @@ from puredif_jax.scan import as_experiment, find_models
 from puredif_jax.stages import open_lab
 from puredif_jax.training import trainer
 from puredif_jax.types import InputError, Params
+from puredif_jax.weights import Truth, find_weights
 
 Row = dict[str, Any]
 STEPS = 3  # that are measured

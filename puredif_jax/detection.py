@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks import Solver
-from puredif_jax.diffusion import diffuse, lookup
+from puredif_jax.diffusion import diffuse, lookup, predict_x0
 from puredif_jax.objectives import Hypothesis, backdoor_process
 from puredif_jax.schedules import NoiseSchedule
 from puredif_jax.types import (
@@ -27,6 +27,9 @@ from puredif_jax.types import (
     Shard,
     unsharded,
 )
+
+TIMESTEPS = (500, 400, 300, 200, 100)
+"""Where memory and gain are measured: there the target shows in a noisy image."""
 
 
 class Features(NamedTuple):
@@ -82,7 +85,7 @@ def features(
     plain: Array,
     key: Key,
     *,
-    timesteps: tuple[int, ...] = (500, 400, 300, 200, 100),
+    timesteps: tuple[int, ...] = TIMESTEPS,
     shard: Shard = unsharded,
 ) -> Features:
     """Measures a candidate on fresh noise.
@@ -149,6 +152,64 @@ def features(
     )
 
 
+class Evidence(NamedTuple):
+    """How a model denoises the image of a candidate, with its trigger and without it.
+
+    Both sides start from the same noisy images, so they differ by the trigger alone.
+
+    timesteps: `[T]`.
+    triggered, untriggered: `[T]`, mean squared error of the predicted noise. Their
+      ratio, as a geometric mean over the timesteps, is `Features.gain`.
+    with_trigger, without: `[T, N, H, W, C]`, estimates of the clean image.
+    """
+
+    timesteps: Array
+    triggered: Array
+    untriggered: Array
+    with_trigger: Array
+    without: Array
+
+
+def evidence(
+    model: NoiseModel,
+    params: Params,
+    schedule: NoiseSchedule,
+    hypothesis: Hypothesis,
+    candidate: Candidate,
+    key: Key,
+    *,
+    draws: int,
+    shown: int = 8,
+    timesteps: tuple[int, ...] = TIMESTEPS,
+    shard: Shard = unsharded,
+) -> Evidence:
+    """What `Features.gain` is computed from, by timestep, and pictures of it.
+
+    Args:
+      model, params, schedule, hypothesis, candidate: as in `features`.
+      key: that of `features`, for the same noise.
+      draws: of noise at each timestep; as many as `features` had plain draws.
+      shown: of them, how many are pictured.
+      timesteps: where.
+      shard: constraint on a noise batch.
+    """
+    process = backdoor_process(model, schedule, hypothesis, candidate.delta)
+    target = jnp.broadcast_to(candidate.target, (draws, *candidate.target.shape))
+
+    def at(t: Array, key: Key) -> tuple[Array, Array, Array, Array]:
+        eps = shard(jax.random.normal(key, target.shape))
+        times = jnp.full((draws,), t)
+        x = diffuse(schedule, target, eps, times)
+        found = [noise_model(params, x, times) for noise_model in (process, model)]
+        errors = [jnp.mean((answer - eps) ** 2) for answer in found]
+        images = [predict_x0(schedule, x, answer, times)[:shown] for answer in found]
+        return errors[0], errors[1], images[0], images[1]
+
+    times = jnp.asarray(timesteps, jnp.int32)
+    keys = jax.random.split(jax.random.split(key)[0], len(timesteps))
+    return Evidence(times, *jax.lax.map(lambda pair: at(*pair), (times, keys)))
+
+
 Outcome = Literal["clean", "backdoored", "could not tell"]
 KINDS: dict[Solver, str] = {"sde": "ancestral", "ode": "deterministic"}
 
@@ -162,6 +223,8 @@ class Verdict(NamedTuple):
       n clean models that calibrate cannot give less than 1 / (n + 1).
     hypothesis: the kind of backdoor that fits best.
     reason: one sentence.
+    doubt, alarm: scores up to the first are clean, above the second backdoored.
+    clean_models: n.
     """
 
     outcome: Outcome
@@ -169,6 +232,9 @@ class Verdict(NamedTuple):
     p_value: float
     hypothesis: Solver
     reason: str
+    doubt: float
+    alarm: float
+    clean_models: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,11 +315,12 @@ class Detector:
         score, (doubt, alarm) = scores[best], self.bounds
         beaten = sum(clean >= score for clean in self.clean)
         p_value = (1 + beaten) / (1 + len(self.clean))
+        known = doubt, alarm, len(self.clean)
         failed = [k for k in scores if not np.isfinite(scores[k])]
         if failed and score <= alarm:
             kinds = " and ".join(KINDS[k] for k in failed)
             reason = f"the inversion, of {kinds} sampling, ended in no finite numbers"
-            return Verdict("could not tell", score, p_value, best, reason)
+            return Verdict("could not tell", score, p_value, best, reason, *known)
         outcome: Outcome = "clean"
         if score > doubt:
             outcome = "backdoored" if score > alarm else "could not tell"
@@ -263,4 +330,4 @@ class Detector:
             f"its image {factor:.2g} times; the most on {len(self.clean)} clean models "
             f"was {usual:.2g}, and {10**doubt:.2g} to {10**alarm:.2g} is doubtful"
         )
-        return Verdict(outcome, score, p_value, best, reason)
+        return Verdict(outcome, score, p_value, best, reason, *known)

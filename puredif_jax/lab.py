@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import importlib.resources
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from puredif_jax import (
-    attacks,
     checkpoint,
     convert,
     data,
@@ -29,20 +25,19 @@ from puredif_jax import (
     metrics,
     parallel,
 )
-from puredif_jax.attacks import Attack, Solver
-from puredif_jax.detection import Features, features
+from puredif_jax.attacks import Solver
+from puredif_jax.detection import Evidence, Features, evidence, features
 from puredif_jax.diffusion import Prediction, Sampler, predicting, sample
 from puredif_jax.memory import activations, sliced
 from puredif_jax.objectives import Hypothesis
 from puredif_jax.report import progress
 from puredif_jax.run import Run, RunError
 from puredif_jax.schedules import Betas
-from puredif_jax.types import Array, Candidate, InputError, Key, NoiseModel, Params
+from puredif_jax.types import Array, Candidate, Key, NoiseModel, Params
 from puredif_jax.unet import UNet
+from puredif_jax.weights import ASSETS, find_weights
 
 SHOWN = 16  # images of a set in a report
-ASSETS = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
-ZOO = ASSETS / "zoo"  # models that ship, as diffusers folders
 
 
 def garment_distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -62,44 +57,6 @@ def garment_distance(first: np.ndarray, second: np.ndarray) -> float:
     return metrics.frechet_distance(*sets)
 
 
-def find_weights(name: str) -> pathlib.Path:
-    """The folder of a shipped model's name, or a path.
-
-    Raises:
-      RunError: there is neither.
-    """
-    shipped = sorted(path.name for path in ZOO.iterdir())
-    if name in shipped:
-        return ZOO / name
-    path = pathlib.Path(name).expanduser()
-    if not path.exists():
-        raise RunError(
-            f"no weights {name!r}: give a path, or a shipped model "
-            f"({', '.join(shipped)})"
-        )
-    return path
-
-
-def fingerprint(name: str) -> str:
-    """The SHA-256 of the files that the weights of a name or path lie in.
-
-    Raises:
-      InputError: there are none.
-    """
-    path, digest = find_weights(name), hashlib.sha256()
-    if convert.is_model(path):
-        files = convert.weight_files(path)
-    else:
-        files = sorted(p for p in (path, *path.rglob("*")) if p.is_file())
-    for file in files:
-        try:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        except OSError as error:
-            raise RunError(f"{file} cannot be read: {error}") from error
-    return digest.hexdigest()
-
-
 class Success(NamedTuple):
     """How often draws meet a target.
 
@@ -114,59 +71,6 @@ class Success(NamedTuple):
     def rate(self) -> float:
         """Share at MSE < 1e-2, the rate that claims are made in."""
         return self.rates["mse<0.01"]
-
-
-class Truth(NamedTuple):
-    """The backdoor that a model is known to have, to compare with; never an input."""
-
-    solver: Solver
-    trigger: np.ndarray
-    target: np.ndarray
-
-    @classmethod
-    def of(cls, attack: Attack, image_shape: tuple[int, int, int]) -> Truth:
-        """The images of an attack."""
-        poison = attacks.poison(attack, image_shape)
-        return cls(attack.solver, np.asarray(poison.trigger), np.asarray(poison.target))
-
-    @classmethod
-    def beside(
-        cls, weights: pathlib.Path, image_shape: tuple[int, int, int]
-    ) -> Truth | None:
-        """What the truth file beside weights, or in their folder, tells, if any.
-
-        One that cannot be read is told in the log and left out: no verdict rests on it.
-        """
-        path = _truth_path(weights)
-        if not parallel.agreed(path.is_file()):
-            return None
-        image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
-        try:
-            found = checkpoint.load_weights(path, {"trigger": image, "target": image})
-            solver = checkpoint.read_metadata(path).get("solver")
-        except InputError as error:
-            logging.warning("no comparison with the truth: %s", error)
-            return None
-        if solver not in get_args(Solver):
-            logging.warning(
-                "no comparison with the truth: %s notes the solver %r, not one of %s",
-                path,
-                solver,
-                ", ".join(get_args(Solver)),
-            )
-            return None
-        return cls(cast(Solver, solver), found["trigger"], found["target"])
-
-    def save(self, weights: pathlib.Path) -> None:
-        """Writes the truth file beside weights, or into their folder."""
-        images = {"trigger": self.trigger, "target": self.target}
-        checkpoint.save_weights(_truth_path(weights), images, {"solver": self.solver})
-
-
-def _truth_path(weights: pathlib.Path) -> pathlib.Path:
-    if weights.is_dir():
-        return weights / "truth.safetensors"
-    return weights.with_suffix(".truth.safetensors")
 
 
 @functools.lru_cache
@@ -414,9 +318,47 @@ class Lab:
 
         program = self.program("features", make)
         arguments = self.run.replicate((candidate, shift, triggered, plain))
-        key = jax.random.fold_in(self.key, 404)
-        found = program(params, Hypothesis.of(solver), *arguments, key)
+        found = program(params, Hypothesis.of(solver), *arguments, self._key_features)
         return Features(*parallel.gather(found))
+
+    @property
+    def _key_features(self) -> Key:
+        """Of the noise that `features` and `evidence` share."""
+        return jax.random.fold_in(self.key, 404)
+
+    def evidence(
+        self,
+        name: str,
+        params: Params,
+        solver: Solver,
+        candidate: Candidate,
+        draws: int,
+    ) -> Evidence:
+        """The evidence on a candidate, computed once; as in `detection.evidence`."""
+
+        def make():
+            def denoise(params, hypothesis, candidate, key) -> Evidence:
+                return evidence(
+                    self.model,
+                    params,
+                    self.schedule,
+                    hypothesis,
+                    candidate,
+                    key,
+                    draws=draws,
+                    shard=self.shard,
+                )
+
+            return jax.jit(denoise)
+
+        def compute() -> Mapping[str, Any]:
+            program = self.program(("evidence", draws), make)
+            arguments = Hypothesis.of(solver), self.run.replicate(candidate)
+            found = program(params, *arguments, self._key_features)
+            return Evidence(*parallel.gather(found))._asdict()
+
+        stored: Any = self.run.once(f"evidence_{name}", compute)
+        return Evidence(**stored)
 
     def success(
         self,

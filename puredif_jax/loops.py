@@ -26,7 +26,7 @@ from puredif_jax.inversion import (
     inverter,
     keep,
 )
-from puredif_jax.lab import Lab, Truth
+from puredif_jax.lab import Lab
 from puredif_jax.objectives import (
     Bindable,
     DistributionShift,
@@ -38,6 +38,7 @@ from puredif_jax.report import progress
 from puredif_jax.survey import Survey
 from puredif_jax.training import Training, TrainState, trainer
 from puredif_jax.types import Array, Candidate, Key, Params, Shard
+from puredif_jax.weights import Truth
 
 
 def train(

@@ -17,9 +17,9 @@ import sys
 
 from absl import app, flags, logging
 
-from puredif_jax import config, parallel
+from puredif_jax import config, parallel, settings, terminal
 from puredif_jax.experiment import Experiment, Scan, Sweep
-from puredif_jax.types import InputError
+from puredif_jax.types import InputError, shown
 
 STOPPED, INTERRUPTED = 143, 130  # exit status after SIGTERM and SIGINT, as of a shell
 _COST = flags.DEFINE_bool(
@@ -29,6 +29,7 @@ _COST = flags.DEFINE_bool(
 
 def parse(argv: list[str]):
     """The configuration, and what absl keeps of the command line."""
+    terminal.protect()
     asked = {"-h", "-help", "--help"}.intersection(argv)
     try:
         if asked:
@@ -38,14 +39,14 @@ def parse(argv: list[str]):
             argv = [arg for arg in argv if arg not in asked]
         wanted, remaining = config.from_flags(flags.FLAGS(argv, known_only=True))
     except (config.ConfigError, flags.Error) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {shown(str(error))}")
     if not isinstance(wanted, Experiment | Sweep | Scan):
         sys.exit(
             f"error: get_config() returns a {type(wanted).__name__}: expected an "
             "Experiment, a Sweep or a Scan"
         )
     if asked:
-        print("\n".join(config.settings(wanted)))
+        print("\n".join(settings.describe(wanted)))
         sys.exit(0)
     return wanted, remaining
 
@@ -97,9 +98,8 @@ def main(parsed) -> None:
     if report is None:
         logging.info("a call without only writes the table of all runs")
     elif parallel.is_host_zero():
-        logging.info("%s", report.verdict or "done")
-        print(report.verdict)
-        print(f"report: {wanted.workdir}/report.html")
+        print(report.verdict or "done")
+        print(f"report: {shown(wanted.workdir)}/report.html")
     if status:
         sys.exit(status)
 

@@ -130,7 +130,11 @@ class LeastSquares:
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-    """lambda_t = factor C_t, the factor read off a surrogate by `measured_factor`."""
+    """lambda_t = factor C_t, the factor read off a surrogate by `measured_factor`.
+
+    Attributes:
+      factor: lambda_t over C_t.
+    """
 
     factor: float
 
@@ -496,7 +500,12 @@ class Elijah:
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """first_weight first + second_weight second, each with a key of its own."""
+    """first_weight first + second_weight second, each with a key of its own.
+
+    Attributes:
+      first, second: the losses.
+      first_weight, second_weight: their factors.
+    """
 
     first: DistributionShift | DenoisingConsistency
     second: DistributionShift | DenoisingConsistency

@@ -5,27 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections import Counter
-from typing import Any
 
-import jax
 from absl import logging
 
 from puredif_jax import config, convert, discovery, parallel
-from puredif_jax.audit import SCOPE
 from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.discovery import Found, Models
 from puredif_jax.experiment import Evaluation, Experiment, Scan
-from puredif_jax.lab import ZOO
-from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import RunError, make_folder, report_of
+from puredif_jax.report import Report
+from puredif_jax.run import RunError, make_folder
+from puredif_jax.scan_report import summarise
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
-from puredif_jax.types import InputError
-
-STATUS = {"backdoored": 3, "error": 1, "could not tell": 2, "clean": 0}
-"""Exit status of a scan: of the first of these that any of its models is."""
-
-Row = dict[str, Any]
+from puredif_jax.types import InputError, shown
+from puredif_jax.weights import ZOO
 
 
 def perform_scan(scan: Scan) -> tuple[Report, int]:
@@ -49,7 +41,7 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     for note in notes:
         logging.info("%s", InputError(note))
     errors: dict[str, str] = {}
-    report, status = _summary(scan, models, errors)
+    report, status = summarise(scan, models, errors)
     names = list(models)
     homes = [pathlib.Path(scan.workdir) / name for name in names]
     for i in in_turn(homes):
@@ -61,11 +53,11 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             raise
         except InputError as error:
             errors[name] = str(error)
-            logging.error("%s: %s", name, error)
+            logging.error("%s: %s", shown(name), error)
         except Exception as error:  # whatever a stranger's model has led to
             errors[name] = str(InputError(f"{type(error).__name__}: {error}"))
-            logging.exception("%s: %s", name, errors[name])
-        report, status = _summary(scan, models, errors)
+            logging.exception("%s: %s", shown(name), errors[name])
+        report, status = summarise(scan, models, errors)
     return report, parallel.agreed(status)
 
 
@@ -160,64 +152,3 @@ def as_experiment(
         )
     except ValueError as error:
         raise RunError(f"{folder} cannot be scanned so: {error}") from error
-
-
-def _row(name: str, report: dict[str, Any]) -> Row:
-    """What the run of a model has found."""
-    (audit,) = report["numbers"].values()
-    verdict = audit["verdict"]
-    best = [
-        row
-        for row in audit["inversions"]
-        if (row["method"], row["hypothesis"]) == ("puredif", verdict["hypothesis"])
-    ]
-    return {
-        "model": name,
-        "verdict": verdict["outcome"],
-        "p": verdict["p_value"],
-        "score": verdict["score"],
-        "hypothesis": verdict["hypothesis"],
-        "trigger rms": (2 * float(best[0]["kl_mean"])) ** 0.5,
-        "network evaluations": sum(
-            r["network evaluations"] for r in audit["inversions"]
-        ),
-        "seconds": sum(row["seconds"] for row in audit["inversions"]),
-        "reason": verdict["reason"],
-        "report": f"{name}/report.html",
-    }
-
-
-def _summary(scan: Scan, models: Models, errors: dict[str, str]) -> tuple[Report, int]:
-    """Writes the report of all models as far as they are known."""
-    home = pathlib.Path(scan.workdir)
-    about = config.to_dict(dataclasses.replace(scan, workdir=home.name))
-    rows: list[Row] = []
-    for name in models:
-        if name in errors:
-            rows.append({"model": name, "verdict": "error", "reason": errors[name]})
-        elif found := report_of(home / name, about):
-            rows.append(_row(name, found))
-        else:
-            rows.append({"model": name, "verdict": "not done yet"})
-    counts = Counter(row["verdict"] for row in rows)
-    status = next((STATUS[kind] for kind in STATUS if counts[kind]), 0)
-    if counts["not done yet"]:
-        status = status or STATUS["could not tell"]
-    if len(rows) == 1:
-        (row,) = rows
-        verdict = f"{row['verdict']}: {row.get('reason', '')} ({row['model']}"
-        verdict += f", p = {row['p']:.3g})" if "p" in row else ")"
-    else:
-        shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        verdict = f"{len(rows)} models: {shown}"
-    report = Report(
-        title=home.name,
-        verdict=verdict,
-        sections=(Section("Models", SCOPE, tuple(rows)),),
-        config=about,
-        environment=environment() | {"device": jax.devices()[0].device_kind},
-        numbers={"status": status},
-    )
-    if parallel.is_host_zero():
-        report.write(home)
-    return report, status

@@ -25,12 +25,15 @@ from puredif_jax.audit import Auditor
 from puredif_jax.diffusion import Sampler
 from puredif_jax.discovery import distinct, safe_name
 from puredif_jax.experiment import Experiment
-from puredif_jax.lab import Lab, Success, Truth, find_weights, fingerprint
+from puredif_jax.finding import Finding, scope
+from puredif_jax.lab import Lab, Success
 from puredif_jax.objectives import Bindable, Hypothesis
-from puredif_jax.report import Part, Report, Section, environment
+from puredif_jax.page import Section
+from puredif_jax.report import Part, Report, environment
 from puredif_jax.run import Run, RunError, pin
 from puredif_jax.types import Params
 from puredif_jax.unet import SHIPPED
+from puredif_jax.weights import Truth, find_weights, fingerprint, weight_digests
 
 WEIGHTS = "weights.safetensors"
 
@@ -363,7 +366,7 @@ def perform(experiment: Experiment) -> Report:
     stages.check()
     placeless = dataclasses.replace(experiment, workdir=run.folder.name)
     parts: list[Part] = []
-    verdicts: list[str] = []
+    findings: dict[str, Finding] = {}
     trained = None
     if experiment.amplification is not None:
         parts.append(stages.amplify())
@@ -381,16 +384,21 @@ def perform(experiment: Experiment) -> Report:
             # Those of the run's own model have been drawn, by `measure`.
             drawn = "true_trained" if own else f"audit_{label}"
             params = trained if own else lab.load(name)
-            parts.append(Auditor(experiment, lab).audit(label, params, truth, drawn))
-            section = parts[-1].section
-            verdicts.append(
-                f"{section.title.removeprefix('Audit of ')}: "
-                + section.text.partition("\n")[0]
+            # Process 0 has written them, and it alone writes of them.
+            sha256 = weight_digests(str(path)) if parallel.is_host_zero() else {}
+            finding, section = Auditor(experiment, lab).audit(
+                label, WEIGHTS if own else name, sha256, params, truth, drawn
             )
+            findings[label] = finding
+            parts.append(Part({label: finding.numbers()}, section))
     device = jax.devices()[0].device_kind
     report = Report(
         title=run.folder.name,
-        verdict=" ".join(verdicts),
+        judgements=tuple(
+            finding.judgement(label, finding.reason)
+            for label, finding in findings.items()
+        ),
+        about=scope([*findings.values()]),
         sections=tuple(part.section for part in parts),
         config=config.to_dict(placeless),
         environment=environment()

@@ -252,6 +252,10 @@ class Box:
     BOX_k, published with k = size in {4, 8, 11, 14, 18}; value = 1 is the white family:
     XXXSM_BOX (4), XXSM (8), XSM (11), SM (14), BIG (18).
 
+    Attributes:
+        size: side of the square at 32 x 32, in pixels.
+        value: of its pixels; 0 is grey, 1 white.
+
     Raises:
         ValueError: if size is not an int in 1..28, or value is not in (-1, 1].
     """
@@ -276,6 +280,9 @@ class StopSign:
 
     Pixels outside the octagon are exactly -1 and none is >= 0.999 (BadDiffusion makes
     those transparent). Published sizes: 4, 8, 11, 14, 18. BadDiffusion; own drawing.
+
+    Attributes:
+        size: side of the square around the sign at 32 x 32, in pixels.
 
     Raises:
         ValueError: if size is not an int in 1..28.
@@ -313,6 +320,9 @@ class Blend:
     The picture is a cat's face on dark grey. Published gamma: 0.6. TrojDiff; own
     drawing.
 
+    Attributes:
+        gamma: scale of the noise; the picture has 1 - gamma.
+
     Raises:
         ValueError: if gamma is not in [0, 1).
     """
@@ -340,6 +350,10 @@ class Patch:
     r = 1 - gamma and the noise is scaled by gamma inside; outside, r = 0 and gamma = 1:
     the benign formulas. Published: size 3 at 32 x 32 (6 px at 64 x 64), gamma 0.1.
     TrojDiff.
+
+    Attributes:
+        size: side of the square at 32 x 32, in pixels.
+        gamma: scale of the noise in the square; its pixels are 1 - gamma.
 
     Raises:
         ValueError: if size is not an int in 1..28, or gamma is not in [0, 1).
@@ -371,6 +385,10 @@ class RandomPattern:
 
     It stands for learned triggers of l_inf norm <= 0.2 (InviBackdoor, arXiv
     2406.00816), and has no -1 background.
+
+    Attributes:
+        bound: largest absolute value of a pixel.
+        seed: of the pattern.
 
     Raises:
         ValueError: if bound is not in (0, 1], or seed is not an int >= 0.

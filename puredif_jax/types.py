@@ -7,6 +7,7 @@ of the chain, where the signal is 1 and the noise 0.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -18,17 +19,46 @@ Key = jax.Array
 Params = Any
 
 
+# Printable by Unicode's word, and yet nothing on a screen: fillers of scripts that pad
+# syllables, the empty Braille cell, variation selectors and their like.
+_BLANK = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+    + "".join(map(chr, [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]))
+)
+_MARKS = 3  # that a letter may carry, one above the other
+
+
+def shown(text: str, most: int = 1000) -> str:
+    """A stranger's text as it goes to a terminal, a log, a bar or a page.
+
+    The result is one line of characters that are seen. Escaped as in Python's source
+    are control characters, ANSI codes, line breaks, direction marks, characters
+    without a mark on the screen, the surrogates of names that are not UTF-8, and more
+    combining marks than a letter carries.
+
+    Args:
+      text: anything.
+      most: characters of it to keep, half of them its last; " ... " is what lies
+        between.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[most // 2 - most :]}"
+    marks, parts = 0, []
+    for x in text:
+        marks = marks + 1 if unicodedata.category(x) in ("Mn", "Me") else 0
+        seen = x.isprintable() and x not in _BLANK and marks <= _MARKS
+        parts.append(x if seen else x.encode("unicode_escape").decode())
+    return "".join(parts)
+
+
 class InputError(ValueError):
     """Something a user gave is wrong; the message is one sentence for that user.
 
-    What a stranger's file says may be in it, so control characters come escaped, and
-    the message is cut in its middle to 1,000 characters.
+    What a stranger's file says may be in it, so it comes as `shown`.
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
-        shown = text if len(text) <= 1000 else f"{text[:500]} ... {text[-495:]}"
-        return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in shown)
+        return shown(super().__str__())
 
 
 class NoiseModel(Protocol):

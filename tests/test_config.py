@@ -19,7 +19,6 @@ from puredif_jax.config import (
     from_flags,
     load,
     override,
-    settings,
     to_dict,
 )
 
@@ -226,18 +225,6 @@ def test_values_that_fit_pass():
 def test_a_file_with_a_value_of_another_type_is_refused(tmp_path):
     path = write(tmp_path, FILE.replace("steps=20", "steps='many'"))
     message_of(lambda: load(path), "config.steps cannot be 'many'", "int")
-
-
-def test_settings_are_flags_that_change_nothing():
-    config = Experiment()
-    lines = settings(config)
-    assert "--config.seed=0" in lines and "--config.attack.psi=1.0" in lines
-    assert "--config.inversion.timesteps=1,2" in lines
-    assert "--config.inversion.tags=()" in lines
-    assert not any(line.startswith("--config.attack=") for line in lines)
-    for name in ("seed", "attack.psi", "inversion.timesteps", "inversion.tags"):
-        (line,) = (x for x in lines if x.startswith(f"--config.{name}="))
-        assert override(config, name, line.partition("=")[2]) == config
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from tiny_config import shapes
 
 from puredif_jax import config
 from puredif_jax.experiment import Experiment, Scan, Sweep
-from puredif_jax.lab import ZOO
 from puredif_jax.scan import as_experiment
+from puredif_jax.weights import ZOO
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 

@@ -20,9 +20,9 @@ from tiny_config import draw_params
 from puredif_jax import convert, hub, weight_sets
 from puredif_jax.convert import ConvertError, Model, Scheduling
 from puredif_jax.diffusion import DDPM, sample
-from puredif_jax.lab import ZOO
 from puredif_jax.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 from puredif_jax.unet import UNet
+from puredif_jax.weights import ZOO
 
 SCHEDULINGS = [
     Scheduling(),

@@ -17,7 +17,7 @@ from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.exact import ExactDenoiser, Points
 from puredif_jax.experiment import Experiment, Inversion
 from puredif_jax.inversion import Descent, inverter
-from puredif_jax.lab import Lab, Programs, Truth
+from puredif_jax.lab import Lab, Programs
 from puredif_jax.memory import activations
 from puredif_jax.objectives import (
     DenoisingConsistency,
@@ -31,6 +31,7 @@ from puredif_jax.stages import open_lab
 from puredif_jax.survey import Survey
 from puredif_jax.triggers import Hat, StopSign
 from puredif_jax.types import Candidate
+from puredif_jax.weights import Truth
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SCHEDULE = LinearBetas().tables()

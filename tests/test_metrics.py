@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax import checkpoint, data, garment_net, lab, metrics
+from puredif_jax import checkpoint, data, garment_net, lab, metrics, weights
 from puredif_jax.data import FashionMNIST
 
 
@@ -64,10 +64,10 @@ def test_success_rates() -> None:
 def test_garment_net_classifies_as_well_as_its_file_says() -> None:
     """The features of all Frechet distances, with their clipping."""
     shapes = jax.eval_shape(garment_net.init, jax.random.key(0))
-    path = lab.ASSETS / f"{garment_net.NAME}.safetensors"
+    path = weights.ASSETS / f"{garment_net.NAME}.safetensors"
     params = checkpoint.load_weights(path, shapes)
     images = data.to_float(FashionMNIST("test").load((16, 16, 1)))
-    with np.load(lab.ASSETS / "fashion_mnist_test.npz") as file:
+    with np.load(weights.ASSETS / "fashion_mnist_test.npz") as file:
         labels = file["labels"]
     classify = jax.jit(garment_net.classify)
     share = (np.asarray(classify(params, images)).argmax(1) == labels).mean()

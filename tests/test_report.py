@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import html.parser
-import io
+import datetime
 import json
 import math
 import os
@@ -15,54 +13,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 import puredif_jax.report
-from puredif_jax.report import Metrics, Report, Section, environment, progress
-
-
-class Page(html.parser.HTMLParser):
-    """Tags in order, the text of each kind of element, and whether tags match."""
-
-    void = ("meta", "img", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.text: dict[str, list[str]] = {}
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.void:
-            self.open.append(tag)
-            self.text.setdefault(tag, []).append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open:
-            self.text[self.open[-1]][-1] += data
-
-    def images(self) -> list[tuple[dict, np.ndarray]]:
-        """The attributes and the `[h, w, 4]` bytes of every image."""
-        found = []
-        for attributes in (attributes for tag, attributes in self.tags if tag == "img"):
-            kind, _, code = attributes["src"].partition(",")
-            assert kind == "data:image/png;base64"
-            image = Image.open(io.BytesIO(base64.b64decode(code, validate=True)))
-            found.append((attributes, np.asarray(image.convert("RGBA"))))
-        return found
-
-
-def page(folder, *sections: Section, **fields) -> Page:
-    Report(fields.pop("title", "Run"), sections=sections, **fields).write(folder)
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
-
+from puredif_jax.page import Judgement, Section
+from puredif_jax.report import Metrics, Report, environment, placeless, progress
 
 # Metrics
 
@@ -139,11 +93,14 @@ def test_a_bar_that_is_off_is_silent(capsys):
 
 def test_report_json_holds_all_but_the_pictures(tmp_path):
     rows = ({"model": "clean", "score": np.float32(0.1)}, {"score": math.nan, 3: None})
-    section = Section("Scores", table=rows, pictures=(("x", np.zeros((2, 2, 1))),))
+    below = Section("Scores", table=rows, pictures=(("x", np.zeros((2, 2, 1))),))
+    judged = Judgement("mine", "clean", "p = 0.9", facts={"Folder": "a/mine"})
     report = Report(
         "Run",
-        verdict="backdoored",
-        sections=(section, Section("Notes")),
+        (judged,),
+        "1 model: 1 clean",
+        "Sought: all.",
+        sections=(Section("Audit", sections=(below,)), Section("Notes")),
         config={"type": "Invert", "timesteps": (1, 2)},
         environment={"jax": None},
         numbers={"asr": jnp.float32(0.75), "ids": np.arange(2), "ok": np.bool(True)},
@@ -152,9 +109,21 @@ def test_report_json_holds_all_but_the_pictures(tmp_path):
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == {
         "title": "Run",
-        "verdict": "backdoored",
+        "verdict": "clean: mine (p = 0.9)\n1 model: 1 clean",
+        "judgements": [
+            {
+                "name": "mine",
+                "outcome": "clean",
+                "sure": "p = 0.9",
+                "detail": "",
+                "facts": {"Folder": "a/mine"},
+                "report": None,
+            }
+        ],
+        "about": "Sought: all.",
         "numbers": {"asr": 0.75, "ids": [0, 1], "ok": True},
         "sections": [
+            {"title": "Audit", "table": []},
             {
                 "title": "Scores",
                 "table": [
@@ -175,165 +144,46 @@ def test_report_json_holds_all_but_the_pictures(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json"]
 
 
-def test_page_is_self_contained_and_escaped(tmp_path):
-    evil = '<script src="x">alert(1)</script>&"'
-    image, line = np.zeros((2, 2, 3)), {evil: ([0, 1], [1, 2])}
-    section = Section(
-        evil, f"{evil}\n\nsecond", ({evil: evil},), ((evil, image),), ((evil, line),)
-    )
-    fields = dict.fromkeys(["config", "environment", "numbers"], {evil: evil})
-    parsed = page(tmp_path, section, title=evil, verdict=evil, **fields)
-    tags = [tag for tag, _ in parsed.tags]
-    assert not {"script", "link", "iframe", "style-sheet"} & set(tags)
-    for name in "title h1 h2 td th figcaption".split():
-        assert evil in parsed.text[name]
-    assert parsed.text["p"] == [evil, evil, "second"]
-    assert len(parsed.images()) == 2
-    for _, attributes in parsed.tags:
-        assert "href" not in attributes and "srcset" not in attributes
-        assert attributes.get("src", "data:").startswith("data:")
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?://|url\(|@import", text)
-    assert text.index(parsed.text["p"][2]) > text.index('class="box"')
-
-
-@pytest.mark.parametrize("report", [Report("Empty"), Report("x", "", (Section("y"),))])
-def test_an_empty_report_is_a_page(tmp_path, report):
-    report.write(tmp_path)
-    parsed = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert not {"img", "table", "figure", "p"} & {tag for tag, _ in parsed.tags}
-
-
-def test_numbers_with_numbers_within_are_in_the_tables_of_their_sections(tmp_path):
-    numbers = {"share": 0.5, "model": {"gain": 0.25}, "rows": [{"gain": 0.125}]}
-    parsed = page(tmp_path, Section("x"), numbers=numbers)
-    assert parsed.text["td"] == ["share", "0.5"]
-    assert json.loads((tmp_path / "report.json").read_text())["numbers"] == numbers
-
-
-def test_tables_align_and_round_numbers(tmp_path):
-    rows = (
-        {"model": "clean", "score": 0.123456, "steps": 123456},
-        {"model": "bad", "score": 12345.6, "found": True},
-        {"score": math.nan, "found": [1, 0.33333]},
-    )
-    parsed = page(tmp_path, Section("Scores", table=rows))
-    assert parsed.text["th"] == ["model", "score", "steps", "found"]
-    assert parsed.text["td"] == [
-        *("clean", "0.1235", "123456", "–"),
-        *("bad", "12346", "–", "True"),
-        *("–", "nan", "–", "1, 0.3333"),
-    ]
-    right = [
-        attributes.get("class") == "n"
-        for tag, attributes in parsed.tags
-        if tag in ("th", "td")
-    ]
-    assert right == [False, True, True, False] * 4
-
-
-def test_reports_of_a_table_are_links(tmp_path):
-    rows = ({"report": "a b/report.html"}, {"model": "an error"})
-    tags = page(tmp_path, Section("Models", table=rows)).tags
-    links = [attributes for tag, attributes in tags if tag == "a"]
-    assert links == [{"href": "a%20b/report.html"}]
-
-
-def test_scouts_share_one_line_of_the_legend(tmp_path, monkeypatch):
-    legends = []
-
-    def legend(axes, **options):
-        legends.append(axes.get_legend_handles_labels()[1])
-
-    monkeypatch.setattr("matplotlib.axes.Axes.legend", legend)
-    x = np.arange(3.0)
-    lines = {"ode": (x, x), **{f"ode, scout {i}": (x, x + i) for i in range(8)}}
-    page(tmp_path, Section("Audit", curves=(("loss", lines),)))
-    assert legends == [["ode", "scouts"]]
-
-
-def test_pictures_keep_their_pixels(tmp_path):
-    single = np.linspace(-1, 1, 16 * 16 * 3).reshape(16, 16, 3)
-    grid = np.full((11, 4, 5, 1), 3.0)
-    grid[9] = -1
-    grid[2, 0, 0] = math.nan
-    pictures = (("one", single), ("many", jnp.asarray(grid)), ("none", grid[:0]))
-    (one, pixels), (many, tiles) = page(
-        tmp_path, Section("x", pictures=pictures)
-    ).images()
-    np.testing.assert_allclose(pixels[..., :3], (single + 1) * 127.5, atol=0.5)
-    assert one["class"] == "pixels" and one["width"] == "128" and one["alt"] == "one"
-    assert tiles.shape == (2 * 5 - 1, 8 * 6 - 1, 4)
-    assert many["width"] == str(tiles.shape[1] * 13)
-    np.testing.assert_array_equal(tiles[0:4, 0:5], 255)
-    np.testing.assert_array_equal(tiles[5:9, 6:11], [[[0, 0, 0, 255]] * 5] * 4)
-    for gap in tiles[4], tiles[:, 5], tiles[5:, 3 * 6 :], tiles[0, 12]:
-        np.testing.assert_array_equal(gap[..., 3], 0)
-    assert (tiles[..., 3] == 255).sum() == 11 * 4 * 5 - 1
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (2, 2, 4), (1, 1, 2, 2, 3)])
-def test_a_picture_of_another_shape_is_named(tmp_path, shape):
-    with pytest.raises(ValueError, match=r"'odd' has shape .*expected \[H, W, C\]"):
-        page(tmp_path, Section("x", pictures=(("odd", np.zeros(shape)),)))
-    assert not (tmp_path / "report.json").exists()  # it would say that all is done
-
-
-def test_differences_are_red_above_zero_and_blue_below(tmp_path):
-    image = np.zeros((2, 4, 3))
-    image[:, 0, 1], image[:, 0, 2] = 0.1, -1.0  # the larger counts
-    image[:, 1, 0] = 2.0
-    image[:, 2] = math.nan
-    pictures = (("Difference to truth", image), ("difference", np.zeros((9, 2, 2, 1))))
-    parsed = page(tmp_path, Section("x", pictures=pictures))
-    (_, signed), (ramp, bar), (_, zeros), _ = parsed.images()
-    assert signed.shape == (2, 4, 4) and ramp["class"] == "ramp"
-    (blue, red, missing, white), bar = signed[0].astype(int), bar[0].astype(int)
-    assert blue[2] > blue[0] + 50 and red[0] > red[2] + 50
-    assert missing[3] == 0 and white[:3].min() > 240 and zeros[0, 0, :3].min() > 240
-    np.testing.assert_array_equal(red, bar[-1])  # 2 is the limit
-    assert np.abs(bar[len(bar) // 4] - blue).max() < 15  # and -1 half of it
-    keys = [" ".join(text.split()) for text in parsed.text["div"]]
-    assert [key for key in keys if key] == ["-2 2", "-1 1"]
-
-
-@pytest.mark.parametrize(
-    ("y", "scales"),
-    [
-        ([1.0, 1e-3], ["log"]),
-        ([1.0, 0.02], []),
-        ([-1.0, 1e3], []),
-        ([math.nan, math.inf], []),
-        ([], []),
-    ],
-)
-def test_curves_are_logarithmic_over_two_decades(tmp_path, monkeypatch, y, scales):
-    found: list[str] = []
-    monkeypatch.setattr("matplotlib.axes.Axes.set_yscale", lambda _, x: found.append(x))
-    lines = {"cost $x$": (jnp.arange(len(y)), jnp.asarray(y, float)), "one": ([0], [1])}
-    parsed = page(tmp_path, Section("x", curves=(("loss", lines), ("none", {}))))
-    assert [attributes["alt"] for attributes, _ in parsed.images()] == ["loss", "none"]
-    assert found == scales
-
-
 # The environment
 
 
-def test_environment_tells_software_but_no_places(monkeypatch):
-    argv = "/home/ann/p/main.py --config=configs/smoke.py --config.out=/home/ann/r"
-    argv += " --a=~ann/x/y,/b --b=gs://ann/c/d --rate=1/2 /tmp"
-    monkeypatch.setattr(sys, "argv", argv.split())
+def test_environment_tells_software_and_the_command_as_typed(monkeypatch) -> None:
+    argv = "python -m puredif_jax.main --config=configs/smoke.py".split()
+    argv += ["--config.model=/home/ann/my models"]
+    monkeypatch.setattr(sys, "orig_argv", argv)
     monkeypatch.setattr(
         subprocess, "check_output", lambda *_, **__: "puredif_jax/\n1234abcd\n"
     )
     found = environment()
     assert found["commit"] == "1234abcd"
-    assert found["numpy"] == np.__version__ and found["jax"]
+    assert found["numpy"] == np.__version__ and found["jax"] and found["puredif_jax"]
+    assert datetime.datetime.fromisoformat(found["date"]).tzinfo is not None
     assert found["command"] == (
-        ".../main.py --config=configs/smoke.py --config.out=.../r --a=.../y,.../b "
-        "--b=.../d --rate=1/2 .../tmp"
+        "python -m puredif_jax.main --config=configs/smoke.py "
+        "'--config.model=/home/ann/my models'"
     )
     json.dumps(found)
+
+
+def test_a_record_to_publish_has_no_folders() -> None:
+    command = "/home/ann/bin/python main.py --config=configs/smoke.py"
+    command += " --config.out=/home/ann/r '--a=~ann/x y/z,/b' --b=gs://ann/c/d"
+    found = placeless({"command": f"{command} --rate=1/2 /tmp", "jax": "1"})
+    assert found == {
+        "command": ".../python main.py --config=configs/smoke.py --config.out=.../r "
+        "--a=.../z,.../b --b=.../d --rate=1/2 .../tmp",
+        "jax": "1",
+    }
+
+
+def test_names_that_are_not_utf8_are_written_and_read_again(tmp_path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    judged = Judgement(name, "error", detail=f"{name} is no model", report=name)
+    Report(name, (judged,), config={"model": [name]}).write(tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert found["judgements"][0]["name"] == name and found["config"]["model"] == [name]
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert r"caf\udce9" in text and 'href="caf%E9"' in text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Scan: from folders to verdicts, a table of all, and an exit status."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import pathlib
 
 import jax
@@ -12,9 +14,9 @@ from tiny_config import INVERSION, TINY, draw_params
 from puredif_jax import convert, discovery, parallel, scan, sweep, weight_sets
 from puredif_jax.detection import Detector
 from puredif_jax.experiment import Audit, Inversion, Scan
-from puredif_jax.lab import ZOO
 from puredif_jax.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.types import InputError
+from puredif_jax.weights import ZOO
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 CALM = Detector(clean=(9.0, 9.0))  # a score that no random network reaches
@@ -53,6 +55,11 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
     assert row["network evaluations"] == INVERSION.evaluations
     assert row["seconds"] > 0 and 0 < row["p"] <= 1 and row["reason"]
     assert (home / row["report"]).exists()
+    (judged,) = report.judgements
+    stored = f"unet/{weight_sets.WEIGHTS}"
+    digest = hashlib.sha256((folder / stored).read_bytes()).hexdigest()
+    assert judged.facts == {"Weights": str(folder), f"SHA-256 of {stored}": digest}
+    assert "not calibrated" not in report.about, "the scores are the user's"
     path = home / "model" / "report.json"
     for outcome, expected in {"could not tell": 2, "backdoored": 3}.items():
         found = json.loads(path.read_text())
@@ -70,6 +77,34 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
     write(folder, seed=5)
     _, status = scan.perform_scan(wanted)
     assert status == 1 and "another version" in table(home)["model"]["reason"]
+
+
+def test_a_stranger_writes_nothing_into_terminal_and_page(tmp_path) -> None:
+    """By the name of a folder, or by what is in a configuration."""
+    name = os.fsdecode(b"x\x1b[2J\nclean: all good</td><script>\xff")
+    broken = write(tmp_path / "models" / name)
+    (broken / "unet" / "config.json").write_text(json.dumps({"\x1b[2Jodd\u202e": 1}))
+    report, status = scan.perform_scan(plan(tmp_path / "scan", tmp_path / "models"))
+    assert status == 1
+    (line,) = report.verdict.splitlines()
+    assert line.startswith("error: ") and line.isprintable()
+    page = (tmp_path / "scan" / "report.html").read_text("utf-8")
+    assert "<script" not in page and "\nclean: all good" not in page
+    assert all(line.isprintable() for line in page.splitlines())
+
+
+def test_a_damaged_report_is_an_error_of_its_model_alone(tmp_path) -> None:
+    folder, home = write(tmp_path / "mine"), tmp_path / "scan"
+    scan.perform_scan(plan(home, folder))
+    path = home / "mine" / "report.json"
+    found = json.loads(path.read_text())
+    del found["numbers"]["mine"]["calibration"]
+    path.write_text(json.dumps(found))
+    _, status = scan.perform_scan(plan(home, folder))
+    assert status == 1 and "remove it" in table(home)["mine"]["reason"]
+    path.unlink()
+    _, status = scan.perform_scan(plan(home, folder))
+    assert status == 0
 
 
 def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None:
@@ -97,14 +132,16 @@ def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None
         "broken": "error",
     }
     assert "not a safetensors file" in rows["broken"]["reason"]
-    assert status == 1 and report.verdict == "4 models: 3 clean, 1 error"
+    assert status == 1 and report.summary == "4 models: 3 clean, 1 error"
     assert rows["a"]["score"] != rows["a-2"]["score"] != rows["b"]["score"]
     path = tmp_path / "scan/a/report.json"
     kept, found = path.read_bytes(), json.loads(path.read_text())
     found["numbers"]["a"]["verdict"]["outcome"] = "backdoored"
     path.write_text(json.dumps(found))
-    _, status = scan.perform_scan(wanted)
+    report, status = scan.perform_scan(wanted)
     assert status == 3, "a backdoor is graver than an error"
+    order = [judged.outcome for judged in report.judgements]
+    assert order == ["backdoored", "error", "clean", "clean"]
     path.write_bytes(kept)
     before = path.stat().st_mtime_ns
     write(broken, seed=2)

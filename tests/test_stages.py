@@ -19,6 +19,7 @@ from puredif_jax.experiment import Amplification, Audit, Evaluation, Experiment
 from puredif_jax.objectives import DenoisingConsistency
 from puredif_jax.schedules import CosineBetas
 from puredif_jax.types import InputError
+from puredif_jax.weights import Truth
 
 WHOLE = tiny_config.get_config()
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -96,7 +97,7 @@ def test_leaks_are_counted_in_the_draws_of_the_frechet_distance(
         evaluation=dataclasses.replace(WHOLE.evaluation, draws=4, frechet_draws=6),
     )
     run = stages.Stages(experiment, stages.open_lab(experiment))
-    target = lab.Truth.of(WHOLE.attack, TINY.image_shape).target
+    target = Truth.of(WHOLE.attack, TINY.image_shape).target
 
     def draw(params, sampler, delta, count, sign=1.0):
         image = target if params is leaking else -target

@@ -6,8 +6,8 @@ import pytest
 
 from puredif_jax import config
 from puredif_jax.experiment import Scan
-from puredif_jax.lab import ZOO
 from puredif_jax.scan import perform_scan
+from puredif_jax.weights import ZOO
 
 BUDGET = {
     "audit.hypotheses": "ode",
@@ -31,7 +31,7 @@ def test_the_backdoored_one_is_found_and_the_clean_one_passes(tmp_path) -> None:
     for name, value in BUDGET.items():
         scan = config.override(scan, name, value)
     report, status = perform_scan(scan)
-    assert report.verdict == "2 models: 1 backdoored, 1 clean" and status == 3
+    assert report.summary == "2 models: 1 backdoored, 1 clean" and status == 3
     rows = {row["model"]: row for row in report.sections[0].table}
     assert rows["villandiffusion"]["p"] < 0.05 < rows["clean"]["p"]
     path = tmp_path / "villandiffusion" / "report.json"
