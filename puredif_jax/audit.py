@@ -12,8 +12,15 @@ import numpy.typing as npt
 
 from puredif_jax import loops, metrics, parallel
 from puredif_jax.attacks import Solver
-from puredif_jax.detection import KINDS, Detector, Evidence, Features
-from puredif_jax.diffusion import Sampler
+from puredif_jax.detection import (
+    KINDS,
+    Detector,
+    Evidence,
+    Features,
+    Verdict,
+    spread_ratio,
+)
+from puredif_jax.diffusion import Sampler, unclipped
 from puredif_jax.experiment import Experiment, Inversion
 from puredif_jax.finding import MEASURES, Calibration, Finding, next_steps
 from puredif_jax.lab import SHOWN, Lab
@@ -84,6 +91,7 @@ class Auditor:
         label: str,
         weights: str,
         sha256: Mapping[str, str],
+        remarks: tuple[str, ...],
         params: Params,
         truth: Truth | None,
         drawn: str,
@@ -94,6 +102,7 @@ class Auditor:
           label: of the model, its own.
           weights: where its weights were read, as the user named it.
           sha256: of each of their files.
+          remarks: on how they were read.
           params: its weights.
           truth: the backdoor that it is known to have, only compared with.
           drawn: name by which the draws of the true trigger are kept.
@@ -104,6 +113,22 @@ class Auditor:
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []
         curves: dict[str, Any] = {}
+        if (refused := self._refusal(label, params)) is not None:
+            finding = Finding(
+                weights,
+                sha256,
+                remarks,
+                refused,
+                self.calibration,
+                options.hypotheses,
+                (),
+            )
+            drawn = f"draws from plain noise, {refused.hypothesis}"
+            images = self._plain(label, params, refused.hypothesis)[:SHOWN]
+            shown = Section("Draws", pictures=((drawn, images),))
+            sections = [shown, next_steps([refused.outcome])]
+            title = f"Audit of {label}"
+            return Audited(finding, Section(title, sections=tuple(sections)))
         if truth is not None:
             pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
         for solver in options.hypotheses:
@@ -121,7 +146,13 @@ class Auditor:
         best = verdict.hypothesis
         others = [k for k in options.hypotheses if k != best]
         finding = Finding(
-            weights, sha256, verdict, self.calibration, options.hypotheses, tuple(rows)
+            weights,
+            sha256,
+            remarks,
+            verdict,
+            self.calibration,
+            options.hypotheses,
+            tuple(rows),
         )
         sections = [
             *ours[best].sections,
@@ -139,6 +170,18 @@ class Auditor:
             ),
         ]
         return Audited(finding, Section(f"Audit of {label}", sections=tuple(sections)))
+
+    def _refusal(self, label: str, params: Params) -> Verdict | None:
+        """The verdict where the weights denoise nothing, before any inversion."""
+        options = self.experiment.audit
+        assert options is not None
+        if options.detector.linear == np.inf:
+            return None
+        ratios: dict[Solver, float] = {}
+        for solver in options.hypotheses:
+            plain = self._plain(label, params, solver)
+            ratios[solver] = self.lab.denoising(f"{label}_{solver}", params, plain)
+        return options.detector.refusal(ratios)
 
     def _inverted(
         self,
@@ -178,14 +221,20 @@ class Auditor:
         row |= {k: float(v) for k, v in measured._asdict().items()}
         row["score"] = options.detector.score(measured)
         row["contrast"] = float(target.std())
+        sampler = self.experiment.evaluation.sampler(solver)
+        drawn_by = [(sampler, result["draws"], plain)]
+        if (free := unclipped(sampler)) is not None:
+            both = result["draws_unclipped"], self._plain(label, params, solver, free)
+            ratio = spread_ratio(*both)
+            row["uniformity, unclipped"] = ratio
+            drawn_by.append((free, *both))
         sections: tuple[Section, ...] = ()
         if method == "puredif":
             name = f"{label}_{solver}"
             evidence = lab.evidence(name, params, solver, candidate, len(plain))
-            sampler = self.experiment.evaluation.sampler(solver)
             sections = (
                 _evidence(solver, target, evidence),
-                _draws(solver, sampler, result["draws"], plain),
+                *(_draws(solver, *each) for each in drawn_by),
             )
         return _Inverted(row, pictures, measured, sections)
 
@@ -207,24 +256,32 @@ class Auditor:
                 inversion.heldout,
             )
             sampler = evaluation.sampler(solver)
+            draws = {"draws": sampler, "draws_unclipped": unclipped(sampler)}
             return {
                 "delta": candidate.delta,
                 "target": candidate.target,
                 "errors": errors,
-                "draws": lab.draw(params, sampler, candidate.delta, evaluation.draws),
+                **{
+                    name: lab.draw(params, by, candidate.delta, evaluation.draws)
+                    for name, by in draws.items()
+                    if by is not None
+                },
                 "seconds": loops.seconds(lab, stage),
             }
 
         return lab.run.once(stage, compute)
 
-    def _plain(self, label: str, params: Params, solver: Solver) -> np.ndarray:
-        """64 draws of a model from plain noise."""
-        lab, sampler = self.lab, self.experiment.evaluation.sampler(solver)
+    def _plain(
+        self, label: str, params: Params, solver: Solver, free: Sampler | None = None
+    ) -> np.ndarray:
+        """64 draws from plain noise; `free` replaces a sampler that clips."""
+        lab, sampler = self.lab, free or self.experiment.evaluation.sampler(solver)
 
         def draw() -> Mapping[str, Any]:
             return {"images": lab.draw(params, sampler, lab.zero, 64)}
 
-        return lab.run.once(f"plain_{label}_{solver}", draw)["images"]
+        name = f"plain_{label}_{solver}" + ("_unclipped" if free else "")
+        return lab.run.once(name, draw)["images"]
 
     def _curves(self, stage: str, solver: Solver, scout: int) -> dict[str, Any]:
         """The loss of every scout, and the least of those that went on; on host 0."""
@@ -255,8 +312,8 @@ class Auditor:
         lab, evaluation = self.lab, self.experiment.evaluation
         sampler, draws = evaluation.sampler(truth.solver), evaluation.draws
 
-        def success(name: str, r: np.ndarray) -> float:
-            return lab.success(name, params, sampler, r, truth.target, draws).rate
+        def success(name: str, r: np.ndarray, by: Sampler = sampler) -> float:
+            return lab.success(name, params, by, r, truth.target, draws).rate
 
         delta = result["delta"]
         if solver == truth.solver:  # the draws at hand are these
@@ -264,9 +321,19 @@ class Auditor:
         else:
             own = success(stage, delta)
         distance = metrics.trigger_distance(delta, truth.trigger)
-        return {
+        rates = {
             "success": own,
             "success of the true trigger": success(drawn, truth.trigger),
+        }
+        if (free := unclipped(sampler)) is not None:
+            rates |= {
+                "success, unclipped": success(f"{stage}_unclipped", delta, free),
+                "success of the true trigger, unclipped": success(
+                    f"{drawn}_unclipped", truth.trigger, free
+                ),
+            }
+        return {
+            **rates,
             **{k: float(v) for k, v in distance._asdict().items()},
         }
 
@@ -318,7 +385,9 @@ def _draws(
 ) -> Section:
     """Whole chains with the trigger beside those without it."""
     clip = getattr(sampler, "clip", None)
-    how = "unclipped" if clip is None else f"clipped at {clip:g}"
+    how = "unclipped"
+    if clip is not None:
+        how = f"clipped at {clip:g}" if isinstance(clip, float) else "thresholded"
     count = min(len(triggered), len(plain), SHOWN)  # pairs of one noise
     pairs = (
         (f"draws with the trigger, {solver}, {how}", triggered[:count]),

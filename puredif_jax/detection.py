@@ -67,6 +67,12 @@ def spread(images: Array) -> Array:
     return 2 * jnp.mean(jnp.var(images, axis=0, ddof=1))
 
 
+def spread_ratio(triggered: np.ndarray, plain: np.ndarray) -> float:
+    """`Features.uniformity` of draws `[B, H, W, C]`, clipped to [-1, 1] first."""
+    pair = (jnp.clip(jnp.asarray(x), -1, 1) for x in (triggered, plain))
+    return float(jnp.divide(*map(spread, pair)))
+
+
 def total_variation(images: Array) -> Array:
     """Mean absolute difference to the pixel below, and to the right, of
     `[B, H, W, C]`: their sum."""
@@ -205,9 +211,51 @@ def evidence(
         images = [predict_x0(schedule, x, answer, times)[:shown] for answer in found]
         return errors[0], errors[1], images[0], images[1]
 
-    times = jnp.asarray(timesteps, jnp.int32)
+    times = jnp.asarray(schedule.matched(timesteps))
     keys = jax.random.split(jax.random.split(key)[0], len(timesteps))
     return Evidence(times, *jax.lax.map(lambda pair: at(*pair), (times, keys)))
+
+
+def denoising(
+    model: NoiseModel,
+    params: Params,
+    schedule: NoiseSchedule,
+    plain: Array,
+    key: Key,
+    *,
+    timesteps: tuple[int, ...] = TIMESTEPS,
+    shard: Shard = unsharded,
+) -> Array:
+    """The model's own error over a linear denoiser's: does it denoise at all?
+
+    On its own draws, of variance d about their mean, the model's error is
+    E_t = E ||M(x_t, t) - eps||^2 per pixel. The best linear function of x_t - s_t mean
+    has L_t = s_t^2 d / (s_t^2 d + v_t^2). The result is the geometric mean of E_t / L_t
+    over t, a scalar. It is 0.24 to 0.33 for the models that ship; weights that are
+    random, 0 or of one layer out of scale have 1.6 or more.
+
+    Args:
+      model, params, schedule: the model.
+      plain: its draws from eps, `[B, H, W, C]`, two or more; clipped to [-1, 1] here.
+      key: of the noise.
+      timesteps: where, as `NoiseSchedule.matched` reads them.
+      shard: constraint on a noise batch.
+    """
+    images = jnp.clip(plain, -1, 1)
+    variance = jnp.mean(jnp.var(images, axis=0))
+
+    def ratio(t: Array, key: Key) -> Array:
+        eps = shard(jax.random.normal(key, images.shape))
+        times = jnp.full((images.shape[0],), t)
+        x = diffuse(schedule, images, eps, times)
+        error = jnp.mean((model(params, x, times) - eps) ** 2)
+        signal = lookup(schedule.signal, t) ** 2 * variance
+        linear = signal / (signal + lookup(schedule.noise, t) ** 2)
+        return jnp.log(error) - jnp.log(linear)
+
+    times = jnp.asarray(schedule.matched(timesteps))
+    keys = jax.random.split(key, len(timesteps))
+    return jnp.exp(jnp.mean(jax.lax.map(lambda pair: ratio(*pair), (times, keys))))
 
 
 Outcome = Literal["clean", "backdoored", "could not tell"]
@@ -251,6 +299,7 @@ class Detector:
         those of the default one on the calibrating models of configs/claims.py
         (docs/claims.md).
       doubt, alarm: in standard deviations of `clean`.
+      linear: a model is not judged unless its `denoising` is below this.
     """
 
     clean: tuple[float, ...] = (
@@ -277,6 +326,7 @@ class Detector:
     )
     doubt: float = 3.0
     alarm: float = 6.0
+    linear: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.clean) < 2:
@@ -293,6 +343,8 @@ class Detector:
                 "doubt and alarm must be finite and 0 <= doubt <= alarm, found "
                 f"doubt={self.doubt} and alarm={self.alarm}"
             )
+        if not self.linear > 0:
+            raise ValueError(f"linear must be above 0, found {self.linear}")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -302,6 +354,24 @@ class Detector:
             float(mean + self.doubt * deviation),
             float(mean + self.alarm * deviation),
         )
+
+    def refusal(self, ratios: Mapping[Solver, float]) -> Verdict | None:
+        """The verdict on weights that denoise nothing; None on any other model.
+
+        Args:
+          ratios: `denoising` of the draws by each kind of sampling.
+        """
+        if any(ratio < self.linear for ratio in ratios.values()):
+            return None
+        best = min(ratios, key=lambda k: (np.isnan(ratios[k]), ratios[k]))
+        found = ratios[best]
+        how = f"{found:.3g} times" if np.isfinite(found) else "without bound over"
+        reason = (
+            "the weights denoise nothing: on the model's own draws its error is "
+            f"{how} a linear denoiser's, and a model is judged below {self.linear:g}"
+        )
+        known = *self.bounds, len(self.clean)
+        return Verdict("could not tell", -np.inf, 1.0, best, reason, *known)
 
     def score(self, found: Features) -> float:
         """-log10(gain), one hypothesis; -inf where it is not a number above 0."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import chex
 import jax
@@ -287,6 +287,13 @@ def _bounded(x0: Array, clip: Clip) -> Array:
     if isinstance(clip, Threshold):
         return clip(x0)
     return x0 if clip is None else jnp.clip(x0, -clip, clip)
+
+
+def unclipped(sampler: Sampler) -> Sampler | None:
+    """The same sampler without a bound on x0hat; None if it has none."""
+    if getattr(sampler, "clip", None) is None:
+        return None
+    return dataclasses.replace(cast(Any, sampler), clip=None)
 
 
 class Estimate(NamedTuple):

@@ -179,6 +179,7 @@ class Audit:
       detector: how they are judged.
       baselines: inversions to compare with: Elijah with its published steps, or with
         as many as make its network evaluations equal to those of `inversion`.
+      scheduler: a folder or file for weights that have no scheduler of their own.
     """
 
     weights: tuple[str, ...] = ("trained",)
@@ -186,6 +187,7 @@ class Audit:
     inversion: Inversion = Inversion()
     detector: Detector = Detector()
     baselines: tuple[Baseline, ...] = ()
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         if not self.hypotheses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -46,6 +47,7 @@ MEASURES = {
     "flat, and easy for every model",
     "uniformity": "how much draws with the trigger differ, over plain draws. Small on "
     "many clean models as well",
+    "uniformity, unclipped": "the same where x0 is not clipped while sampling",
     "variation": "total variation of draws with the trigger, over that of plain draws",
     "alignment": "cosine of the trigger and the shift that it causes near T. Near 1 on "
     "clean models as well",
@@ -53,6 +55,9 @@ MEASURES = {
     "kl_variance": "variance of trigger^2 / 2, a statistic of TERD",
     "success": "share of draws at MSE < 1e-2 of the true target",
     "success of the true trigger": "the same with the true trigger",
+    "success, unclipped": "success where x0 is not clipped while sampling. Attacks are "
+    "trained and measured so",
+    "success of the true trigger, unclipped": "the same with the true trigger",
     "relative_l2": "distance to the true trigger, over the norm of the true one",
     "cosine": "of the inverted and the true trigger",
     "mse": "mean squared difference from the true trigger",
@@ -72,8 +77,9 @@ NEXT = {
         "trigger, `target` its image, `draws` are images drawn with it."
     ),
     "could not tell": (
-        "The score lies between clean and backdoored models, or an "
-        "inversion ended in no finite numbers. Give the same command with another "
+        "The score lies between clean and backdoored models, an inversion ended in no "
+        "finite numbers, or the weights denoise nothing. Weights that denoise nothing "
+        "are damaged, or belong to another scheduler. Otherwise give the same command with another "
         "seed and workdir: `--config.seed=1 --config.workdir=FOLDER`. Then search "
         "longer: `--config.audit.inversion.descent.steps=240 "
         "--config.audit.inversion.descent.candidates=16 "
@@ -106,6 +112,7 @@ class Finding:
     Attributes:
       weights: folder, file or name, as the user gave it.
       sha256: of each file of the weights, by its name.
+      remarks: sentences on how the folder was read.
       verdict: the judgement.
       calibration: what the detector was calibrated with.
       hypotheses: the kinds of backdoor that were sought.
@@ -114,6 +121,7 @@ class Finding:
 
     weights: str
     sha256: Mapping[str, str]
+    remarks: tuple[str, ...]
     verdict: Verdict
     calibration: Calibration
     hypotheses: tuple[Solver, ...]
@@ -137,6 +145,7 @@ class Finding:
             found = cls(
                 str(numbers["weights"]),
                 dict(numbers["sha256"]),
+                tuple(map(str, numbers["remarks"])),
                 Verdict(**verdict),
                 numbers["calibration"],
                 tuple(numbers["hypotheses"]),
@@ -166,6 +175,8 @@ class Finding:
     def sure(self) -> str:
         """How sure the verdict is, in a clause."""
         verdict = self.verdict
+        if not math.isfinite(verdict.score):
+            return f"{verdict.reason}; {_CLAUSES[self.calibration]}"
         beaten = round(verdict.p_value * (verdict.clean_models + 1)) - 1
         return (
             f"score {verdict.score:.3g}, clean up to {verdict.doubt:.3g}, backdoored "
@@ -182,6 +193,8 @@ class Finding:
         facts |= {f"SHA-256 of {file}": digest for file, digest in files[:_SHARDS]}
         if (more := len(files) - _SHARDS) > 0:
             facts["More files"] = f"{more}; report.json has their digests"
+        if self.remarks:
+            facts["As it was read"] = "; ".join(self.remarks)
         return Judgement(name, self.verdict.outcome, self.sure, detail, facts, report)
 
 

@@ -26,7 +26,7 @@ from puredif_jax import (
     parallel,
 )
 from puredif_jax.attacks import Solver
-from puredif_jax.detection import Evidence, Features, evidence, features
+from puredif_jax.detection import Evidence, Features, denoising, evidence, features
 from puredif_jax.diffusion import Prediction, Sampler, predicting, sample
 from puredif_jax.memory import activations, sliced
 from puredif_jax.objectives import Hypothesis
@@ -359,6 +359,25 @@ class Lab:
 
         stored: Any = self.run.once(f"evidence_{name}", compute)
         return Evidence(**stored)
+
+    def denoising(self, name: str, params: Params, plain: np.ndarray) -> float:
+        """`detection.denoising` on the model's own draws; computed once."""
+
+        def make():
+            def measure(params, plain, key) -> Array:
+                return denoising(
+                    self.model, params, self.schedule, plain, key, shard=self.shard
+                )
+
+            return jax.jit(measure)
+
+        def compute() -> Mapping[str, Any]:
+            program = self.program("denoising", make)
+            images = self.run.replicate(plain)
+            key = jax.random.fold_in(self.key, 606)
+            return {"ratio": parallel.gather(program(params, images, key))}
+
+        return float(self.run.once(f"denoising_{name}", compute)["ratio"])
 
     def success(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import traceback
 
 from absl import logging
 
@@ -12,6 +13,7 @@ from puredif_jax import config, convert, discovery, parallel
 from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.discovery import Found, Models
 from puredif_jax.experiment import Evaluation, Experiment, Scan
+from puredif_jax.files import write_whole
 from puredif_jax.report import Report
 from puredif_jax.run import RunError, make_folder
 from puredif_jax.scan_report import summarise
@@ -56,9 +58,17 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             logging.error("%s: %s", shown(name), error)
         except Exception as error:  # whatever a stranger's model has led to
             errors[name] = str(InputError(f"{type(error).__name__}: {error}"))
-            logging.exception("%s: %s", shown(name), errors[name])
+            logging.error("%s: %s", shown(name), errors[name])
+            if homes[i].is_dir() and parallel.is_host_zero():
+                write_whole(homes[i] / "traceback.txt", _traceback(error))
         report, status = summarise(scan, models, errors)
     return report, parallel.agreed(status)
+
+
+def _traceback(error: Exception) -> bytes:
+    """For who mends the program; it is not for the log."""
+    lines = traceback.format_exception(error)
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def find(scan: Scan) -> Found:
@@ -116,6 +126,8 @@ def as_experiment(
     for remark in remarks:
         logging.info("%s: %s", name, InputError(remark))
     betas = scheduling.betas
+    if scan.steps > betas.steps:
+        logging.info("%s: its schedule allows %d steps of sampling", name, betas.steps)
     ancestral = DDPM(
         min(scan.steps, betas.steps),
         clip=scheduling.clip,
@@ -136,7 +148,9 @@ def as_experiment(
         return Experiment(
             workdir=f"{scan.workdir}/{name}",
             model=spec.unet,
-            audit=dataclasses.replace(scan.audit, weights=(str(folder),)),
+            audit=dataclasses.replace(
+                scan.audit, weights=(str(folder),), scheduler=scan.scheduler
+            ),
             evaluation=Evaluation(
                 draws=scan.draws,
                 batch=min(scan.draws, Evaluation().batch),

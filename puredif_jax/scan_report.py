@@ -139,8 +139,8 @@ def _finding(folder: pathlib.Path, about: Mapping[str, Any]) -> Finding | None:
 def _row(name: str, finding: Finding) -> dict[str, Any]:
     """The finding as a row of the table."""
     verdict, inversions = finding.verdict, finding.inversions
-    (best,) = [
-        row
+    best = [
+        (2 * float(row["kl_mean"])) ** 0.5
         for row in inversions
         if (row["method"], row["hypothesis"]) == ("puredif", verdict.hypothesis)
     ]
@@ -150,7 +150,7 @@ def _row(name: str, finding: Finding) -> dict[str, Any]:
         "p": verdict.p_value,
         "score": verdict.score,
         "hypothesis": verdict.hypothesis,
-        "trigger rms": (2 * float(best["kl_mean"])) ** 0.5,
+        "trigger rms": best[0] if best else None,
         "network evaluations": sum(row["network evaluations"] for row in inversions),
         "seconds": sum(row["seconds"] for row in inversions),
         "reason": verdict.reason,

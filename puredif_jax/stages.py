@@ -67,11 +67,6 @@ class Stages:
           InputError: something is missing or does not fit, in one sentence.
         """
         experiment, shape = self.experiment, self.experiment.model.image_shape
-        if shape[-1] not in (1, 3):
-            raise RunError(
-                f"images of {shape[-1]} channels cannot be shown in a report: models "
-                "have 1 or 3"
-            )
         devices = self.lab.run.mesh.size
         if experiment.training and experiment.training.batch % devices:
             raise RunError(
@@ -386,8 +381,13 @@ def perform(experiment: Experiment) -> Report:
             params = trained if own else lab.load(name)
             # Process 0 has written them, and it alone writes of them.
             sha256 = weight_digests(str(path)) if parallel.is_host_zero() else {}
+            remarks: tuple[str, ...] = ()
+            if not own and convert.is_model(path):
+                spec = convert.read_spec(path, experiment.audit.scheduler)
+                cast = convert.check_weights(path, spec.unet)
+                remarks = (*spec.remarks, *cast)
             finding, section = Auditor(experiment, lab).audit(
-                label, WEIGHTS if own else name, sha256, params, truth, drawn
+                label, WEIGHTS if own else name, sha256, remarks, params, truth, drawn
             )
             findings[label] = finding
             parts.append(Part({label: finding.numbers()}, section))

@@ -13,6 +13,7 @@ from puredif_jax.attacks import BadDiffusion, VillanDiffusion
 from puredif_jax.detection import (
     Detector,
     Features,
+    denoising,
     evidence,
     features,
     spread,
@@ -195,3 +196,37 @@ def test_evidence_is_what_the_gain_is_made_of(solver: str) -> None:
         for side in (shown.with_trigger, shown.without)
     )
     assert near < 1e-2 < far
+
+
+def test_weights_that_denoise_nothing_are_told_from_a_denoiser() -> None:
+    """An exact denoiser of garments, one that answers 0, and one of no numbers."""
+    data = images(64)
+    poison = attacks.poison(ATTACKS["sde"], SHAPE)
+    points = Points(data, poison.trigger, poison.target)
+    exact = ExactDenoiser(attacks.clean_rows(SCHEDULE), 0.0)
+
+    def ratio(model) -> float:
+        return float(denoising(model, points, SCHEDULE, data, jax.random.key(0)))
+
+    assert ratio(exact) < 0.2
+    assert ratio(lambda params, x, t: jnp.zeros_like(x)) > 1.5
+    variance, mean = jnp.mean(jnp.var(data, axis=0)), data.mean(0)
+
+    def linear(params, x, t):
+        """The best linear one, by its closed form."""
+        s, v = (
+            jnp.asarray(table, jnp.float32)[t][:, None, None, None]
+            for table in (SCHEDULE.signal, SCHEDULE.noise)
+        )
+        return v / (s**2 * variance + v**2) * (x - s * mean[None])
+
+    assert ratio(linear) == pytest.approx(1.0, abs=0.02)
+    broken = ratio(lambda params, x, t: x * jnp.nan)
+    detector = Detector()
+    assert detector.refusal({"sde": 0.3, "ode": broken}) is None
+    verdict = detector.refusal({"sde": broken, "ode": 1.5})
+    assert verdict.outcome == "could not tell" and verdict.hypothesis == "ode"
+    assert "1.5 times a linear denoiser's" in verdict.reason
+    assert "without bound" in detector.refusal({"sde": broken}).reason
+    with pytest.raises(ValueError, match="linear must be above 0"):
+        Detector(linear=0.0)

@@ -23,6 +23,7 @@ VERDICT = Verdict("clean", 0.2, 3 / 21, "sde", "so it is", 0.25, 0.5, 20)
 CLEAN = Finding(
     "models/mine",
     {"unet/x.safetensors": "ab" * 32},
+    ("weights of F16 are cast to float32",),
     VERDICT,
     "this network",
     ("sde", "ode"),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -16,10 +17,12 @@ from puredif_jax.detection import Detector
 from puredif_jax.experiment import Audit, Inversion, Scan
 from puredif_jax.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.types import InputError
-from puredif_jax.weights import ZOO
+from puredif_jax.weights import ZOO, Truth
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-CALM = Detector(clean=(9.0, 9.0))  # a score that no random network reaches
+CALM = Detector(
+    clean=(9.0, 9.0), linear=np.inf
+)  # a score that no random network reaches
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,9 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
         report, status = scan.perform_scan(wanted)
         assert status == expected and report.verdict.startswith(outcome)
     results = {p: p.stat().st_mtime_ns for p in (home / "model").glob("results/*")}
-    alarmed = dataclasses.replace(wanted.audit, detector=Detector(clean=(-9.0, -9.0)))
+    alarmed = dataclasses.replace(
+        wanted.audit, detector=Detector(clean=(-9.0, -9.0), linear=np.inf)
+    )
     report, status = scan.perform_scan(dataclasses.replace(wanted, audit=alarmed))
     assert status == 3 and report.verdict.startswith("backdoored: ")
     assert {p: p.stat().st_mtime_ns for p in results} == results, "only judged again"
@@ -396,3 +401,54 @@ def test_a_model_that_another_process_is_at_is_waited_for(
         _, status = scan.perform_scan(plan(tmp_path / "scan", folder))
     assert seen == ["not done yet"] and status == 0
     assert table(tmp_path / "scan")["model"]["verdict"] == "clean"
+
+
+def test_where_the_folder_clips_all_is_measured_both_ways(tmp_path) -> None:
+    folder = write(tmp_path / "model", clip=0.5)
+    image = draw_params(TINY, 3)["conv_in"]["kernel"]
+    truth = np.resize(np.asarray(image), TINY.image_shape).astype(np.float32)
+    Truth("ode", truth, truth).save(folder)
+    report, _ = scan.perform_scan(plan(tmp_path / "scan", folder))
+    home = tmp_path / "scan" / "model"
+    found = json.loads((home / "report.json").read_text())["numbers"]["model"]
+    (row,) = found["inversions"]
+    for name in ("uniformity", "success", "success of the true trigger"):
+        assert name in row and f"{name}, unclipped" in row
+    assert row["uniformity"] != row["uniformity, unclipped"]
+    page = (home / "report.html").read_text()
+    assert "clipped at 0.5" in page and "ode, unclipped" in page
+    with np.load(home / "results" / "puredif_model_ode.npz") as arrays:
+        assert np.abs(arrays["draws"]).max() <= 0.5 + 1e-6
+        assert np.abs(arrays["draws_unclipped"]).max() > 0.5
+
+
+def test_weights_that_denoise_nothing_are_not_called_clean(tmp_path) -> None:
+    folder = write(tmp_path / "model")
+    strict = Audit(weights=(), hypotheses=("ode",), inversion=INVERSION)
+    report, status = scan.perform_scan(plan(tmp_path / "scan", folder, audit=strict))
+    row = table(tmp_path / "scan")["model"]
+    assert status == 2 and row["verdict"] == "could not tell"
+    assert "denoise nothing" in row["reason"] and row["trigger rms"] is None
+    names = {p.name for p in (tmp_path / "scan" / "model" / "results").iterdir()}
+    assert names == {"plain_model_ode.npz", "denoising_model_ode.npz"}
+
+
+def test_images_of_other_channels_and_how_a_folder_was_read(tmp_path) -> None:
+    unet = dataclasses.replace(TINY, in_channels=4)
+    model = convert.Model(unet, draw_params(unet), convert.Scheduling())
+    folder, home = tmp_path / "pipeline", tmp_path / "scan"
+    convert.write_folder(folder, model)
+    (folder / "scheduler").rename(tmp_path / "scheduler")
+    (folder / "model_index.json").unlink()
+    (folder / "unet").rename(tmp_path / "alone")
+    lone = tmp_path / "alone"
+    wanted = plan(home, lone, scheduler=str(tmp_path / "scheduler"))
+    with pytest.raises(InputError, match="give --config.scheduler"):
+        found = dataclasses.replace(wanted, scheduler=None, model=(str(lone),))
+        shutil.move(tmp_path / "scheduler", tmp_path / "far" / "away")
+        scan.as_experiment(found, "alone", lone)
+    wanted = dataclasses.replace(wanted, scheduler=str(tmp_path / "far" / "away"))
+    _, status = scan.perform_scan(wanted)
+    assert status == 0
+    found = json.loads((home / "alone" / "report.json").read_text())["numbers"]
+    assert any("scheduler is of" in x for x in found["alone"]["remarks"])

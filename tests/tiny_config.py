@@ -8,6 +8,7 @@ import numpy as np
 
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import VillanDiffusion
+from puredif_jax.detection import Detector
 from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.experiment import (
     Amplification,
@@ -42,6 +43,7 @@ DEEP = dataclasses.replace(
 )
 
 
+ANY = Detector(linear=np.inf)  # judges weights that denoise nothing, too
 # One candidate, from anywhere: for tests of what is around an inversion.
 INVERSION = Inversion(
     loss=DistributionShift(timesteps=(900, 300), samples=4),
@@ -91,6 +93,7 @@ def get_config() -> Experiment:
                 survey=Survey(triggers=4, draws=2, together=2, sampler=DDIM(steps=2)),
                 heldout=8,
             ),
+            detector=ANY,
             baselines=("elijah",),
         ),
         evaluation=Evaluation(
