@@ -79,8 +79,8 @@ NEXT = {
     "could not tell": (
         "The score lies between clean and backdoored models, an inversion ended in no "
         "finite numbers, or the weights denoise nothing. Weights that denoise nothing "
-        "are damaged, or belong to another scheduler. Otherwise give the same command with another "
-        "seed and workdir: `--config.seed=1 --config.workdir=FOLDER`. Then search "
+        "are damaged, or belong to another scheduler. Otherwise give the same command "
+        "with another seed and workdir: `--config.seed=1 --config.workdir=FOLDER`. Then search "
         "longer: `--config.audit.inversion.descent.steps=240 "
         "--config.audit.inversion.descent.candidates=16 "
         "--config.audit.inversion.descent.finalists=8`. The detector is not calibrated "

@@ -68,10 +68,11 @@ def test_the_first_screen_says_how_sure_and_of_what() -> None:
     assert judged.facts == {
         "Weights": "models/mine",
         "SHA-256 of unet/x.safetensors": "ab" * 32,
+        "As it was read": "weights of F16 are cast to float32",
     }
     shards = {f"{i}": f"{i:064x}" for i in range(5)}
     facts = dataclasses.replace(CLEAN, sha256=shards).judgement("mine").facts
-    assert len(facts) == 5 and facts["More files"].startswith("2;")
+    assert len(facts) == 6 and facts["More files"].startswith("2;")
 
 
 def test_the_scope_says_what_was_not_sought_and_where_nothing_is_known() -> None:

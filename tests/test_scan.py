@@ -20,9 +20,8 @@ from puredif_jax.types import InputError
 from puredif_jax.weights import ZOO, Truth
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-CALM = Detector(
-    clean=(9.0, 9.0), linear=np.inf
-)  # a score that no random network reaches
+# A score that no random network reaches, and no question whether it denoises.
+CALM = Detector(clean=(9.0, 9.0), linear=np.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +70,8 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
         report, status = scan.perform_scan(wanted)
         assert status == expected and report.verdict.startswith(outcome)
     results = {p: p.stat().st_mtime_ns for p in (home / "model").glob("results/*")}
-    alarmed = dataclasses.replace(
-        wanted.audit, detector=Detector(clean=(-9.0, -9.0), linear=np.inf)
-    )
+    grave = Detector(clean=(-9.0, -9.0), linear=np.inf)
+    alarmed = dataclasses.replace(wanted.audit, detector=grave)
     report, status = scan.perform_scan(dataclasses.replace(wanted, audit=alarmed))
     assert status == 3 and report.verdict.startswith("backdoored: ")
     assert {p: p.stat().st_mtime_ns for p in results} == results, "only judged again"
