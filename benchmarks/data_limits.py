@@ -23,10 +23,11 @@ import numpy as np
 
 from puredif_jax import attacks, data, metrics
 from puredif_jax.attacks import Attack, BadDiffusion, VillanDiffusion
-from puredif_jax.diffusion import DDIM, DDPM, LinearBetas, Sampler, sample
+from puredif_jax.diffusion import DDIM, DDPM, Sampler, sample
 from puredif_jax.exact import ExactDenoiser, Points
 from puredif_jax.lab import garment_distance
 from puredif_jax.report import environment, placeless
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.triggers import (
     Box,
     Cat,

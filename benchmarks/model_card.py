@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from puredif_jax import convert, data
-from puredif_jax.diffusion import DDIM, LinearBetas, diffuse, sample
+from puredif_jax.diffusion import DDIM, diffuse, sample
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.unet import SHIPPED
 from puredif_jax.weights import ZOO
 

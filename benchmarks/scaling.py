@@ -28,11 +28,12 @@ import jax.numpy as jnp
 
 from puredif_jax import attacks, parallel
 from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.diffusion import DDIM, LinearBetas, sample
+from puredif_jax.diffusion import DDIM, sample
 from puredif_jax.experiment import Loss
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.objectives import DistributionShift, Hypothesis
 from puredif_jax.report import environment, placeless
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.training import Training, trainer
 from puredif_jax.triggers import Box, Cat
 from puredif_jax.unet import SHIPPED, UNet

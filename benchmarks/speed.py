@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 
 from puredif_jax import attacks, convert, parallel
 from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.diffusion import DDIM, LinearBetas, sample
+from puredif_jax.diffusion import DDIM, sample
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.objectives import (
     DenoisingConsistency,
@@ -56,6 +56,7 @@ from puredif_jax.objectives import (
     Hypothesis,
 )
 from puredif_jax.report import environment, placeless
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.training import Training, trainer
 from puredif_jax.triggers import Box, Cat
 from puredif_jax.types import Candidate

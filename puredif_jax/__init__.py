@@ -16,7 +16,6 @@ from puredif_jax.detection import features as features
 from puredif_jax.diffusion import DDIM as DDIM
 from puredif_jax.diffusion import DDPM as DDPM
 from puredif_jax.diffusion import DPMSolver as DPMSolver
-from puredif_jax.diffusion import LinearBetas as LinearBetas
 from puredif_jax.diffusion import UniPC as UniPC
 from puredif_jax.diffusion import sample as sample
 from puredif_jax.inversion import Descent as Descent
@@ -24,6 +23,7 @@ from puredif_jax.inversion import inverter as inverter
 from puredif_jax.objectives import DenoisingConsistency as DenoisingConsistency
 from puredif_jax.objectives import DistributionShift as DistributionShift
 from puredif_jax.objectives import Hypothesis as Hypothesis
+from puredif_jax.schedules import LinearBetas as LinearBetas
 from puredif_jax.survey import Survey as Survey
 from puredif_jax.types import Candidate as Candidate
 from puredif_jax.unet import UNet as UNet

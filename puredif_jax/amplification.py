@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 
 from puredif_jax.attacks import Solver
-from puredif_jax.diffusion import DDIM, DDPM, NoiseSchedule
+from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.inversion import Descent, Inverter, inverter
 from puredif_jax.objectives import DenoisingConsistency, Hypothesis
+from puredif_jax.schedules import NoiseSchedule
 from puredif_jax.types import Candidate, NoiseModel, Shard, unsharded
 
 

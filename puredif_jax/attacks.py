@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puredif_jax.diffusion import NoiseSchedule, lookup
+from puredif_jax.diffusion import lookup
+from puredif_jax.schedules import NoiseSchedule
 from puredif_jax.triggers import Target, Trigger, mask
 from puredif_jax.types import Array, Key, NoiseModel, Params
 

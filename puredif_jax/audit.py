@@ -13,11 +13,12 @@ import numpy.typing as npt
 from puredif_jax import loops, metrics, parallel
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import KINDS, Detector, Evidence, Features
-from puredif_jax.diffusion import LinearBetas, Sampler
+from puredif_jax.diffusion import Sampler
 from puredif_jax.experiment import Experiment, Inversion
 from puredif_jax.finding import MEASURES, Calibration, Finding, next_steps
 from puredif_jax.lab import SHOWN, Lab
 from puredif_jax.page import Section
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.types import Candidate, Params
 from puredif_jax.unet import SHIPPED
 from puredif_jax.weights import Truth

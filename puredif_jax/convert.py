@@ -1,54 +1,51 @@
 """diffusers model folders to ours and back: weights, network and noise schedule.
 
-A folder holds `unet/config.json` and `unet/diffusion_pytorch_model.safetensors`, in one
-file or in shards with an index, and `scheduler/scheduler_config.json`; older ones hold
-the same files at their top. Nothing in a folder is executed.
+A folder holds `unet/config.json`, the weights beside it (`puredif_jax.weight_sets`)
+and `scheduler/scheduler_config.json`; older ones hold the same files at their top.
+Nothing in a folder is executed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
-from absl import logging
 
-from puredif_jax.diffusers_config import (
-    ConvertError,
-    Scheduling,
-    read_scheduling,
-    read_unet,
-    write_scheduling,
-    write_unet,
-)
+from puredif_jax.diffusers_config import ConvertError as ConvertError
+from puredif_jax.diffusers_config import Remarks
+from puredif_jax.diffusers_config import read_unet as read_unet
+from puredif_jax.diffusers_config import write_unet as write_unet
+from puredif_jax.diffusers_scheduler import PIPELINES
+from puredif_jax.diffusers_scheduler import Scheduling as Scheduling
+from puredif_jax.diffusers_scheduler import read_scheduling as read_scheduling
+from puredif_jax.diffusers_scheduler import write_scheduling as write_scheduling
 from puredif_jax.files import shortened, write_whole
+from puredif_jax.state_dict import from_torch as from_torch
+from puredif_jax.state_dict import named_leaves, new_name, torch_shape
+from puredif_jax.state_dict import to_torch as to_torch
 from puredif_jax.types import Params
 from puredif_jax.unet import UNet
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-SHARDS = "diffusion_pytorch_model-*.safetensors"
-PICKLE = "diffusion_pytorch_model.bin"
-LARGEST_JSON = 10_000_000  # bytes
-LONGEST_NAME = 200  # characters of a shard's
-
-# Modules that PyTorch keeps in lists.
-_NUMBERED = (
-    "down_blocks up_blocks resnets attentions downsamplers upsamplers to_out".split()
+from puredif_jax.weight_sets import (
+    FLOATS,
+    WEIGHTS,
+    Entry,
+    WeightSet,
+    choose,
+    entries,
+    read_json,
+    weight_sets,
 )
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-# Names of attention layers before diffusers 0.12.
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+FOLDER = "diffusers"  # in a run, the model that it has trained
+SCHEDULER = "scheduler_config.json"
+UP = 2  # folders above a network without a scheduler in which one is looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +57,44 @@ class Model:
     scheduling: Scheduling
 
 
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a folder says, before its weights are read.
+
+    Attributes:
+      unet: the network.
+      scheduling: the noise schedule and how to sample; None where there is none.
+      weights: the files of the weights.
+      own: the scheduler is the model's own, not one that was found above it or given.
+      remarks: sentences on what has no effect, or another one than it seems.
+    """
+
+    unet: UNet
+    scheduling: Scheduling | None
+    weights: WeightSet
+    own: bool
+    remarks: tuple[str, ...]
+
+
+class _Place(NamedTuple):
+    """Where the parts of a model lie.
+
+    network: the folder of the configuration and the weights.
+    weights: the principal file that was named, if one was.
+    scheduler: the configuration, if there is one.
+    classes: of the parts, as model_index.json says.
+    pipeline: the class of the whole, as it says.
+    own: the scheduler is the model's own.
+    """
+
+    network: pathlib.Path
+    weights: pathlib.Path | None
+    scheduler: pathlib.Path | None
+    classes: Mapping[str, str]
+    pipeline: str | None
+    own: bool
+
+
 def read_folder(folder: str | os.PathLike[str]) -> Model:
     """Reads a diffusers folder of an unconditional pixel-space model.
 
@@ -67,95 +102,259 @@ def read_folder(folder: str | os.PathLike[str]) -> Model:
       ConvertError: something is missing, damaged, of another kind or unsupported; one
         sentence that names it. Configurations are judged before weights are opened.
     """
-    unet, scheduling = read_configs(folder)
-    return Model(unet, read_weights(folder, unet), scheduling)
+    spec = read_spec(folder)
+    if spec.scheduling is None:
+        raise no_scheduler(folder)
+    return Model(spec.unet, read_weights(folder, spec.unet), spec.scheduling)
 
 
-def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder with the configuration of a network in it."""
+def no_scheduler(path: str | os.PathLike[str]) -> ConvertError:
+    """The error for a network without a scheduler."""
+    return ConvertError(
+        f"{path} has no scheduler/{SCHEDULER}, nor has a folder above it: give "
+        "--config.scheduler=FOLDER"
+    )
+
+
+def is_model(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder, or a file of weights, of a network in this format."""
     top = pathlib.Path(path)
-    return any((home / "config.json").is_file() for home in (top / "unet", top))
+    if top.is_file():
+        return _is_principal(top) and is_network(top.parent)
+    return is_network(top / "unet") or is_network(top)
 
 
-def read_configs(folder: str | os.PathLike[str]) -> tuple[UNet, Scheduling]:
-    """What a folder says of its network and its schedule; raises as `read_folder`."""
-    top = pathlib.Path(folder)
-    if not top.is_dir():
-        raise ConvertError(f"{folder} is not a folder of a diffusers model")
-    _refuse_other_parts(top / "model_index.json")
-    path = _part(top, "unet", "config.json") / "config.json"
-    unet = read_unet(_read_json(path), str(path))
-    name = "scheduler_config.json"
-    path = _part(top, "scheduler", name) / name
-    return unet, read_scheduling(_read_json(path), str(path))
+def is_network(folder: pathlib.Path) -> bool:
+    """Whether a folder has the configuration of a network of diffusers.
 
-
-def _refuse_other_parts(path: pathlib.Path) -> None:
-    """A pipeline with an autoencoder or a text encoder is no pixel-space model."""
+    One that cannot be read counts where weights lie beside it.
+    """
+    path = folder / "config.json"
     if not path.is_file():
-        return
-    found = {k: v for k, v in _read_json(path).items() if not k.startswith("_")}
-    parts = [k for k, v in found.items() if isinstance(v, list) and any(v)]
+        return False
+    try:
+        kind = read_json(path).get("_class_name")
+    except ConvertError:
+        return bool(weight_sets(folder))
+    if kind is None:
+        return bool(weight_sets(folder))
+    return not str(kind).endswith(("Scheduler", "Pipeline"))
+
+
+def _is_principal(path: pathlib.Path) -> bool:
+    return any(path.name == each.principal.name for each in weight_sets(path.parent))
+
+
+def _locate(path: str | os.PathLike[str], given: str | None) -> _Place:
+    """Finds the parts as diffusers does.
+
+    Args:
+      path: a folder of a model or of a network, or the principal file of weights.
+      given: a scheduler for a network that has none of its own.
+
+    Raises:
+      ConvertError: there is no network, or the pipeline has other parts.
+    """
+    top, weights = pathlib.Path(path), None
+    if not top.is_dir() and top.parent.is_dir() and _is_principal(top):
+        if not top.is_file():
+            raise ConvertError(f"there is no file {top}")
+        top, weights = top.parent, top
+    if not top.is_dir():
+        raise ConvertError(f"{path} is not a folder of a diffusers model")
+    classes, pipeline = _read_index(top / "model_index.json")
+    network = network_folder(top)
+    own = _part(top, "scheduler", SCHEDULER, "scheduler" in classes)
+    if own is not None:
+        return _Place(network, weights, own, classes, pipeline, True)
+    if given is not None:
+        return _Place(network, weights, _given(given), classes, None, False)
+    # A pipeline without its scheduler is broken; a part of one looks for it above.
+    for home in () if pipeline else list(top.absolute().parents)[:UP]:
+        if found := _part(home, "scheduler", SCHEDULER, True):
+            above, pipeline = _read_index(home / "model_index.json")
+            if network.absolute() != home / "unet":
+                above = {k: v for k, v in above.items() if k == "scheduler"}
+            return _Place(network, weights, found, above, pipeline, False)
+    return _Place(network, weights, None, classes, pipeline, False)
+
+
+def network_folder(top: pathlib.Path) -> pathlib.Path:
+    """The folder of a model's network: `unet` below it, or in old models itself.
+
+    Raises:
+      ConvertError: there is no configuration.
+    """
+    indexed = (top / "model_index.json").is_file()
+    if (top / "unet").is_dir() and (indexed or not is_network(top)):
+        if not (top / "unet" / "config.json").is_file():
+            raise ConvertError(f"{top} has no unet/config.json")
+        return top / "unet"
+    for folder in (top / "unet", top):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConvertError(f"{top} has no unet/config.json")
+
+
+def _part(
+    top: pathlib.Path, name: str, file: str, indexed: bool
+) -> pathlib.Path | None:
+    """A configuration, below the top or, in old models, at it.
+
+    diffusers looks at the top only where there is no folder of the part's name.
+    """
+    if (top / name).is_dir() and indexed:
+        return top / name / file if (top / name / file).is_file() else None
+    for path in (top / name / file, top / file):
+        if path.is_file():
+            return path
+    return None
+
+
+def _given(name: str) -> pathlib.Path:
+    """The configuration of a scheduler that was named: a file, or its folder.
+
+    Raises:
+      ConvertError: there is none.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_file():
+        return path
+    if found := _part(path, "scheduler", SCHEDULER, False):
+        return found
+    raise ConvertError(
+        f"the scheduler {name} is no folder with a {SCHEDULER}, and none"
+    )
+
+
+def _read_index(path: pathlib.Path) -> tuple[dict[str, str], str | None]:
+    """The classes of the parts, and of the pipeline, where there is an index.
+
+    Raises:
+      ConvertError: parts that an unconditional pixel-space model does not have, or a
+        class that diffusers does not have.
+    """
+    if not path.is_file():
+        return {}, None
+    found = read_json(path)
+    parts = {
+        k: v
+        for k, v in found.items()
+        if isinstance(v, list) and any(v) and not k.startswith("_")
+    }
     if others := [k for k in parts if k not in ("unet", "scheduler")]:
         raise ConvertError(
             f"{path} is of a pipeline with {shortened(others)}: only those of a unet "
             "and a scheduler are read"
         )
+    pipeline = found.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise ConvertError(
+            f"{path} is of class {pipeline!r}: read are {', '.join(PIPELINES)}"
+        )
+    for name, value in parts.items():
+        if len(value) != 2 or value[0] != "diffusers" or not isinstance(value[1], str):
+            raise ConvertError(
+                f"{path} names {name}={value!r}: only classes of diffusers are read"
+            )
+    return {name: value[1] for name, value in parts.items()}, pipeline
 
 
-def find_folder(name: str, offline: bool = False) -> pathlib.Path:
-    """A local path, or the folder of a model of the Hub, downloaded if need be.
-
-    Of a model that `read_configs` refuses, nothing but the configurations is fetched.
+def read_spec(
+    path: str | os.PathLike[str],
+    scheduler: str | None = None,
+    variant: str | None = None,
+) -> Spec:
+    """What diffusers would run: the network, its weights' files and its scheduler.
 
     Args:
-      name: a path, or "owner/name" where there is no such path.
-      offline: take what has been downloaded before.
+      path: a folder of a model or of a network, or the principal file of weights.
+      scheduler: a folder or file, for a network that has no scheduler of its own.
+      variant: of the weights, as in `from_pretrained`.
 
     Raises:
-      ConvertError: there is neither, huggingface_hub is not installed, or the Hub
-        cannot be reached.
+      ConvertError: something is missing, damaged, of another kind or unsupported. No
+        weights are opened.
     """
-    try:
-        path = pathlib.Path(name).expanduser()
-        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            return path
-    except (OSError, RuntimeError, ValueError) as error:
+    place = _locate(path, scheduler)
+    remarks: Remarks = []
+    config = place.network / "config.json"
+    unet = read_unet(read_json(config), str(config), place.classes.get("unet"), remarks)
+    scheduling = None
+    if place.scheduler is not None:
+        kind = place.classes.get("scheduler")
+        if place.pipeline is not None and (into := PIPELINES[place.pipeline]):
+            kind = into
+        scheduling = read_scheduling(
+            read_json(place.scheduler), str(place.scheduler), kind, remarks
+        )
+        if not place.own:
+            remarks.append(f"the scheduler is of {place.scheduler}")
+        _agree(unet, scheduling, config)
+    if place.weights is not None:
+        weights = next(
+            each
+            for each in weight_sets(place.network)
+            if each.principal.name == place.weights.name
+        )
+    else:
+        weights = choose(place.network, variant)
+        if weights.variant != variant:
+            remarks.append(
+                f"{place.network} has the variant {weights.variant!r} only, which "
+                "diffusers loads where it is asked for"
+            )
+    return Spec(unet, scheduling, weights, place.own, tuple(remarks))
+
+
+def check_configs(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of a model's network, if its configurations are supported.
+
+    Raises:
+      ConvertError: as `read_spec`; weights are not asked for.
+    """
+    place = _locate(folder, None)
+    _read_configs(place, [])
+    return place.network
+
+
+def _read_configs(place: _Place, remarks: Remarks) -> tuple[UNet, Scheduling | None]:
+    config = place.network / "config.json"
+    kind = place.classes.get("unet")
+    unet = read_unet(read_json(config), str(config), kind, remarks)
+    if place.scheduler is None:
+        return unet, None
+    kind = place.classes.get("scheduler")
+    if place.pipeline is not None and (into := PIPELINES[place.pipeline]):
+        kind = into
+    where = str(place.scheduler)
+    scheduling = read_scheduling(read_json(place.scheduler), where, kind, remarks)
+    if not place.own:
+        remarks.append(f"the scheduler is of {where}")
+    _agree(unet, scheduling, config)
+    return unet, scheduling
+
+
+def _agree(unet: UNet, scheduling: Scheduling, config: pathlib.Path) -> None:
+    """Raises ConvertError where the scheduler cannot take what the network gives."""
+    asked = scheduling.learned and scheduling.kind.startswith("DDPM")
+    if unet.learned_variance and not scheduling.learned:
         raise ConvertError(
-            f"{name[:80]!r} is no path ({type(error).__name__})"
-        ) from error
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
+            f"{config} has out_channels twice its in_channels, but the scheduler asks "
+            "for no learned variance: diffusers cannot draw from it"
+        )
+    if asked and not unet.learned_variance:
         raise ConvertError(
-            f"there is no {name}; to get it from the Hub, install the extra 'hub'"
-        ) from error
-    logging.info("asking the Hub for %s", name)
-    configs = ["model_index.json"]
-    for part, file in (("unet", "config"), ("scheduler", "scheduler_config")):
-        configs += [f"{part}/{file}.json", f"{file}.json"]
-    try:
-        get = functools.partial(snapshot_download, name, local_files_only=offline)
-        folder = pathlib.Path(get(allow_patterns=configs))
-        with contextlib.suppress(ConvertError):  # who reads the folder is told
-            read_configs(folder)
-            home = _part(folder, "unet", "config.json")
-            at = "unet/" if home != folder else ""
-            get(allow_patterns=[f"{at}{WEIGHTS}", f"{at}{INDEX}", f"{at}{SHARDS}"])
-            if not any((home / found).is_file() for found in (WEIGHTS, INDEX)):
-                get(allow_patterns=[f"{at}{PICKLE}"])
-    except Exception as error:  # of many kinds, by what is wrong with the network
-        raise ConvertError(
-            f"there is no {name} here, and the Hub does not give it ({_line(error)})"
-        ) from error
-    return folder
+            f"{config} has as many out_channels as in_channels, but the scheduler asks "
+            "for a learned variance: diffusers cannot draw from it"
+        )
 
 
 def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
     """Writes a folder that diffusers' `DDPMPipeline.from_pretrained` loads.
 
-    That of DDIMPipeline where the scheduling asks for DDIMScheduler. Weights are stored
-    as float32.
+    It is one of DDIMPipeline where the scheduling asks for DDIMScheduler. Weights are
+    stored as float32.
 
     Raises:
       ConvertError: diffusers has no scheduler that says the same as `scheduling`.
@@ -167,7 +366,7 @@ def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
     stored = safetensors.numpy.save(tensors, {"format": "pt"})
     write_whole(top / "unet" / WEIGHTS, stored)
     _write_json(top / "unet" / "config.json", write_unet(model.unet))
-    _write_json(top / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(top / "scheduler" / SCHEDULER, scheduler)
     index = {
         "_class_name": scheduler["_class_name"].replace("Scheduler", "Pipeline"),
         "scheduler": ["diffusers", scheduler["_class_name"]],
@@ -176,36 +375,50 @@ def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
     _write_json(top / "model_index.json", index)
 
 
-def weight_files(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+def weight_files(path: str | os.PathLike[str]) -> list[pathlib.Path]:
     """The files from which `read_weights` would read; raises as it does."""
-    home = _part(pathlib.Path(folder), "unet", "config.json")
-    if any((home / name).is_file() for name in (WEIGHTS, INDEX)):
-        return _shards(home)
-    return [_pickle(home)]
+    return _chosen(path).files()
 
 
-def check_weights(folder: str | os.PathLike[str], unet: UNet) -> None:
-    """Compares the headers of the weights with a network; raises as `read_weights`."""
-    with _entries(folder, unet):
-        pass
+def _chosen(path: str | os.PathLike[str]) -> WeightSet:
+    top = pathlib.Path(path)
+    if top.is_file():
+        for each in weight_sets(top.parent):
+            if each.principal.name == top.name:
+                return each
+        raise ConvertError(f"{path} is no file of weights beside a config.json")
+    return choose(network_folder(top))
 
 
-def read_weights(folder: str | os.PathLike[str], unet: UNet) -> Params:
-    """The parameters of `unet` in `folder`, one safetensors file or indexed shards.
+def check_weights(path: str | os.PathLike[str], unet: UNet) -> tuple[str, ...]:
+    """Compares the headers of the weights with a network; raises as `read_weights`.
 
-    Headers are compared before any array is read. A folder that has nothing but a
-    pickle is read by PyTorch's weights-only loading, which executes nothing and takes
-    arrays only; this needs the extra "torch".
+    Returns:
+      Remarks: which dtypes are cast.
+    """
+    with _fitting(path, unet) as found:
+        kinds = sorted({entry.dtype for entry in found.values()} - {"F32"})
+    if not kinds:
+        return ()
+    return (f"weights of {' and '.join(kinds)} are cast to float32",)
+
+
+def read_weights(path: str | os.PathLike[str], unet: UNet) -> Params:
+    """The parameters of `unet` in a folder, or in a file of weights.
+
+    Headers are compared before any array is read. Half and double precision become
+    float32. A pickle is read by PyTorch's weights-only loading, which executes nothing
+    and takes arrays only; this needs the extra "torch".
 
     Raises:
       ConvertError: a file is missing or damaged, or names, shapes, dtypes or values are
         not those of the network: "-" names what is missing, "+" what is too many.
     """
     tensors: dict[str, np.ndarray] = {}
-    with _entries(folder, unet) as entries:
-        for name, leaf in _named_leaves(unet).items():
-            entry = entries[name]
-            value = entry.read().reshape(_torch_shape(leaf.shape))
+    with _fitting(path, unet) as found:
+        for name, leaf in named_leaves(unet).items():
+            entry = found[name]
+            value = entry.read().reshape(torch_shape(leaf.shape))
             if not np.isfinite(value).all():
                 raise ConvertError(f"{entry.file} has NaN or infinity in {entry.name}")
             tensors[name] = value
@@ -213,210 +426,36 @@ def read_weights(folder: str | os.PathLike[str], unet: UNet) -> Params:
 
 
 @contextlib.contextmanager
-def _entries(folder: str | os.PathLike[str], unet: UNet) -> Iterator[dict[str, _Entry]]:
+def _fitting(path: str | os.PathLike[str], unet: UNet) -> Iterator[dict[str, Entry]]:
     """The arrays of a network, compared with it by name, shape and dtype, open."""
-    home = _part(pathlib.Path(folder), "unet", "config.json")
-    wanted = _named_leaves(unet)
-    entries: dict[str, _Entry] = {}
-    with contextlib.ExitStack() as files:
-        for path in weight_files(folder):
-            if path.suffix == ".bin":
-                found = _pickled(path)
-            else:
-                found = _stored(files.enter_context(_open(path)), path)
-            for entry in found:
-                name = _new_name(entry.name)
-                if name in entries:
-                    first = entries[name]
-                    raise ConvertError(
-                        f"{entry.file} has {entry.name}, which is also "
-                        f"{first.name} in {first.file.name}"
-                    )
-                entries[name] = entry
-        missing = [f"-{name}" for name in wanted if name not in entries]
-        surplus = [f"+{name}" for name in entries if name not in wanted]
+    chosen = _chosen(path)
+    home, wanted = chosen.principal.parent, named_leaves(unet)
+    with entries(chosen) as stored:
+        found: dict[str, Entry] = {}
+        for entry in stored:
+            name = new_name(entry.name)
+            if name in found:
+                first = found[name]
+                raise ConvertError(
+                    f"{entry.file} has {entry.name}, which is also "
+                    f"{first.name} in {first.file.name}"
+                )
+            found[name] = entry
+        missing = [f"-{name}" for name in wanted if name not in found]
+        surplus = [f"+{name}" for name in found if name not in wanted]
         if missing or surplus:
             both = "; ".join(shortened(names) for names in (missing, surplus) if names)
             raise ConvertError(f"{home} does not have the weights expected: {both}")
         for name, leaf in wanted.items():
-            entry, need = entries[name], _torch_shape(leaf.shape)
+            entry, need = found[name], torch_shape(leaf.shape)
             # Old attention layers were 1x1 convolutions.
-            if entry.dtype != "F32" or entry.shape not in (need, (*need, 1, 1)):
+            if entry.dtype not in FLOATS or entry.shape not in (need, (*need, 1, 1)):
                 raise ConvertError(
                     f"{entry.file} has {entry.name} as {entry.dtype}"
-                    f"{list(entry.shape)}, expected F32{list(need)}"
+                    f"{list(entry.shape)}, expected one of {', '.join(FLOATS)} and "
+                    f"{list(need)}"
                 )
-        yield entries
-
-
-class _Entry(NamedTuple):
-    """An array in a file, not read yet; `name` is that in the file."""
-
-    file: pathlib.Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-
-def _stored(file: Any, path: pathlib.Path) -> Iterable[_Entry]:
-    """The arrays of an open safetensors file."""
-    for name in file.keys():  # noqa: SIM118
-        head = file.get_slice(name)
-        read = functools.partial(file.get_tensor, name)
-        yield _Entry(path, name, head.get_dtype(), tuple(head.get_shape()), read)
-
-
-def _pickle(folder: pathlib.Path) -> pathlib.Path:
-    path = folder / PICKLE
-    if not path.is_file():
-        others = sorted(p.name for p in folder.glob("*.bin"))
-        raise ConvertError(
-            f"{folder} has none of {WEIGHTS}, {INDEX} and {PICKLE}"
-            + (f"; {others[0]} is a pickle of another name" if others else "")
-        )
-    return path
-
-
-def _pickled(path: pathlib.Path) -> Iterable[_Entry]:
-    """The arrays of a pickle, if PyTorch finds nothing else in it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ConvertError(
-            f"{path} is a pickle: to read its arrays and nothing else, install the "
-            f"extra 'torch', or store it as {WEIGHTS}"
-        ) from error
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, by what the pickle tries
-        raise ConvertError(
-            f"{path} is not a pickle of arrays alone, and is not read ({_line(error)})"
-        ) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str)
-        and isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        for name, value in found.items()
-    ):
-        raise ConvertError(f"{path} is not a pickle of named, dense arrays")
-    for name, value in found.items():
-        kind = "F32" if value.dtype == torch.float32 else str(value.dtype)
-        read = value.detach().numpy
-        yield _Entry(path, name, kind, tuple(value.shape), read)
-
-
-def from_torch(tensors: Mapping[str, np.ndarray], unet: UNet) -> Params:
-    """Parameters of ours from the arrays of a PyTorch state dict, by its names."""
-
-    def leaf(path: Any, like: Any) -> np.ndarray:
-        value = tensors[torch_name(path)]
-        if value.ndim > 1:  # OIHW to HWIO, (out, in) to (in, out)
-            value = np.moveaxis(value, (0, 1), (-1, -2))
-        return np.ascontiguousarray(value, like.dtype)
-
-    return jax.tree.map_with_path(leaf, _abstract(unet))
-
-
-def to_torch(params: Params) -> dict[str, np.ndarray]:
-    """The PyTorch state dict of parameters, as NumPy arrays."""
-    tensors = {}
-    for path, value in jax.tree.leaves_with_path(params):
-        value = np.asarray(value)
-        if value.ndim > 1:
-            value = np.moveaxis(value, (-1, -2), (0, 1))
-        tensors[torch_name(path)] = np.ascontiguousarray(value)
-    return tensors
-
-
-def torch_name(path: Any) -> str:
-    """PyTorch's name of the parameter at a path of ours."""
-    *modules, leaf = (entry.key for entry in path)
-    name = "_".join(modules)
-    for numbered in _NUMBERED:
-        name = re.sub(rf"{numbered}_(\d+)_?", rf"{numbered}.\1.", name)
-    for single in ("mid_block", "time_embedding"):
-        name = re.sub(rf"^{single}_", f"{single}.", name)
-    return f"{name.strip('.')}.{_LEAVES[leaf]}"
-
-
-@functools.lru_cache(maxsize=4)
-def _abstract(unet: UNet) -> Any:
-    return jax.eval_shape(unet.init, jax.random.key(0))
-
-
-def _named_leaves(unet: UNet) -> dict[str, Any]:
-    """The shapes of the parameters, by their names in PyTorch."""
-    leaves = jax.tree.leaves_with_path(_abstract(unet))
-    return {torch_name(path): leaf for path, leaf in leaves}
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-3:-1], *shape[:-2])
-
-
-def _new_name(name: str) -> str:
-    return re.sub(
-        r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)",
-        lambda found: _OLD_NAMES[found[1]],
-        name,
-    )
-
-
-def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files of a network; an index may name files of its folder."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    names = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ConvertError(f"{folder / INDEX} has no weight_map")
-    files = sorted({str(name) for name in names.values()})
-    for name in files:
-        if pathlib.PurePath(name).name != name or "\\" in name:
-            raise ConvertError(f"{folder / INDEX} names {name!r}, outside its folder")
-        if not name.endswith(".safetensors") or len(name) > LONGEST_NAME:
-            raise ConvertError(
-                f"{folder / INDEX} names {name[:80]!r}: a shard is a safetensors file"
-            )
-    return [folder / name for name in files]
-
-
-def _open(path: pathlib.Path) -> Any:
-    if not path.is_file():
-        raise ConvertError(f"there is no file {path}")
-    try:
-        return safetensors.safe_open(path, "numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ConvertError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _line(error: Exception) -> str:
-    """The kind of an error, and the first line of what it says."""
-    first = str(error).strip().partition("\n")[0]
-    return ": ".join(filter(None, (type(error).__name__, first)))
-
-
-def _part(top: pathlib.Path, name: str, file: str) -> pathlib.Path:
-    """The folder of a part of a model: below the top, or in old models the top."""
-    for folder in (top / name, top):
-        if (folder / file).is_file():
-            return folder
-    raise ConvertError(f"{top} has no {name}/{file}")
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ConvertError(f"{path} is larger than {LARGEST_JSON} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConvertError):
-            raise
-        raise ConvertError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConvertError(f"{path} holds no JSON object")
-    return found
+        yield found
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

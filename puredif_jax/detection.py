@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks import Solver
-from puredif_jax.diffusion import NoiseSchedule, diffuse, lookup, predict_x0
+from puredif_jax.diffusion import diffuse, lookup, predict_x0
 from puredif_jax.objectives import Hypothesis, backdoor_process
+from puredif_jax.schedules import NoiseSchedule
 from puredif_jax.types import (
     Array,
     Candidate,
@@ -96,7 +97,8 @@ def features(
       triggered: draws from eps + delta, `[B, H, W, C]`, two or more.
       plain: draws from eps, `[B, H, W, C]`, two or more.
       key: of the noise.
-      timesteps: where memory and gain are measured.
+      timesteps: where memory and gain are measured, as `NoiseSchedule.matched` reads
+        them.
       shard: constraint on a noise batch.
     """
     key_eps, key_top = jax.random.split(key)
@@ -118,7 +120,10 @@ def features(
 
     at_target, own, untriggered = jax.lax.map(
         lambda pair: errors(*pair),
-        (jnp.asarray(timesteps, jnp.int32), jax.random.split(key_eps, len(timesteps))),
+        (
+            jnp.asarray(schedule.matched(timesteps)),
+            jax.random.split(key_eps, len(timesteps)),
+        ),
     )
 
     def ratio(first: Array, second: Array) -> Array:

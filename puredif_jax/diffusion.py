@@ -1,19 +1,14 @@
-"""Noise schedules, the forward process, and samplers as one `lax.scan`.
-
-A schedule is two tables, signal s_t and noise v_t, and every other coefficient
-is derived from them: x_t = s_t x_0 + v_t eps. The tables are float64 numpy, so
-that differences such as 1 - alpha_t keep their digits; they become float32
-constants where they meet an image.
+"""The forward process, what networks predict, and samplers as one `lax.scan`.
 
 Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, 2010.02502),
-improved DDPM (Nichol and Dhariwal 2021, 2102.09672), latent diffusion (Rombach et al.
-2022, 2112.10752), v prediction (Salimans and Ho 2022, 2202.00512), DPM-Solver++ (Lu et
-al. 2022, 2211.01095), UniPC (Zhao et al. 2023, 2302.04867), spacings (Lin et al. 2024,
-2305.08891).
+v prediction (Salimans and Ho 2022, 2202.00512), dynamic thresholding (Saharia et al.
+2022, 2205.11487), DPM-Solver++ (Lu et al. 2022, 2211.01095), UniPC (Zhao et al. 2023,
+2302.04867), spacings (Lin et al. 2024, 2305.08891).
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -23,129 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from puredif_jax.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key, NoiseModel, Params, Shard, unsharded
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """The forward process x_t = signal_t x_0 + noise_t eps.
-
-    Attributes:
-      signal: s_t, float64 `[T]`; sqrt(abar_t) for a variance-preserving process.
-      noise: v_t, float64 `[T]`; sqrt(1 - abar_t).
-    """
-
-    signal: np.ndarray
-    noise: np.ndarray
-
-    def __post_init__(self) -> None:
-        if self.signal.ndim != 1 or self.signal.shape != self.noise.shape:
-            raise ValueError(
-                "a schedule needs signal and noise of one shape [T], found "
-                f"{self.signal.shape} and {self.noise.shape}"
-            )
-
-    @property
-    def steps(self) -> int:
-        """T, the number of timesteps."""
-        return len(self.signal)
-
-    @property
-    def previous(self) -> tuple[np.ndarray, np.ndarray]:
-        """s_{t-1} and v_{t-1}, with s_{-1} = 1 and v_{-1} = 0; float64 `[T]`."""
-        return (
-            np.concatenate([[1.0], self.signal[:-1]]),
-            np.concatenate([[0.0], self.noise[:-1]]),
-        )
-
-    @property
-    def alpha(self) -> np.ndarray:
-        """alpha_t = (s_t / s_{t-1})^2, float64 `[T]`."""
-        return (self.signal / self.previous[0]) ** 2
-
-
-class Betas(Protocol):
-    """A rule for the variances beta_t of the forward process."""
-
-    def tables(self) -> NoiseSchedule:
-        """Its float64 tables: s_t^2 = prod_{i<=t} (1 - beta_i), v_t^2 = 1 - s_t^2."""
-        ...
-
-
-def _tables(betas: np.ndarray) -> NoiseSchedule:
-    log_abar = np.cumsum(np.log1p(-betas))
-    return NoiseSchedule(
-        signal=np.exp(0.5 * log_abar), noise=np.sqrt(-np.expm1(log_abar))
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearBetas:
-    """beta_t linear in t, the schedule of DDPM (Ho et al. 2020).
-
-    Attributes:
-      steps: T.
-      start, end: beta_0 and beta_{T-1}.
-    """
-
-    steps: int = 1000
-    start: float = 1e-4
-    end: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.steps < 2 or not 0 < self.start <= self.end < 1:
-            raise ValueError(
-                f"{type(self).__name__} needs steps >= 2 and 0 < start <= end < 1, "
-                f"found steps={self.steps}, start={self.start}, end={self.end}"
-            )
-
-    def tables(self) -> NoiseSchedule:
-        return _tables(np.linspace(self.start, self.end, self.steps))
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaledLinearBetas(LinearBetas):
-    """sqrt(beta_t) linear in t, the schedule of latent diffusion (Rombach et al. 2022).
-
-    "scaled_linear" in diffusers.
-    """
-
-    start: float = 0.00085
-    end: float = 0.012
-
-    def tables(self) -> NoiseSchedule:
-        roots = np.linspace(self.start**0.5, self.end**0.5, self.steps)
-        return _tables(roots**2)
-
-
-@dataclasses.dataclass(frozen=True)
-class CosineBetas:
-    """The schedule of Nichol & Dhariwal 2021; "squaredcos_cap_v2" in diffusers.
-
-    beta_t = min(1 - f((t + 1) / T) / f(t / T), cap) with
-    f(u) = cos(pi / 2 (u + offset) / (1 + offset))^2.
-
-    Attributes:
-      steps: T.
-      cap: bound of beta_t, which would reach 1 at the end.
-      offset: keeps beta_0 from being too small.
-    """
-
-    steps: int = 1000
-    cap: float = 0.999
-    offset: float = 0.008
-
-    def __post_init__(self) -> None:
-        if self.steps < 2 or not 0 < self.cap < 1 or self.offset < 0:
-            raise ValueError(
-                "CosineBetas needs steps >= 2, 0 < cap < 1 and offset >= 0, found "
-                f"steps={self.steps}, cap={self.cap}, offset={self.offset}"
-            )
-
-    def tables(self) -> NoiseSchedule:
-        u = np.arange(self.steps + 1) / self.steps
-        f = np.cos(np.pi / 2 * (u + self.offset) / (1 + self.offset)) ** 2
-        return _tables(np.minimum(1 - f[1:] / f[:-1], self.cap))
 
 
 def lookup(table: np.ndarray | Array, t: Array) -> Array:
@@ -161,11 +35,15 @@ def diffuse(schedule: NoiseSchedule, x0: Array, eps: Array, t: Array) -> Array:
 
 
 def predict_x0(schedule: NoiseSchedule, x: Array, eps: Array, t: Array) -> Array:
-    """x0hat = (x_t - v_t eps) / s_t. x, eps `[B, H, W, C]`, t `[B]` or `[]`."""
-    return (x - lookup(schedule.noise, t) * eps) / lookup(schedule.signal, t)
+    """x0hat = (x_t - v_t eps) / s_t. x, eps `[B, H, W, C]`, t `[B]` or `[]`.
+
+    s_t counts as 1e-5 or more, so that a schedule without terminal signal stays finite.
+    """
+    signal = np.maximum(schedule.signal, 1e-5)
+    return (x - lookup(schedule.noise, t) * eps) / lookup(signal, t)
 
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Estimates(NamedTuple):
@@ -185,7 +63,35 @@ class Estimates(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class VPrediction:
+class _Converted(abc.ABC):
+    """The noise model of a network that predicts something else.
+
+    Attributes:
+      model: the network.
+      schedule: its forward process.
+    """
+
+    model: NoiseModel
+    schedule: NoiseSchedule
+
+    def estimates(self, params: Params, x: Array, t: Array) -> Estimates:
+        """The noise and the image, from one evaluation: x `[B, H, W, C]`, t `[B]`."""
+        signal, noise = (
+            lookup(table, t) for table in (self.schedule.signal, self.schedule.noise)
+        )
+        return self._estimates(self.model(params, x, t), x, signal, noise)
+
+    @abc.abstractmethod
+    def _estimates(
+        self, out: Array, x: Array, signal: Array, noise: Array
+    ) -> Estimates:
+        """The same from what the network says, `out`, with s_t and v_t."""
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        return self.estimates(params, x, t).eps
+
+
+class VPrediction(_Converted):
     """The noise model of a network that predicts v = s_t eps - v_t x_0.
 
     eps = s_t v(x, t) + v_t x and x0hat = s_t x - v_t v(x, t) (Salimans & Ho 2022), of a
@@ -193,19 +99,51 @@ class VPrediction:
     small.
     """
 
-    model: NoiseModel
-    schedule: NoiseSchedule
+    def _estimates(
+        self, out: Array, x: Array, signal: Array, noise: Array
+    ) -> Estimates:
+        return Estimates(signal * out + noise * x, signal * x - noise * out)
 
-    def estimates(self, params: Params, x: Array, t: Array) -> Estimates:
-        """Both, from one evaluation."""
-        v = self.model(params, x, t)
-        signal, noise = (
-            lookup(table, t) for table in (self.schedule.signal, self.schedule.noise)
-        )
-        return Estimates(signal * v + noise * x, signal * x - noise * v)
+
+class SamplePrediction(_Converted):
+    """The noise model of a network that predicts the clean image x_0.
+
+    eps = (x - s_t x0(x, t)) / v_t and x0hat = x0(x, t); "sample" in diffusers.
+    """
+
+    def _estimates(
+        self, out: Array, x: Array, signal: Array, noise: Array
+    ) -> Estimates:
+        return Estimates((x - signal * out) / noise, out)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Retimed:
+    """A network that is given `NoiseSchedule.times` in place of the timestep.
+
+    Attributes:
+      model: the network.
+      times: what it is given at each timestep, `[T]`.
+    """
+
+    model: NoiseModel
+    times: np.ndarray
 
     def __call__(self, params: Params, x: Array, t: Array) -> Array:
-        return self.estimates(params, x, t).eps
+        return self.model(params, x, jnp.asarray(self.times, jnp.float32)[t])
+
+
+def predicting(
+    model: NoiseModel, schedule: NoiseSchedule, prediction: Prediction
+) -> NoiseModel:
+    """The noise model of a network, by what it is given and what it predicts."""
+    if schedule.times is not None:
+        model = Retimed(model, schedule.times)
+    if prediction == "v_prediction":
+        return VPrediction(model, schedule)
+    if prediction == "sample":
+        return SamplePrediction(model, schedule)
+    return model
 
 
 def estimates(
@@ -213,7 +151,7 @@ def estimates(
 ) -> Estimates:
     """eps and x0hat of a model at x `[B, H, W, C]`, all at t `[]`."""
     times = jnp.full((x.shape[0],), t)
-    if isinstance(model, VPrediction):
+    if isinstance(model, _Converted):
         return model.estimates(params, x, times)
     return Estimates.of(schedule, model(params, x, times), x, t)
 
@@ -313,7 +251,41 @@ def _endpoints(
     )
 
 
-def _bounded(x0: Array, clip: float | None) -> Array:
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """Dynamic thresholding of x0hat (Saharia et al. 2022, section 2.3).
+
+    With q the quantile of |x0hat| over all pixels of an image, and b = q within
+    1..most: x0hat is clipped to [-b, b] and divided by b. "thresholding" in diffusers.
+
+    Attributes:
+      ratio: which quantile.
+      most: the largest b.
+    """
+
+    ratio: float = 0.995
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.ratio <= 1 <= self.most < math.inf):
+            raise ValueError(
+                "a threshold needs 0 <= ratio <= 1 <= most, found "
+                f"ratio={self.ratio} and most={self.most}"
+            )
+
+    def __call__(self, x0: Array) -> Array:
+        """x0hat `[B, H, W, C]`, bounded."""
+        q = jnp.quantile(jnp.abs(x0), self.ratio, axis=(1, 2, 3), keepdims=True)
+        bound = jnp.clip(q, 1.0, self.most)
+        return jnp.clip(x0, -bound, bound) / bound
+
+
+Clip = float | Threshold | None
+
+
+def _bounded(x0: Array, clip: Clip) -> Array:
+    if isinstance(clip, Threshold):
+        return clip(x0)
     return x0 if clip is None else jnp.clip(x0, -clip, clip)
 
 
@@ -345,13 +317,14 @@ class DDPM:
 
     Attributes:
       steps: number of model evaluations, spaced by `grid`.
-      clip: bound of |x0hat|, or None. A bound weakens or removes most backdoors.
+      clip: bound of |x0hat|, a `Threshold`, or None. A bound weakens or removes most
+        backdoors.
       spacing, offset: of `grid`.
       variance: one of the two.
     """
 
     steps: int = 1000
-    clip: float | None = None
+    clip: Clip = None
     spacing: Spacing = "leading"
     offset: int = 0
     variance: Variance = "fixed_small"
@@ -396,7 +369,8 @@ class DDIM:
     Attributes:
       steps: number of model evaluations, spaced by `grid`.
       eta: 0 for a deterministic map, 1 for the variance of DDPM.
-      clip: bound of |x0hat|, or None. A bound weakens or removes most backdoors.
+      clip: bound of |x0hat|, a `Threshold`, or None. A bound weakens or removes most
+        backdoors.
       spacing, offset: of `grid`.
       to_clean: steps below 0 lead to the clean image; otherwise to t = 0
         ("set_alpha_to_one" in diffusers).
@@ -404,7 +378,7 @@ class DDIM:
 
     steps: int = 50
     eta: float = 0.0
-    clip: float | None = None
+    clip: Clip = None
     spacing: Spacing = "leading"
     offset: int = 0
     to_clean: bool = True

@@ -12,19 +12,9 @@ from typing import Any, Literal, get_args
 
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import BadDiffusion, Solver, VillanDiffusion
-from puredif_jax.data import FashionMNIST, NpzImages
+from puredif_jax.data import FashionMNIST, ImageFolder, NpzImages
 from puredif_jax.detection import Detector
-from puredif_jax.diffusion import (
-    DDIM,
-    DDPM,
-    CosineBetas,
-    DPMSolver,
-    LinearBetas,
-    Prediction,
-    Sampler,
-    ScaledLinearBetas,
-    UniPC,
-)
+from puredif_jax.diffusion import DDIM, DDPM, DPMSolver, Prediction, Sampler, UniPC
 from puredif_jax.inversion import Descent
 from puredif_jax.objectives import (
     DenoisingConsistency,
@@ -32,6 +22,7 @@ from puredif_jax.objectives import (
     Elijah,
     Sum,
 )
+from puredif_jax.schedules import LinearBetas, Schedule
 from puredif_jax.survey import Survey
 from puredif_jax.training import Training
 from puredif_jax.unet import UNet
@@ -242,7 +233,7 @@ class Experiment:
       amplification: reinforces the trigger along the training.
       audit: inverts and judges models.
       evaluation: how models are measured.
-      data: images to train on.
+      data: images to train on: the shipped ones, a file or a folder of a user.
       schedule: forward process of the model.
       prediction: what the network predicts, by the name that diffusers has for it.
       devices: how many to use; 0 for all.
@@ -260,8 +251,8 @@ class Experiment:
     amplification: Amplification | None = None
     audit: Audit | None = None
     evaluation: Evaluation = Evaluation()
-    data: FashionMNIST | NpzImages = FashionMNIST()
-    schedule: LinearBetas | ScaledLinearBetas | CosineBetas = LinearBetas()
+    data: FashionMNIST | NpzImages | ImageFolder = FashionMNIST()
+    schedule: Schedule = LinearBetas()
     prediction: Prediction = "epsilon"
     devices: int = 0
     seed: int = 0
@@ -272,11 +263,6 @@ class Experiment:
         _at_home(self)
         _seeded(self)
         _at_least(self, devices=0, chunk=1, save_every=0)
-        if self.audit and self.schedule.steps != LinearBetas().steps:
-            raise ValueError(
-                f"inversion is made for a schedule of {LinearBetas().steps} timesteps, "
-                f"found {self.schedule.steps}"
-            )
         if self.amplification and not (self.training and self.attack):
             raise ValueError("amplification needs both a training and an attack")
         if self.amplification and self.training:
@@ -351,11 +337,14 @@ class Scan:
     Attributes:
       workdir: folder of the scan.
       model: folders of models or of runs that trained one, folders of such folders,
-        text files that name one a line, or names "owner/name" of the Hub.
+        text files that name one a line, or names of the Hub ("owner/name",
+        "owner/name@revision", an address).
       audit: how each is inverted and judged; names no weights.
       steps: of sampling, strided.
       draws: images sampled from each trigger.
       offline: take from the Hub only what has been downloaded before.
+      variant: of the weights, such as "fp16", as in diffusers; None for those without.
+      scheduler: a folder or file for networks that have no scheduler of their own.
       devices: how many to use; 0 for all.
       seed: root of all randomness.
       chunk: steps of a loop in one dispatch.
@@ -368,6 +357,8 @@ class Scan:
     steps: int = 50
     draws: int = 64
     offline: bool = False
+    variant: str | None = None
+    scheduler: str | None = None
     devices: int = 0
     seed: int = 0
     chunk: int = 20

@@ -27,11 +27,12 @@ from puredif_jax import (
 )
 from puredif_jax.attacks import Solver
 from puredif_jax.detection import Evidence, Features, evidence, features
-from puredif_jax.diffusion import Betas, Prediction, Sampler, VPrediction, sample
+from puredif_jax.diffusion import Prediction, Sampler, predicting, sample
 from puredif_jax.memory import activations, sliced
 from puredif_jax.objectives import Hypothesis
 from puredif_jax.report import progress
 from puredif_jax.run import Run, RunError
+from puredif_jax.schedules import Betas
 from puredif_jax.types import Array, Candidate, Key, NoiseModel, Params
 from puredif_jax.unet import UNet
 from puredif_jax.weights import ASSETS, find_weights
@@ -175,13 +176,12 @@ class Lab:
         self.schedule = schedule.tables()
         self.shard = parallel.constrain(run.mesh, "batch")
         self.unet, self.together = _fitted(unet, images, run.mesh.size)
-        self.network: NoiseModel = self.unet
-        self.model: NoiseModel = self.unet
+        self.prediction = prediction
+        self.network = predicting(self.unet, self.schedule, prediction)
+        whole: NoiseModel = self.unet
         if self.together < images:
-            self.model = sliced(self.unet, self.together, self.shard)
-        if prediction == "v_prediction":
-            self.network = VPrediction(self.network, self.schedule)
-            self.model = VPrediction(self.model, self.schedule)
+            whole = sliced(self.unet, self.together, self.shard)
+        self.model = predicting(whole, self.schedule, prediction)
         self.batch = batch
         self.seed = seed
         self.key = jax.random.key(seed)
@@ -212,7 +212,7 @@ class Lab:
           InputError: the weights cannot be read, or do not fit.
         """
         path = find_weights(name)
-        if convert.is_folder(path):
+        if convert.is_model(path):
             self._compare(path)
             return self.run.replicate(convert.read_weights(path, self.unet))
         shapes = jax.eval_shape(self.unet.init, self.key)
@@ -220,23 +220,27 @@ class Lab:
 
     def _compare(self, folder: pathlib.Path) -> None:
         """Refuses a folder that says anything else than this lab does."""
-        unet, scheduling = convert.read_configs(folder)
-        for name, value in dataclasses.asdict(unet).items():
+        spec = convert.read_spec(folder)
+        for name, value in dataclasses.asdict(spec.unet).items():
             here = getattr(self.unet, name)
             if name not in ("dtype", "param_dtype", "remat") and value != here:
                 raise RunError(
                     f"{folder} has a network with {name}={value}, this run one with "
                     f"{name}={here}: configs/scan.py takes it from the folder"
                 )
+        scheduling = spec.scheduling
+        if scheduling is None or not spec.own:
+            return
         found, here = scheduling.betas.tables(), self.schedule
-        if found.steps != here.steps or not np.allclose(found.signal, here.signal):
-            raise RunError(
-                f"{folder} has the schedule {scheduling.betas}, this run another: "
-                "configs/scan.py takes it from the folder"
-            )
-        if (scheduling.prediction_type == "v_prediction") != (
-            self.network is not self.unet
+        if found.steps != here.steps or not (
+            np.allclose(found.signal, here.signal)
+            and np.allclose(found.given, here.given)
         ):
+            raise RunError(
+                f"{folder} has the schedule {type(scheduling.betas).__name__}, this "
+                "run another: configs/scan.py takes it from the folder"
+            )
+        if scheduling.prediction_type != self.prediction:
             raise RunError(
                 f"{folder} predicts {scheduling.prediction_type}, this run takes it "
                 "otherwise: set --config.prediction"

@@ -27,15 +27,8 @@ import numpy as np
 from flax import struct
 
 from puredif_jax.attacks import Solver, published_response
-from puredif_jax.diffusion import (
-    DDIM,
-    DDPM,
-    NoiseSchedule,
-    Sampler,
-    diffuse,
-    lookup,
-    trajectory,
-)
+from puredif_jax.diffusion import DDIM, DDPM, Sampler, diffuse, lookup, trajectory
+from puredif_jax.schedules import NoiseSchedule
 from puredif_jax.types import (
     Array,
     Candidate,
@@ -180,8 +173,9 @@ class DistributionShift:
     scale-free: in absolute form delta = 0 would solve it on every model.
 
     Attributes:
-      timesteps: the set S. High ones alone cannot see a backdoor of deterministic
-        sampling: there every delta solves the equation on every model.
+      timesteps: the set S, as `NoiseSchedule.matched` reads it. High ones alone cannot
+        see a backdoor of deterministic sampling: there every delta solves the equation
+        on every model.
       weights: w_t, of any sum, or () for equal ones.
       samples: noise draws at each timestep.
       scale: the rule for lambda_t.
@@ -218,14 +212,9 @@ class DistributionShift:
         hypothesis: Hypothesis,
         shard: Shard = unsharded,
     ) -> Objective:
-        if max(self.timesteps) >= schedule.steps:
-            raise ValueError(
-                f"the timesteps of a schedule of {schedule.steps} lie in "
-                f"0..{schedule.steps - 1}, found {max(self.timesteps)}"
-            )
+        times = schedule.matched(self.timesteps)
         shift_table = hypothesis.shift(schedule)
         response_table = hypothesis.response(schedule)
-        times = np.asarray(self.timesteps, np.int32)
         weights = np.asarray(self.weights or np.ones(len(times)), np.float32)
         weights = weights / weights.sum()
 

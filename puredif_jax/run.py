@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from puredif_jax import parallel
+from puredif_jax import npz, parallel
 from puredif_jax.checkpoint import Checkpoints
 from puredif_jax.files import write_whole
 from puredif_jax.report import Metrics, progress
@@ -132,7 +132,8 @@ class Run:
         """The arrays of `compute`, or those it gave in an earlier, interrupted call.
 
         Raises:
-          RunError: process 0 sees those and this one does not, for a minute.
+          RunError: process 0 sees those and this one does not, for a minute; or their
+            file is damaged.
         """
         path = self.folder / "results" / f"{name}.npz"
         if not parallel.agreed(path.exists()):
@@ -144,8 +145,12 @@ class Run:
             np.savez(file, **arrays)  # type: ignore[arg-type]
             write_whole(path, file.getvalue())
         _wait_for(path)
-        with np.load(path, allow_pickle=False) as found:
-            return dict(found)
+        try:
+            return npz.read(path)
+        except npz.NpzError as error:
+            raise RunError(
+                f"{path} {error}: remove it, and the same command computes it again"
+            ) from error
 
     def place(self, shapes: Any) -> Any:
         """A tree of shapes on all devices, as `Checkpoints.restore` takes it."""

@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import re
-from collections.abc import Iterator
 
 from absl import logging
 
-from puredif_jax import config, convert, parallel
+from puredif_jax import config, convert, discovery, parallel
 from puredif_jax.diffusion import DDIM, DDPM
+from puredif_jax.discovery import Found, Models
 from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.report import Report
 from puredif_jax.run import RunError, make_folder
-from puredif_jax.scan_report import Models, summarise
-from puredif_jax.stages import FOLDER, numbered
+from puredif_jax.scan_report import summarise
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
-from puredif_jax.types import InputError, shown
+from puredif_jax.types import InputError
 from puredif_jax.weights import ZOO
-
-LONGEST_LIST = 1_000_000  # bytes
-LOOSE = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
 
 def perform_scan(scan: Scan) -> tuple[Report, int]:
@@ -39,12 +34,14 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
         folder of models.
     """
     config.check(scan)
-    models = find_models(scan)
+    models, notes = find(scan)
     _keep_apart(scan, models)
     make_folder(pathlib.Path(scan.workdir))
     keep_programs(scan.workdir)
+    for note in notes:
+        logging.info("%s", InputError(note))
     errors: dict[str, str] = {}
-    report, status = summarise(scan, models, errors)
+    report, status = summarise(scan, models, errors, notes)
     names = list(models)
     homes = [pathlib.Path(scan.workdir) / name for name in names]
     for i in in_turn(homes):
@@ -56,118 +53,30 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             raise
         except InputError as error:
             errors[name] = str(error)
-            logging.error("%s: %s", shown(name), error)
+            logging.error("%s: %s", name, error)
         except Exception as error:  # whatever a stranger's model has led to
             errors[name] = str(InputError(f"{type(error).__name__}: {error}"))
-            logging.exception("%s: %s", shown(name), errors[name])
-        report, status = summarise(scan, models, errors)
+            logging.exception("%s: %s", name, errors[name])
+        report, status = summarise(scan, models, errors, notes)
     return report, parallel.agreed(status)
 
 
-def find_models(scan: Scan) -> Models:
-    """The folders of all models of a scan, by names of their own.
+def find(scan: Scan) -> Found:
+    """All models of a scan, by names of their own, and notes on what is none.
 
-    Of several names, one that leads to no model has what is wrong with it instead; and
-    a folder that has parts of a model only is one, for the audit to refuse.
+    A model that cannot be scanned has what is wrong with it in place of its path.
 
     Raises:
       InputError: there is no model.
     """
-    found: list[tuple[str, pathlib.Path | InputError]] = []
-    for name in scan.model:
-        try:
-            found += _named(name, scan.offline)
-        except InputError as error:
-            found.append((name, error))
-    errors = [folder for _, folder in found if isinstance(folder, InputError)]
-    if len(errors) == len(found):
-        raise errors[0]
-    models: Models = {}
-    for name, folder in found:
-        if isinstance(folder, InputError):
-            stem = re.sub(r"[^\w-]+", "-", name)[-60:]
-        else:
-            whole = pathlib.Path(os.path.realpath(folder))
-            stem = whole.name
-            if stem == FOLDER:  # of a run
-                stem = whole.parent.name
-            elif whole.parent.name == "snapshots":  # of the Hub's cache
-                stem = whole.parents[1].name
-        models[numbered(stem, models)] = folder
-    return models
+    shipped = "zoo" in scan.model and not pathlib.Path("zoo").exists()
+    names = [str(ZOO) if shipped and name == "zoo" else name for name in scan.model]
+    return discovery.find(names, scan.offline, scan.variant)
 
 
-def _named(name: str, offline: bool) -> list[tuple[str, pathlib.Path | InputError]]:
-    """All models that one name means: a folder, all below a folder, a list."""
-    found: list[tuple[str, pathlib.Path | InputError]] = []
-    path = convert.find_folder(name, offline)
-    if name == "zoo" and not path.exists():
-        path = ZOO
-    if path.is_file():
-        for line in _lines(path):
-            try:
-                folder = convert.find_folder(line, offline)
-                found.append((line, _model_in(folder) or folder))
-            except InputError as error:
-                found.append((line, error))
-    elif model := _model_in(path):
-        found.append((name, model))
-    elif path.is_dir():
-        found += _below(path)
-    if found:
-        return found
-    raise RunError(
-        f"{name} is no model: give a folder in diffusers' format (with "
-        "unet/config.json), a folder that has such folders, a text file that names "
-        "one a line, or a name of the Hub"
-    )
-
-
-def _below(
-    path: pathlib.Path,
-) -> Iterator[tuple[str, pathlib.Path | InputError]]:
-    """Every model in a folder, at any depth, and what cannot be one for its faults."""
-    for entry in _entries(path):
-        try:
-            if model := _model_in(entry):
-                yield entry.name, model
-            elif entry.is_dir() and not entry.is_symlink():
-                yield from _below(entry)
-            elif entry.suffix in LOOSE:
-                raise RunError(
-                    f"{entry} is a file of weights without its configuration: a model "
-                    "is a folder with unet/config.json"
-                )
-        except InputError as error:
-            yield entry.name, error
-
-
-def _entries(path: pathlib.Path) -> list[pathlib.Path]:
-    """What lies in a folder; raises RunError where it cannot be read."""
-    try:
-        return sorted(path.iterdir())
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _lines(path: pathlib.Path) -> list[str]:
-    """What a text file names, a line each; "#" begins a remark.
-
-    Raises:
-      RunError: it is no text, or cannot be read.
-    """
-    try:
-        if path.stat().st_size > LONGEST_LIST:
-            raise UnicodeError
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except UnicodeError:
-        raise RunError(
-            f"{path} is a file, and not a text that names models: give the folder of "
-            "the model, which has unet/config.json in it"
-        ) from None
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror})") from error
-    return [line for line in lines if line and not line.startswith("#")]
+def find_models(scan: Scan) -> Models:
+    """The models that `find` finds."""
+    return find(scan).models
 
 
 def _keep_apart(scan: Scan, models: Models) -> None:
@@ -188,22 +97,6 @@ def _keep_apart(scan: Scan, models: Models) -> None:
             )
 
 
-def _model_in(path: pathlib.Path) -> pathlib.Path | None:
-    """The model that is a folder, or that a run of ours has left in it.
-
-    A folder with parts of a model is taken for one, so that it is not passed over.
-    Raises RunError where it cannot be read.
-    """
-    parts = ("model_index.json", "unet", "scheduler", convert.WEIGHTS, convert.PICKLE)
-    try:
-        for folder in (path / FOLDER, path):
-            if convert.is_folder(folder):
-                return folder
-        return path if any(os.path.lexists(path / part) for part in parts) else None
-    except OSError as error:  # is_file does not take a missing permission for a no
-        raise RunError(f"{path} cannot be read ({error.strerror})") from error
-
-
 def as_experiment(
     scan: Scan, name: str, folder: pathlib.Path | InputError
 ) -> Experiment:
@@ -215,10 +108,16 @@ def as_experiment(
     """
     if isinstance(folder, InputError):
         raise folder
-    unet, scheduling = convert.read_configs(folder)
-    convert.check_weights(folder, unet)
+    spec = convert.read_spec(folder, scan.scheduler)
+    scheduling = spec.scheduling
+    if scheduling is None:
+        raise convert.no_scheduler(folder)
+    remarks = (*spec.remarks, *convert.check_weights(folder, spec.unet))
+    for remark in remarks:
+        logging.info("%s: %s", name, InputError(remark))
+    betas = scheduling.betas
     ancestral = DDPM(
-        scan.steps,
+        min(scan.steps, betas.steps),
         clip=scheduling.clip,
         spacing=scheduling.timestep_spacing,
         offset=scheduling.steps_offset,
@@ -233,10 +132,10 @@ def as_experiment(
     )
     try:
         for sampler in (ancestral, deterministic):
-            sampler.path(scheduling.betas.tables())
+            sampler.path(betas.tables())
         return Experiment(
             workdir=f"{scan.workdir}/{name}",
-            model=unet,
+            model=spec.unet,
             audit=dataclasses.replace(scan.audit, weights=(str(folder),)),
             evaluation=Evaluation(
                 draws=scan.draws,
@@ -244,7 +143,7 @@ def as_experiment(
                 ancestral=ancestral,
                 deterministic=deterministic,
             ),
-            schedule=scheduling.betas,
+            schedule=betas,
             prediction=scheduling.prediction_type,
             devices=scan.devices,
             seed=scan.seed,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from puredif_jax import (
 )
 from puredif_jax.audit import Auditor
 from puredif_jax.diffusion import Sampler
+from puredif_jax.discovery import distinct, safe_name
 from puredif_jax.experiment import Experiment
 from puredif_jax.finding import Finding, scope
 from puredif_jax.lab import Lab, Success
@@ -36,7 +36,6 @@ from puredif_jax.unet import SHIPPED
 from puredif_jax.weights import Truth, find_weights, fingerprint, weight_digests
 
 WEIGHTS = "weights.safetensors"
-FOLDER = "diffusers"
 
 
 class Stages:
@@ -171,11 +170,11 @@ class Stages:
         about = json.dumps(config.to_dict(placeless), sort_keys=True)
         checkpoint.save_weights(top / WEIGHTS, host, {"experiment": about})
         model = convert.Model(experiment.model, host, self.scheduling)
-        convert.write_folder(top / FOLDER, model)
+        convert.write_folder(top / convert.FOLDER, model)
         if experiment.attack is not None:
             truth = Truth.of(experiment.attack, experiment.model.image_shape)
             truth.save(top / WEIGHTS)
-            truth.save(top / FOLDER)
+            truth.save(top / convert.FOLDER)
 
     def amplify(self) -> Part:
         """Trains to each snapshot, reinforces the trigger there, and measures both."""
@@ -324,16 +323,10 @@ def labels(weights: Sequence[str]) -> dict[str, str]:
     for name in weights:
         path = pathlib.Path(name)
         stem = path.stem if path.suffix == ".safetensors" else path.name
-        if name != path.name and stem in (FOLDER, pathlib.Path(WEIGHTS).stem):
+        if name != path.name and stem in (convert.FOLDER, pathlib.Path(WEIGHTS).stem):
             stem = path.absolute().parent.name  # of a run
-        found[name] = numbered(stem, found.values())
+        found[name] = distinct(safe_name(stem), found.values())
     return found
-
-
-def numbered(stem: str, taken: Collection[str]) -> str:
-    """The stem, or with the least number behind it that nobody has taken."""
-    tries = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-    return next(name for name in tries if name not in taken)
 
 
 def open_lab(experiment: Experiment) -> Lab:

@@ -16,8 +16,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from puredif_jax.diffusion import DDIM, NoiseSchedule
+from puredif_jax.diffusion import DDIM
 from puredif_jax.objectives import DistributionShift, Hypothesis, denoised
+from puredif_jax.schedules import NoiseSchedule
 from puredif_jax.types import (
     Array,
     Candidate,

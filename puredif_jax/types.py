@@ -38,14 +38,18 @@ def shown(text: str, most: int = 1000) -> str:
 
     Args:
       text: anything.
-      most: characters of it to keep; "..." stands for the rest.
+      most: characters of it to show, 20 or more. Of a longer one " ... " stands for
+        the middle.
     """
+    if len(text) > most:
+        head = most // 2
+        text = f"{text[:head]} ... {text[len(text) - (most - head - 5) :]}"
     marks, parts = 0, []
-    for x in text[:most]:
+    for x in text:
         marks = marks + 1 if unicodedata.category(x) in ("Mn", "Me") else 0
         seen = x.isprintable() and x not in _BLANK and marks <= _MARKS
         parts.append(x if seen else x.encode("unicode_escape").decode())
-    return "".join(parts) + "..." * (len(text) > most)
+    return "".join(parts)
 
 
 class InputError(ValueError):

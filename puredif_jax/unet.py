@@ -56,6 +56,8 @@ class UNet:
       flip_sin_to_cos: order of the halves of the time embedding.
       freq_shift: shift in its frequencies, 10000^(-i / (half - freq_shift)).
       dropout: rate; used only when a dropout key is given.
+      learned_variance: the network has as many channels again for the variance of a
+        sampling step; `__call__` leaves them out.
       dtype: compute dtype, "float32" or "bfloat16".
       param_dtype: dtype in which parameters are made.
       remat: make residual blocks anew in the backward pass instead of keeping what is
@@ -85,6 +87,7 @@ class UNet:
     flip_sin_to_cos: bool = False
     freq_shift: float = 1.0
     dropout: float = 0.0
+    learned_variance: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
@@ -148,6 +151,7 @@ class UNet:
         for name, choices in (
             ("downsample_padding", (0, 1)),
             ("flip_sin_to_cos", (True, False)),
+            ("learned_variance", (False, True)),
             ("dtype", ("float32", "bfloat16")),
             ("param_dtype", ("float32", "bfloat16")),
         ):
@@ -176,7 +180,7 @@ class UNet:
         out: Any = _UNet2D(self).apply(
             {"params": params}, x, t, deterministic=dropout_key is None, rngs=rngs
         )
-        return out.astype(jnp.float32)
+        return out[..., : self.in_channels].astype(jnp.float32)
 
 
 SHIPPED = UNet(
@@ -395,4 +399,5 @@ class _UNet2D(nn.Module):
                 x = _conv(c, width, name, convolve=conv_of_upsampled)(x)
 
         x = nn.silu(_GroupNorm(c, name="conv_norm_out")(x))
-        return _conv(c, c.in_channels, "conv_out", zero=True)(x)
+        out_channels = c.in_channels * (2 if c.learned_variance else 1)
+        return _conv(c, out_channels, "conv_out", zero=True)(x)

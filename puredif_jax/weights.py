@@ -48,7 +48,7 @@ def weight_digests(name: str) -> dict[str, str]:
       InputError: they cannot be read.
     """
     path = find_weights(name)
-    if convert.is_folder(path):
+    if convert.is_model(path):
         files = convert.weight_files(path)
     else:
         files = sorted(p for p in (path, *path.rglob("*")) if p.is_file())

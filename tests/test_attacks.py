@@ -23,7 +23,8 @@ from puredif_jax.attacks import (
     published_response,
     training_loss,
 )
-from puredif_jax.diffusion import DDIM, DDPM, Estimates, LinearBetas
+from puredif_jax.diffusion import DDIM, DDPM, Estimates
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.triggers import Blend, Box, Corner, NoShift, Patch, RandomPattern
 
 SCHEDULE = LinearBetas().tables()

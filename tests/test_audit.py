@@ -11,10 +11,10 @@ import pytest
 
 from puredif_jax.audit import Auditor
 from puredif_jax.detection import Detector
-from puredif_jax.diffusion import CosineBetas, LinearBetas
 from puredif_jax.experiment import Audit, Experiment, Inversion
 from puredif_jax.finding import MEASURES
 from puredif_jax.inversion import Descent
+from puredif_jax.schedules import CosineBetas, LinearBetas
 from puredif_jax.unet import SHIPPED
 
 KNOWN = Experiment("run", SHIPPED, audit=Audit(("clean",)))

@@ -17,15 +17,10 @@ import safetensors.numpy
 from test_unet import TINY, apply, golden, golden_shapes, maker
 from tiny_config import draw_params
 
-from puredif_jax import convert
+from puredif_jax import convert, hub, weight_sets
 from puredif_jax.convert import ConvertError, Model, Scheduling
-from puredif_jax.diffusion import (
-    DDPM,
-    CosineBetas,
-    LinearBetas,
-    ScaledLinearBetas,
-    sample,
-)
+from puredif_jax.diffusion import DDPM, sample
+from puredif_jax.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 from puredif_jax.unet import UNet
 from puredif_jax.weights import ZOO
 
@@ -53,11 +48,11 @@ def assert_same(params) -> None:
 
 
 def weights_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(folder / "unet" / convert.WEIGHTS)
+    return safetensors.numpy.load_file(folder / "unet" / weight_sets.WEIGHTS)
 
 
 def put_weights(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    safetensors.numpy.save_file(tensors, folder / "unet" / convert.WEIGHTS)
+    safetensors.numpy.save_file(tensors, folder / "unet" / weight_sets.WEIGHTS)
 
 
 def change_json(path: pathlib.Path, **changes) -> None:
@@ -77,11 +72,11 @@ def test_public_architectures_give_the_outputs_of_diffusers(name) -> None:
     config, shapes = maker.FULL[name], golden_shapes(name)
     unet = UNet(**config)
     assert convert.read_unet(convert.write_unet(unet)) == unet
-    weights, images, times = maker.draw(config, shapes, maker.SEED)
-    params = convert.from_torch(weights, unet)
+    arrays, images, times = maker.draw(config, shapes, maker.SEED)
+    params = convert.from_torch(arrays, unet)
     back = convert.to_torch(params)
-    assert back.keys() == weights.keys()
-    assert all(np.array_equal(back[key], weights[key]) for key in weights)
+    assert back.keys() == arrays.keys()
+    assert all(np.array_equal(back[key], arrays[key]) for key in arrays)
     x = images[maker.FULL_IMAGES].transpose(0, 2, 3, 1)
     found = apply(unet, params, x, times[maker.FULL_IMAGES])
     wanted = golden()[f"{name}_output"].transpose(0, 2, 3, 1)
@@ -121,7 +116,7 @@ def test_old_names_of_attention_at_the_top_of_the_folder(tmp_path) -> None:
                 value = value[..., None, None] if value.ndim == 2 else value
         tensors[name] = value
     assert any("proj_attn" in name for name in tensors)
-    safetensors.numpy.save_file(tensors, tmp_path / convert.WEIGHTS)
+    safetensors.numpy.save_file(tensors, tmp_path / weight_sets.WEIGHTS)
     (tmp_path / "config.json").write_text(json.dumps(convert.write_unet(TINY)))
     scheduler = convert.write_scheduling(Scheduling())
     (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
@@ -134,14 +129,14 @@ def shard(folder: pathlib.Path) -> dict[str, str]:
     """Splits the weights over two files; returns the index's map."""
     tensors = weights_of(folder)
     names = sorted(tensors)
-    (folder / "unet" / convert.WEIGHTS).unlink()
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
     places = {}
     for i, part in enumerate((names[::2], names[1::2])):
         file = f"part-{i}.safetensors"
         chosen = {name: tensors[name] for name in part}
         safetensors.numpy.save_file(chosen, folder / "unet" / file)
         places |= dict.fromkeys(part, file)
-    index = folder / "unet" / convert.INDEX
+    index = folder / "unet" / weight_sets.INDEX
     index.write_text(json.dumps({"weight_map": places}))
     return places
 
@@ -196,28 +191,48 @@ def test_missing_and_surplus_names_are_told_apart(folder) -> None:
         ("attention_head_dim", 0),
         ("flip_sin_to_cos", "no"),
         ("surprise", 1),
-        ("_class_name", "UNet2DConditionModel"),
+        ("quantization_config", {"quant_method": "bitsandbytes"}),
+        ("_use_default_values", "in_channels"),
+        ("_use_default_values", [1]),
     ],
 )
 def test_unsupported_networks_are_refused_by_name(folder, option, value) -> None:
     """Before the weights are opened."""
     change_json(folder / "unet" / "config.json", **{option: value})
-    (folder / "unet" / convert.WEIGHTS).unlink()
-    named = "UNet2DConditionModel" if option == "_class_name" else option
-    with pytest.raises(ConvertError, match=named):
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
+    with pytest.raises(ConvertError, match=option):
+        convert.read_folder(folder)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "mine.UNet2DModel", None])
+def test_a_network_of_another_class_is_refused(folder, kind) -> None:
+    """By model_index.json where there is one, as diffusers does."""
+    change_json(folder / "unet" / "config.json", _class_name="SomethingElse")
+    assert_same(convert.read_folder(folder).params)
+    index = folder / "model_index.json"
+    change_json(index, unet=["diffusers", kind])
+    with pytest.raises(ConvertError, match=str(kind)):
+        convert.read_folder(folder)
+    change_json(index, unet=["my_code", "UNet2DModel"])
+    with pytest.raises(ConvertError, match="my_code"):
+        convert.read_folder(folder)
+    change_json(index, unet=["diffusers", "UNet2DModel"], _class_name="MyPipeline")
+    with pytest.raises(ConvertError, match="MyPipeline"):
         convert.read_folder(folder)
 
 
 @pytest.mark.parametrize(
     "option,value",
     [
-        ("prediction_type", "sample"),
+        ("prediction_type", "flow_prediction"),
         ("variance_type", "learned_range"),
         ("timestep_spacing", "karras"),
-        ("beta_schedule", "sigmoid"),
+        ("beta_schedule", "laplace"),
         ("trained_betas", [0.1, 0.2]),
-        ("thresholding", True),
-        ("rescale_betas_zero_snr", True),
+        ("trained_betas", 3),
+        ("thresholding", "yes"),
+        ("rescale_betas_zero_snr", 1),
+        ("_use_default_values", {"clip_sample": True}),
         ("beta_end", "much"),
         ("num_train_timesteps", 1),
         ("num_train_timesteps", float("inf")),
@@ -229,20 +244,40 @@ def test_unsupported_networks_are_refused_by_name(folder, option, value) -> None
         ("clip_sample_range", -1),
         ("clip_sample_range", float("nan")),
         ("clip_sample_range", 10**400),
-        ("use_flow_sigmas", True),
-        ("use_dynamic_shifting", True),
         ("surprise", 1),
-        ("_class_name", "FlowMatchEulerDiscreteScheduler"),
     ],
 )
 def test_unsupported_schedulers_are_refused_by_name(folder, option, value) -> None:
     change_json(folder / "scheduler" / "scheduler_config.json", **{option: value})
-    named = {
-        "beta_end": "much",
-        "_class_name": "FlowMatch",
-    }.get(option, option)
+    named = {"variance_type": "learned variance"}.get(option, option)
     with pytest.raises(ConvertError, match=named):
         convert.read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "kind,option,value",
+    [
+        ("UniPCMultistepScheduler", "use_flow_sigmas", True),
+        ("DEISMultistepScheduler", "use_dynamic_shifting", True),
+        ("UniPCMultistepScheduler", "shift_terminal", 0.1),
+        ("IPNDMScheduler", "trained_betas", [0.1, 0.2]),
+        ("FlowMatchEulerDiscreteScheduler", "shift", 1.0),
+        (["DDPMScheduler"], "beta_end", 0.02),
+    ],
+)
+def test_another_process_is_refused_by_name(kind, option, value) -> None:
+    said = {"_class_name": kind, option: value, "num_train_timesteps": 2}
+    with pytest.raises(ConvertError, match=f"{option}|FlowMatch|is of class"):
+        convert.read_scheduling(said)
+
+
+def test_what_a_class_does_not_take_has_no_effect_and_is_said() -> None:
+    remarks: list[str] = []
+    said = {"clip_sample": True, "set_alpha_to_one": False, "use_flow_sigmas": True}
+    found = convert.read_scheduling(said, "x.json", "EulerDiscreteScheduler", remarks)
+    assert found.clip is None and found.to_clean
+    assert any("does not take clip_sample, set_alpha_to_one" in x for x in remarks)
+    assert any("EulerDiscreteScheduler draws" in x for x in remarks)
 
 
 def test_a_pipeline_with_more_than_a_network_is_refused(folder) -> None:
@@ -359,7 +394,7 @@ def pickled(folder: pathlib.Path) -> bytes:
 
 
 def truncated(folder):
-    path = folder / "unet" / convert.WEIGHTS
+    path = folder / "unet" / weight_sets.WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -367,18 +402,18 @@ def terabytes(folder):
     header = json.dumps(
         {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     ).encode()
-    path = folder / "unet" / convert.WEIGHTS
+    path = folder / "unet" / weight_sets.WEIGHTS
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 def endless_header(folder):
-    path = folder / "unet" / convert.WEIGHTS
+    path = folder / "unet" / weight_sets.WEIGHTS
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
 
 
 def wrong_dtype(folder):
     tensors = weights_of(folder)
-    tensors["conv_in.bias"] = tensors["conv_in.bias"].astype(np.float16)
+    tensors["conv_in.bias"] = tensors["conv_in.bias"].astype(np.int32)
     put_weights(folder, tensors)
 
 
@@ -395,11 +430,11 @@ def not_a_number(folder):
 
 
 def pickle_as_safetensors(folder):
-    (folder / "unet" / convert.WEIGHTS).write_bytes(pickled(folder))
+    (folder / "unet" / weight_sets.WEIGHTS).write_bytes(pickled(folder))
 
 
 def pickle_as_bin(folder):
-    (folder / "unet" / convert.WEIGHTS).unlink()
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
     path = folder / "unet" / "diffusion_pytorch_model.bin"
     path.write_bytes(pickled(folder))
 
@@ -407,19 +442,19 @@ def pickle_as_bin(folder):
 def path_outside(folder):
     places = shard(folder)
     places["conv_in.bias"] = "../../secret.safetensors"
-    (folder / "unet" / convert.INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / "unet" / weight_sets.INDEX).write_text(json.dumps({"weight_map": places}))
 
 
 def pickle_in_an_index(folder):
-    places = dict.fromkeys(weights_of(folder), convert.PICKLE)
-    (folder / "unet" / convert.WEIGHTS).unlink()
-    (folder / "unet" / convert.INDEX).write_text(json.dumps({"weight_map": places}))
+    places = dict.fromkeys(weights_of(folder), weight_sets.PICKLE)
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
+    (folder / "unet" / weight_sets.INDEX).write_text(json.dumps({"weight_map": places}))
 
 
 def long_name(folder):
     places = shard(folder)
     places["conv_in.bias"] = "x" * 5000 + ".safetensors"
-    (folder / "unet" / convert.INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / "unet" / weight_sets.INDEX).write_text(json.dumps({"weight_map": places}))
 
 
 def twice_in_shards(folder):
@@ -440,7 +475,7 @@ def twice_by_another_name(folder):
 
 
 def symlink_loop(folder):
-    path = folder / "unet" / convert.WEIGHTS
+    path = folder / "unet" / weight_sets.WEIGHTS
     path.unlink()
     path.symlink_to(path)
 
@@ -459,15 +494,15 @@ def json_list(folder):
 
 
 def large_json(folder):
-    (folder / "unet" / "config.json").write_text(" " * (convert.LARGEST_JSON + 1))
+    (folder / "unet" / "config.json").write_text(" " * (weight_sets.LARGEST_JSON + 1))
 
 
 HOSTILE = {
     truncated: "not a safetensors file",
     terabytes: "not a safetensors file",
     endless_header: "not a safetensors file",
-    wrong_dtype: "F16",
-    wrong_shape: r"\[3\], expected F32\[8\]",
+    wrong_dtype: "F8_E4M3|int32|I32",
+    wrong_shape: r"\[3\], expected one of F16, BF16, F32, F64 and \[8\]",
     not_a_number: "NaN",
     pickle_as_safetensors: "not a safetensors file",
     pickle_as_bin: "is a pickle: .* install|is not a pickle of arrays alone",
@@ -476,7 +511,7 @@ HOSTILE = {
     long_name: "a shard is a safetensors file",
     twice_in_shards: "has conv_in.bias, which is also conv_in.bias in part-",
     twice_by_another_name: "which is also",
-    symlink_loop: "has none of",
+    symlink_loop: "there is no file|has none of",
     folder_loop: "has no unet/config.json",
     deep_json: "JSON",
     json_list: "no JSON object",
@@ -501,14 +536,14 @@ def test_a_folder_that_is_none() -> None:
 @pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/a"])
 def test_a_name_that_is_no_path(name) -> None:
     with pytest.raises(ConvertError, match="is no path"):
-        convert.find_folder(name)
+        hub.find_folder(name)
 
 
 def as_bin(folder: pathlib.Path, found) -> None:
     import torch
 
-    (folder / "unet" / convert.WEIGHTS).unlink()
-    torch.save(found, folder / "unet" / convert.PICKLE)
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
+    torch.save(found, folder / "unet" / weight_sets.PICKLE)
 
 
 def test_an_old_pickle_of_arrays_is_read_with_torch(folder) -> None:
@@ -528,8 +563,8 @@ def test_an_old_pickle_may_be_of_parameters(folder) -> None:
 @pytest.mark.parametrize(
     "change,words",
     [
-        (lambda torch, name, x: {name: x.half()}, "torch.float16"),
-        (lambda torch, name, x: {name: x[:-1]}, "expected F32"),
+        (lambda torch, name, x: {name: x.int()}, "as int32"),
+        (lambda torch, name, x: {name: x[:-1]}, "expected one of F16"),
         (lambda torch, name, x: {name: x * torch.nan}, "NaN"),
         (lambda torch, name, x: {name: [1.0]}, "not a pickle of named, dense"),
         (lambda torch, name, x: {name: x.to_sparse()}, "not a pickle of named, dense"),
@@ -550,7 +585,7 @@ def test_a_pickle_is_judged_as_any_other_file(folder, change, words) -> None:
 def test_a_model_of_the_hub_that_cannot_be_had_is_said(monkeypatch) -> None:
     """Without huggingface_hub, or with it and no network: nothing is downloaded."""
     with pytest.raises(ConvertError, match="Hub") as raised:
-        convert.find_folder("nobody/no-such-model-of-anyone", offline=True)
+        hub.find_folder("nobody/no-such-model-of-anyone", offline=True)
     assert "nobody/no-such-model-of-anyone" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -562,7 +597,8 @@ class Hub(types.ModuleType):
         super().__init__("huggingface_hub")
         self.model, self.cache, self.given = model, cache, []
 
-    def snapshot_download(self, name, allow_patterns, local_files_only):
+    def snapshot_download(self, name, allow_patterns, local_files_only, revision):
+        self.revision = revision
         if name != "owner/model":
             raise ConnectionError  # and says nothing
         if isinstance(allow_patterns, str):
@@ -579,35 +615,39 @@ class Hub(types.ModuleType):
 def test_the_hub_gives_weights_of_supported_models_only(
     folder, tmp_path, monkeypatch
 ) -> None:
-    hub = Hub(folder, tmp_path / "cache")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    (folder / "unet" / convert.PICKLE).write_bytes(b"not needed")
+    source = Hub(folder, tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", source)
+    (folder / "unet" / weight_sets.PICKLE).write_bytes(b"not needed")
     shutil.copytree(folder / "unet", folder / "checkpoint-9" / "unet")
     (folder / "tokens.json").write_text("{}")
-    found = convert.find_folder("owner/model")
+    found = hub.find_folder("owner/model")
     assert_same(convert.read_folder(found).params)
     parts = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-    assert sorted(hub.given) == sorted([*parts, f"unet/{convert.WEIGHTS}"])
-    (folder / "unet" / convert.WEIGHTS).unlink()
-    hub = Hub(folder, tmp_path / "other")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    convert.find_folder("owner/model")
-    assert hub.given[-1] == f"unet/{convert.PICKLE}"
+    assert sorted(source.given) == sorted([*parts, f"unet/{weight_sets.WEIGHTS}"])
+    (folder / "unet" / weight_sets.WEIGHTS).unlink()
+    source = Hub(folder, tmp_path / "other")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", source)
+    hub.find_folder("owner/model")
+    assert source.given[-1] == f"unet/{weight_sets.PICKLE}" and source.revision is None
+    address = "https://huggingface.co/owner/model/tree/v1.0"
+    for name, revision in (("owner/model@v1.0", "v1.0"), (address, "v1.0")):
+        hub.find_folder(name)
+        assert source.revision == revision
     change_json(folder / "model_index.json", vqvae=["diffusers", "VQModel"])
-    hub = Hub(folder, tmp_path / "third")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    source = Hub(folder, tmp_path / "third")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", source)
     with pytest.raises(ConvertError, match="vqvae"):
-        convert.read_folder(convert.find_folder("owner/model"))
-    assert all(file.endswith(".json") for file in hub.given)
+        convert.read_folder(hub.find_folder("owner/model"))
+    assert all(file.endswith(".json") for file in source.given)
     with pytest.raises(ConvertError, match="does not give it .ConnectionError"):
-        convert.find_folder("owner/another")
+        hub.find_folder("owner/another")
 
 
 def test_a_path_is_taken_before_the_hub(tmp_path, monkeypatch) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert convert.find_folder("owner/name") == pathlib.Path("owner/name")
-    assert not convert.find_folder("not/a/name/of/the/hub").exists()
+    assert hub.find_folder("owner/name") == pathlib.Path("owner/name")
+    assert not hub.find_folder("not/a/name/of/the/hub").exists()
 
 
 def test_diffusers_loads_our_folder_and_predicts_the_same(folder) -> None:

@@ -18,9 +18,9 @@ from puredif_jax.detection import (
     spread,
     total_variation,
 )
-from puredif_jax.diffusion import LinearBetas
 from puredif_jax.exact import ExactDenoiser, Points
 from puredif_jax.objectives import Hypothesis
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.triggers import Box, Hat, StopSign
 from puredif_jax.types import Candidate
 

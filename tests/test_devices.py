@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_multiprocess import free_port
 
-from puredif_jax import convert
+from puredif_jax import weight_sets
 
 HERE = pathlib.Path(__file__).parent
 
@@ -141,7 +141,7 @@ def test_a_scan_by_two_processes_ends_both_with_its_status(finished, tmp_path):
     """Of a model that cannot be read; the audit of one is that of the other tests."""
     model = tmp_path / "model"
     shutil.copytree(finished / "diffusers", model)
-    (model / "unet" / convert.WEIGHTS).write_bytes(b"nothing")
+    (model / "unet" / weight_sets.WEIGHTS).write_bytes(b"nothing")
     config = HERE.parent / "configs" / "scan.py"
     flags = (f"--config={config}", f"--config.model={model}")
     processes = start_two(tmp_path / "scan", flags)

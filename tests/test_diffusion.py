@@ -16,12 +16,8 @@ import pytest
 from puredif_jax.diffusion import (
     DDIM,
     DDPM,
-    CosineBetas,
     DPMSolver,
     Estimates,
-    LinearBetas,
-    NoiseSchedule,
-    ScaledLinearBetas,
     UniPC,
     diffuse,
     grid,
@@ -29,6 +25,12 @@ from puredif_jax.diffusion import (
     predict_x0,
     sample,
     trajectory,
+)
+from puredif_jax.schedules import (
+    CosineBetas,
+    LinearBetas,
+    NoiseSchedule,
+    ScaledLinearBetas,
 )
 
 SCHEDULE = LinearBetas().tables()

@@ -9,8 +9,9 @@ import pytest
 
 from puredif_jax import attacks, data, metrics
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.diffusion import DDIM, DDPM, LinearBetas, sample
+from puredif_jax.diffusion import DDIM, DDPM, sample
 from puredif_jax.exact import ExactDenoiser, Points
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.triggers import Box, Hat
 
 SCHEDULE = LinearBetas().tables()

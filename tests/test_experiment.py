@@ -10,7 +10,7 @@ from tiny_config import TINY, draw_params
 
 from puredif_jax import garment_net, metrics
 from puredif_jax.data import FashionMNIST
-from puredif_jax.diffusion import DDIM, LinearBetas
+from puredif_jax.diffusion import DDIM
 from puredif_jax.experiment import Audit, Evaluation, Experiment, Inversion, elijah
 from puredif_jax.inversion import Descent
 from puredif_jax.objectives import (
@@ -20,6 +20,7 @@ from puredif_jax.objectives import (
     Hypothesis,
     Sum,
 )
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.stages import open_lab
 from puredif_jax.survey import Survey
 from puredif_jax.types import Candidate

@@ -13,7 +13,7 @@ from puredif_jax import attacks, data, loops, metrics, parallel
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Attack, BadDiffusion, VillanDiffusion
 from puredif_jax.data import FashionMNIST
-from puredif_jax.diffusion import DDIM, DDPM, LinearBetas
+from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.exact import ExactDenoiser, Points
 from puredif_jax.experiment import Experiment, Inversion
 from puredif_jax.inversion import Descent, inverter
@@ -26,6 +26,7 @@ from puredif_jax.objectives import (
     estimated_target,
 )
 from puredif_jax.run import Run
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.stages import open_lab
 from puredif_jax.survey import Survey
 from puredif_jax.triggers import Hat, StopSign

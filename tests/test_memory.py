@@ -10,7 +10,7 @@ import pytest
 from test_objectives import tiny_network
 
 from puredif_jax import lab, parallel
-from puredif_jax.diffusion import DDIM, LinearBetas, VPrediction, sample
+from puredif_jax.diffusion import DDIM, VPrediction, sample
 from puredif_jax.memory import activations, sliced
 from puredif_jax.objectives import (
     DenoisingConsistency,
@@ -19,6 +19,7 @@ from puredif_jax.objectives import (
     Sum,
 )
 from puredif_jax.run import RunError
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.types import Candidate
 
 SCHEDULE = LinearBetas().tables()

@@ -13,7 +13,7 @@ from tiny_config import draw_params
 
 from puredif_jax import attacks, parallel
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.diffusion import DDIM, DDPM, LinearBetas, sample
+from puredif_jax.diffusion import DDIM, DDPM, sample
 from puredif_jax.exact import ExactDenoiser, Points
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.objectives import (
@@ -29,6 +29,7 @@ from puredif_jax.objectives import (
     denoised,
     measured_factor,
 )
+from puredif_jax.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 from puredif_jax.triggers import Box, Hat, StopSign
 from puredif_jax.types import Candidate
 from puredif_jax.unet import UNet
@@ -437,8 +438,19 @@ def test_scale_rules() -> None:
     assert float(LeastSquares()(response, shift, delta)) == 0.25
 
 
-def test_a_timestep_past_the_schedule_is_refused() -> None:
-    """An index out of range would be clamped in silence."""
-    short = LinearBetas(500).tables()
-    with pytest.raises(ValueError, match=r"0\.\.499, found 999"):
-        DistributionShift().bind(lambda params, x, t: x, short, Hypothesis())
+def test_timesteps_are_named_on_one_schedule_and_met_on_another() -> None:
+    """By their SNR; an index out of range would be clamped in silence."""
+    linear = LinearBetas().tables()
+    assert linear.matched(range(1000)).tolist() == list(range(1000))
+    for betas in (LinearBetas(500, 2e-4, 0.04), CosineBetas(), ScaledLinearBetas(4000)):
+        other = betas.tables()
+        for t in (700, 500, 300, 100):
+            (met,) = other.matched([t])
+            near = other.log_snr[max(met - 1, 0) : met + 2]
+            gap = abs(other.log_snr[met] - linear.log_snr[t])
+            assert gap <= np.abs(near - linear.log_snr[t]).min() + 1e-12
+            assert gap < 0.05
+    with pytest.raises(ValueError, match=r"0\.\.999, found \[1000\]"):
+        DistributionShift(timesteps=(1000,)).bind(
+            lambda params, x, t: x, linear, Hypothesis()
+        )

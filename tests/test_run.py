@@ -107,3 +107,14 @@ def test_process_0_decides_what_is_done(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(run, "PATIENCE", 0.0)
     with pytest.raises(RunError, match="four.npz is there for process 0, but not for"):
         here.once("four", dict)
+
+
+def test_results_that_are_damaged_are_named(tmp_path) -> None:
+    here = Run(str(tmp_path), {}, parallel.make_mesh(1), 0.0)
+    here.once("five", lambda: {"x": np.arange(99)})
+    path = tmp_path / "results" / "five.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="five.npz is not .* damaged one: remove it"):
+        here.once("five", dict)

@@ -12,16 +12,14 @@ import pytest
 from puredif_jax.diffusion import (
     DDIM,
     DDPM,
-    CosineBetas,
     DPMSolver,
-    LinearBetas,
-    ScaledLinearBetas,
     UniPC,
     VPrediction,
     estimates,
     grid,
     sample,
 )
+from puredif_jax.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 
 GOLDEN = Path(__file__).parent / "golden"
 

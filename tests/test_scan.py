@@ -5,17 +5,16 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 
 import jax
 import numpy as np
 import pytest
 from tiny_config import INVERSION, TINY, draw_params
 
-from puredif_jax import convert, parallel, scan, sweep
+from puredif_jax import convert, discovery, parallel, scan, sweep, weight_sets
 from puredif_jax.detection import Detector
-from puredif_jax.diffusion import LinearBetas, ScaledLinearBetas
 from puredif_jax.experiment import Audit, Inversion, Scan
+from puredif_jax.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.types import InputError
 from puredif_jax.weights import ZOO
 
@@ -119,7 +118,7 @@ def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None
     (tmp_path / "models" / "notes").mkdir()
     other = write(tmp_path / "other" / "a", seed=1)
     broken = write(tmp_path / "broken")
-    (broken / "unet" / convert.WEIGHTS).write_bytes(b"nothing")
+    (broken / "unet" / weight_sets.WEIGHTS).write_bytes(b"nothing")
     names = tmp_path / "list.txt"
     names.write_text(f"# two of them\n{other}\n\n{broken}\n")
     wanted = plan(tmp_path / "scan", tmp_path / "models", names)
@@ -160,9 +159,6 @@ def test_what_the_folder_says_is_what_is_done(tmp_path) -> None:
         variance_type="fixed_large",
         prediction_type="v_prediction",
     )
-    path = folder / "scheduler" / "scheduler_config.json"
-    ddim = {"_class_name": "DDIMScheduler", "set_alpha_to_one": False}
-    path.write_text(json.dumps(json.loads(path.read_text()) | ddim))
     wanted = plan(tmp_path, folder, steps=40, devices=8, seed=4)
     found = scan.as_experiment(wanted, "model", folder)
     assert found.model == TINY and found.schedule == LinearBetas(1000, 1e-3, 0.03)
@@ -170,16 +166,29 @@ def test_what_the_folder_says_is_what_is_done(tmp_path) -> None:
     for sampler in (found.evaluation.ancestral, found.evaluation.deterministic):
         assert (sampler.steps, sampler.clip, sampler.spacing) == (40, 2.0, "linspace")
     assert found.evaluation.ancestral.variance == "fixed_large"
-    assert not found.evaluation.deterministic.to_clean
+    assert found.evaluation.deterministic.to_clean
     assert found.audit.inversion == INVERSION
+    index = folder / "model_index.json"
+    kind = {"scheduler": ["diffusers", "DDIMScheduler"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | kind))
+    path = folder / "scheduler" / "scheduler_config.json"
+    one = {"set_alpha_to_one": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | one))
+    found = scan.as_experiment(wanted, "model", folder)
+    assert not found.evaluation.deterministic.to_clean
+    assert found.evaluation.ancestral.variance == "fixed_small"
+
+
+def test_a_schedule_of_few_timesteps_is_sampled_in_as_many_steps(tmp_path) -> None:
+    folder = write(tmp_path / "model", betas=LinearBetas(20, 1e-3, 0.3))
+    found = scan.as_experiment(plan(tmp_path, folder, steps=50), "model", folder)
+    assert found.evaluation.ancestral.steps == 20
 
 
 @pytest.mark.parametrize(
     "scheduling,steps,words",
     [
-        ({"betas": LinearBetas(500)}, 2, "1000 timesteps, found 500"),
         ({"steps_offset": 1}, 1000, "cannot be scanned so: timesteps must lie in"),
-        ({}, 1001, "1 to 1000 steps"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(tmp_path, scheduling, steps, words):
@@ -215,9 +224,15 @@ def test_the_zoo_is_found_by_name() -> None:
 
 def test_files_and_places_that_are_none(tmp_path) -> None:
     folder = write(tmp_path / "models" / "mine")
-    stored = folder / "unet" / convert.WEIGHTS
+    stored = folder / "unet" / weight_sets.WEIGHTS
+    assert scan.find_models(plan(tmp_path / "scan", stored)) == {
+        "unet.diffusion_pytorch_model.safetensors": stored
+    }
+    other = tmp_path / "other.safetensors"
+    stored.rename(other)
     with pytest.raises(InputError, match="is a file, and not a text"):
-        scan.perform_scan(plan(tmp_path / "scan", stored))
+        scan.perform_scan(plan(tmp_path / "scan", other))
+    other.rename(stored)
     (tmp_path / "file").write_text("")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     with pytest.raises(InputError, match="where it lies: give another"):
@@ -234,7 +249,7 @@ def test_what_must_not_be_read_is_told_beside_the_others(tmp_path, monkeypatch) 
     (tmp_path / "models" / "closed").mkdir()
     names = tmp_path / "list.txt"
     names.write_text("")
-    is_folder, read_text = convert.is_folder, pathlib.Path.read_text
+    is_model, read_text = convert.is_model, pathlib.Path.read_text
 
     def closed(path, *args) -> None:
         if path.name in ("closed", "list.txt"):
@@ -242,13 +257,13 @@ def test_what_must_not_be_read_is_told_beside_the_others(tmp_path, monkeypatch) 
 
     def guarded(path):
         closed(path)
-        return is_folder(path)
+        return is_model(path)
 
-    def guarded_text(path, *args):
+    def guarded_text(path, *args, **options):
         closed(path)
-        return read_text(path, *args)
+        return read_text(path, *args, **options)
 
-    monkeypatch.setattr(convert, "is_folder", guarded)
+    monkeypatch.setattr(convert, "is_model", guarded)
     monkeypatch.setattr(pathlib.Path, "read_text", guarded_text)
     found = scan.find_models(plan(tmp_path / "scan", tmp_path / "models", names))
     errors = [str(v) for v in found.values() if isinstance(v, InputError)]
@@ -295,22 +310,6 @@ def test_whatever_one_model_leads_to_the_others_are_scanned(
     assert rows["a"]["reason"] == "ZeroDivisionError: of this model"
 
 
-def test_models_are_found_at_any_depth_and_lone_weights_are_told(tmp_path) -> None:
-    for place in ("a", "group/b", "group/of/c"):
-        write(tmp_path / "models" / place)
-    for lone in ("lone.safetensors", "group/of/old.bin"):
-        (tmp_path / "models" / lone).touch()
-    (tmp_path / "models" / "up").symlink_to(tmp_path / "models")  # no end of it
-    found = scan.find_models(plan(tmp_path / "scan", tmp_path / "models"))
-    assert [k for k, v in found.items() if isinstance(v, pathlib.Path)] == list("abc")
-    for name in ("lone-safetensors", "old-bin"):
-        assert "weights without its configuration" in str(found[name])
-    (tmp_path / "lone").mkdir()
-    (tmp_path / "lone" / "x.safetensors").touch()
-    with pytest.raises(InputError, match="weights without its configuration"):
-        scan.find_models(plan(tmp_path / "scan", tmp_path / "lone"))
-
-
 def test_what_is_wrong_with_an_entry_is_told_beside_the_others(tmp_path) -> None:
     """No model of a folder or a list is passed over, however broken."""
     models, scanned = tmp_path / "models", tmp_path / "scan"
@@ -330,9 +329,9 @@ def test_what_is_wrong_with_an_entry_is_told_beside_the_others(tmp_path) -> None
     for name, words in (
         ("bare", "has no unet/config.json"),
         ("loop", "has no unet/config.json"),
-        ("unet", "is not a folder"),
-        ("-no-such-user-x", "is no path"),
-        (re.sub(r"[^\w-]", "-", str(tmp_path / "nowhere"))[-60:], "is no model"),
+        (discovery.safe_name(str(models / "loop" / "unet")), "is no model"),
+        ("no-such-user-x", "is no path"),
+        (discovery.safe_name(str(tmp_path / "nowhere")), "is no model"),
     ):
         assert words in errors.pop(name)
     assert not errors

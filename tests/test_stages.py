@@ -14,9 +14,10 @@ from tiny_config import INVERSION, TINY, draw_params
 from puredif_jax import checkpoint, lab, loops, stages
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.data import NpzImages
-from puredif_jax.diffusion import DDIM, DDPM, CosineBetas, LinearBetas
+from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.experiment import Amplification, Audit, Evaluation, Experiment
 from puredif_jax.objectives import DenoisingConsistency
+from puredif_jax.schedules import CosineBetas
 from puredif_jax.types import InputError
 from puredif_jax.weights import Truth
 
@@ -224,12 +225,6 @@ def test_timesteps_that_the_schedule_lacks_are_said_at_once(tmp_path) -> None:
         (lambda: Experiment("run", TINY, chunk=0), "chunk must be 1 or more"),
         (lambda: Evaluation(batch=0), "batch must be 1 or more"),
         (lambda: Audit(hypotheses=()), "hypotheses"),
-        (
-            lambda: Experiment(
-                "run", TINY, audit=Audit(("clean",)), schedule=LinearBetas(4000)
-            ),
-            "found 4000",
-        ),
         (
             lambda: dataclasses.replace(WHOLE, amplification=Amplification((13,))),
             "snapshots go to 13",

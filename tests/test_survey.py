@@ -7,9 +7,9 @@ import pytest
 
 from puredif_jax import attacks
 from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.diffusion import LinearBetas
 from puredif_jax.exact import ExactDenoiser, Points
 from puredif_jax.objectives import Hypothesis
+from puredif_jax.schedules import LinearBetas
 from puredif_jax.survey import Survey
 from puredif_jax.triggers import Box, Cat, StopSign
 

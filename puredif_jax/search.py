@@ -1,0 +1,318 @@
+"""The search of a folder for models, to any depth and through links.
+
+Each network's folder gives a row, and so does each further set of weights in it that
+holds other arrays. Files that may be weights and have no configuration are a row with
+the reason. A link's target is searched once.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import safetensors.numpy
+
+from puredif_jax import convert
+from puredif_jax.diffusers_config import ConvertError
+from puredif_jax.files import shortened
+from puredif_jax.state_dict import to_torch
+from puredif_jax.types import InputError
+from puredif_jax.weight_sets import (
+    WeightSet,
+    choose,
+    entries,
+    listed,
+    read_json,
+    same,
+    weight_sets,
+)
+
+NAMED = 20  # files of a folder that are named, at most
+
+# What may hold a network, by the end of a name.
+_KINDS = {
+    ".safetensors": "safetensors",
+    ".bin": "a pickle",
+    ".pt": "a pickle",
+    ".pth": "a pickle",
+    ".ckpt": "a pickle",
+    ".pkl": "a pickle",
+    ".pickle": "a pickle",
+    ".joblib": "a pickle",
+    ".msgpack": "Flax",
+    ".npz": "NumPy",
+    ".npy": "NumPy",
+    ".h5": "HDF5",
+    ".hdf5": "HDF5",
+    ".keras": "Keras",
+    ".pb": "TensorFlow",
+    ".tflite": "TensorFlow Lite",
+    ".onnx": "ONNX",
+    ".dduf": "DDUF",
+    ".gguf": "GGUF",
+    ".ggml": "GGML",
+    ".mlmodel": "Core ML",
+    ".engine": "TensorRT",
+    ".zip": "packed",
+    ".tar": "packed",
+    ".gz": "packed",
+    ".tgz": "packed",
+    ".bz2": "packed",
+    ".xz": "packed",
+    ".zst": "packed",
+    ".7z": "packed",
+    ".rar": "packed",
+}
+_ORBAX = ("_CHECKPOINT_METADATA", "manifest.ocdbt")
+# What a training with accelerate leaves beside a model: no network is in it.
+_STATES = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|random_states|training_args|dl_state|"
+    r"custom_checkpoint)[\w-]*\.(bin|pt|pth|pkl)"
+)
+_TRUTH = "truth.safetensors"  # a trigger and a target, to compare with
+_RUNS = ("Experiment", "Scan", "Sweep")
+_LEFT = ("checkpoints", "results", "compiled")  # folders that our runs write
+
+
+def unreadable(path: object, error: OSError) -> ConvertError:
+    """The error for a file or folder that the system does not give."""
+    reason = error.strerror or type(error).__name__
+    return ConvertError(f"{path} cannot be read ({reason})")
+
+
+class Search:
+    """The search of one folder.
+
+    Attributes:
+      top: the folder.
+      variant: of the weights to scan; None for those that diffusers loads.
+      rows: a name, and a path for `convert.read_spec` or what is wrong.
+      notes: sentences on what is not scanned and needs not be.
+    """
+
+    def __init__(self, top: pathlib.Path, variant: str | None) -> None:
+        self.top, self.variant = top, variant
+        self.rows: list[tuple[str, pathlib.Path | InputError]] = []
+        self.notes: list[str] = []
+        self._seen: dict[str, pathlib.Path] = {}
+        self._claimed: set[pathlib.Path] = set()  # networks that have a row
+        self._ours: set[pathlib.Path] = set()  # folders that a run of ours writes
+        self._prefix = ""
+
+    def run(self) -> None:
+        """Visits every folder once, those above before those below."""
+        waiting = [self.top]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                below = self._visit(folder)
+            except InputError as error:
+                self.rows.append((self._name(folder), error))
+                continue
+            except OSError as error:  # such as a missing permission
+                self.rows.append((self._name(folder), unreadable(folder, error)))
+                continue
+            waiting += reversed(below)
+
+    def _name(self, folder: pathlib.Path, part: str = "") -> str:
+        """The name of a row: the way from the top, or of the top itself."""
+        way = [*folder.relative_to(self.top).parts]
+        if way and way[-1] == convert.FOLDER:  # of a run
+            way.pop()
+        if not way:
+            way = [_own_name(self.top)]
+        elif self._prefix:
+            way.insert(0, self._prefix)
+        return ".".join([*way, *([part] if part else [])])
+
+    def _visit(self, folder: pathlib.Path) -> list[pathlib.Path]:
+        """Adds the rows of one folder; returns the folders in it."""
+        real = os.path.realpath(folder)
+        if real in self._seen:
+            self.notes.append(
+                f"{folder} leads to {self._seen[real]}, which is searched once"
+            )
+            return []
+        self._seen[real] = folder
+        inside = listed(folder)
+        used: set[str] = set()
+        passed: set[str] = set()
+        if folder in self._claimed:
+            used = self._further(folder, self._name(folder.parent))
+        elif _has_parts(folder):
+            if folder == self.top:
+                self._prefix = _own_name(self.top)
+            used, passed = self._model(folder)
+        self._lone(folder, inside, used)
+        below = [each for each in inside if each.is_dir() and each.name not in passed]
+        if folder in self._ours:
+            self._ours.update(below)
+        elif _is_run(folder):
+            self._ours.update(each for each in below if each.name in _LEFT)
+        return below
+
+    def _model(self, folder: pathlib.Path) -> tuple[set[str], set[str]]:
+        """The rows of a model's folder.
+
+        Returns the names of the files that are accounted for, and of the folders that
+        are parts of a pipeline that is refused.
+        """
+        name = self._name(folder)
+        others = _other_parts(folder / "model_index.json")
+        try:
+            network = convert.network_folder(folder)
+        except InputError:  # who reads the model is told
+            self.rows.append((name, folder))
+            self._claimed.add(folder / "unet")
+            return set(), others
+        place: pathlib.Path | InputError = folder
+        alone = True
+        try:
+            chosen = choose(network, self.variant)
+            if self.variant is not None:
+                place = chosen.principal
+        except InputError as error:
+            if self.variant is not None:
+                place = error
+            else:  # several variants have a row each
+                alone = len(weight_sets(network)) < 2
+        if alone:
+            self.rows.append((name, place))
+        if network != folder:
+            self._claimed.add(network)
+            return set(), others
+        return self._further(folder, name), others
+
+    def _further(self, network: pathlib.Path, name: str) -> set[str]:
+        """Rows for weights beside those that are scanned, if they hold other arrays.
+
+        Returns the names of all files of weights.
+        """
+        sets = weight_sets(network)
+        try:
+            chosen = choose(network, self.variant)
+        except InputError:  # who reads the model is told
+            chosen = None
+        used = set()
+        for each in sets:
+            used.add(each.principal.name)
+            try:
+                used.update(path.name for path in each.files())
+            except InputError:
+                pass
+            if each == chosen or (chosen is None and len(sets) == 1):
+                continue
+            if chosen is None or not self._same(each, chosen):
+                self.rows.append((f"{name}.{each.label()}", each.principal))
+        return used
+
+    def _same(self, each: WeightSet, chosen: WeightSet) -> bool:
+        try:
+            equal = same(chosen, each)
+        except InputError:
+            return False
+        if equal:
+            self.notes.append(
+                f"{each.principal} holds the weights of {chosen.principal.name}"
+            )
+        return equal
+
+    def _lone(
+        self, folder: pathlib.Path, inside: Sequence[pathlib.Path], used: set[str]
+    ) -> None:
+        """A row for files that may be weights and have no configuration."""
+        found: list[str] = []
+        states: list[str] = []
+        ours = folder in self._ours
+        for path in inside:
+            kind = _KINDS.get(path.suffix.lower())
+            if path.name in _ORBAX:
+                kind = "Orbax"
+            if kind is None or path.name in used or path.is_dir():
+                continue
+            if path.name == _TRUTH or path.name.endswith(f".{_TRUTH}"):
+                continue
+            if ours or _STATES.fullmatch(path.name) or _is_copy(path):
+                states.append(path.name)
+            else:
+                found.append(f"{path.name} ({kind})")
+        if states:
+            what = "a run by this program" if ours or _is_run(folder) else "a training"
+            self.notes.append(f"{folder} has files of {what}: {shortened(states)}")
+        if found:
+            more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+            error = ConvertError(
+                f"{folder} has files that may be weights, without a configuration, so "
+                f"they are not scanned: {', '.join(found[:NAMED])}{more}; a model is a "
+                "folder with unet/config.json"
+            )
+            self.rows.append((self._name(folder, "loose"), error))
+
+
+def _own_name(folder: pathlib.Path) -> str:
+    """The name of a folder that was given: of the run, or of the Hub's model."""
+    whole = pathlib.Path(os.path.realpath(folder))
+    if whole.name in (convert.FOLDER, "unet"):
+        return whole.parent.name
+    if whole.parent.name == "snapshots":  # of the Hub's cache
+        return whole.parents[1].name
+    return whole.name
+
+
+def _has_parts(folder: pathlib.Path) -> bool:
+    """Whether this is a model, or has parts of one, so that it is not passed over."""
+    if convert.is_model(folder) or weight_sets(folder):
+        return True
+    return any(os.path.lexists(folder / part) for part in ("model_index.json", "unet"))
+
+
+def _other_parts(index: pathlib.Path) -> set[str]:
+    """The folders of a pipeline's other parts, for which the whole is refused."""
+    try:
+        found = read_json(index) if index.is_file() else {}
+    except ConvertError:
+        return set()
+    return {
+        name
+        for name, value in found.items()
+        if isinstance(value, list) and any(value) and name not in ("unet", "scheduler")
+    }
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+    """Whether a run of ours has its configuration here."""
+    path = folder / "config.json"
+    try:
+        return path.is_file() and read_json(path).get("type") in _RUNS
+    except ConvertError:
+        return False
+
+
+def _is_copy(path: pathlib.Path) -> bool:
+    """Whether this is the second copy of the model that a run of ours keeps."""
+    model = path.parent / convert.FOLDER
+    if path.name != "weights.safetensors" or not convert.is_model(model):
+        return False
+    try:
+        flat = safetensors.numpy.load_file(path)
+        with entries(choose(model / "unet")) as stored:
+            theirs = {entry.name: entry.read() for entry in stored}
+    except (InputError, OSError, ValueError, safetensors.SafetensorError):
+        return False
+    nested: dict = {}
+    for name, value in flat.items():
+        *modules, leaf = name.split(".")
+        home = nested
+        for module in modules:
+            home = home.setdefault(module, {})
+        home[leaf] = value
+    try:
+        ours = to_torch(nested)
+    except (KeyError, ValueError):
+        return False
+    return ours.keys() == theirs.keys() and all(
+        np.array_equal(ours[name], theirs[name]) for name in ours
+    )
