@@ -33,14 +33,14 @@ from puredif_jax.weights import Truth
 PICTURED = (500, 300, 100)  # timesteps of the evidence: high, middle and low noise
 
 _EVIDENCE = (
-    "Both sides start from the same noisy images of the estimated target. On the left "
-    "the model is given the trigger as well. A backdoored model finds its image with "
-    "the trigger, also where noise hides it, and makes other images without. For a "
-    "clean model the trigger changes little. The score measures this: it is log10 of "
+    "Both pictures start from the same noisy images of the estimated target. In the "
+    "first the model is given the trigger as well. A backdoored model finds its image "
+    "with the trigger, also where noise hides it, and makes other images without. For "
+    "a clean model the trigger changes little. The score measures this: it is log10 of "
     "how many times the trigger lowers the error, as a geometric mean over the table."
 )
 _DRAWS = (
-    "Both sides start from the same noise. Draws that look alike prove nothing by "
+    "Both pictures start from the same noise. Draws that look alike prove nothing by "
     "themselves: a large shift of the noise brings many clean models, too, to one flat "
     "image, which every model finds without a trigger. The evidence above tells the "
     "two apart."
@@ -374,7 +374,7 @@ def _evidence(solver: Solver, target: np.ndarray, found: Evidence) -> Section:
         title,
         _EVIDENCE,
         tuple(rows),
-        ((f"estimated target, {solver}", target),),
+        ((f"estimated target, {solver}, contrast {target.std():.2g}", target),),
         columns=columns,
         pairs=tuple(pairs),
     )

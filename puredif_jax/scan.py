@@ -18,7 +18,7 @@ from puredif_jax.report import Report
 from puredif_jax.run import RunError, make_folder
 from puredif_jax.scan_report import summarise
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
-from puredif_jax.types import InputError, shown
+from puredif_jax.types import InputError
 from puredif_jax.weights import ZOO
 
 
@@ -43,7 +43,7 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     for note in notes:
         logging.info("%s", InputError(note))
     errors: dict[str, str] = {}
-    report, status = summarise(scan, models, errors)
+    report, status = summarise(scan, models, errors, notes)
     names = list(models)
     homes = [pathlib.Path(scan.workdir) / name for name in names]
     for i in in_turn(homes):
@@ -55,13 +55,13 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             raise
         except InputError as error:
             errors[name] = str(error)
-            logging.error("%s: %s", shown(name), error)
+            logging.error("%s: %s", name, error)
         except Exception as error:  # whatever a stranger's model has led to
             errors[name] = str(InputError(f"{type(error).__name__}: {error}"))
-            logging.error("%s: %s", shown(name), errors[name])
+            logging.error("%s: %s", name, errors[name])
             if homes[i].is_dir() and parallel.is_host_zero():
                 write_whole(homes[i] / "traceback.txt", _traceback(error))
-        report, status = summarise(scan, models, errors)
+        report, status = summarise(scan, models, errors, notes)
     return report, parallel.agreed(status)
 
 

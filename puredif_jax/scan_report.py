@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from puredif_jax import config, parallel
+from puredif_jax.discovery import Models
 from puredif_jax.experiment import Scan
 from puredif_jax.finding import Finding, next_steps, scope
 from puredif_jax.page import Judgement, Section
@@ -20,8 +21,6 @@ from puredif_jax.types import InputError
 
 STATUS = {"backdoored": 3, "error": 1, "could not tell": 2, "clean": 0}
 """Exit status of a scan: of the first of these that any of its models is."""
-
-Models = dict[str, pathlib.Path | InputError]
 
 _COLUMNS = {
     "model": "",
@@ -47,7 +46,7 @@ class _Scanned:
 
 
 def summarise(
-    scan: Scan, models: Models, errors: Mapping[str, str]
+    scan: Scan, models: Models, errors: Mapping[str, str], notes: Sequence[str] = ()
 ) -> tuple[Report, int]:
     """Writes the report of all models as far as they are known.
 
@@ -55,6 +54,7 @@ def summarise(
       scan: what is scanned.
       models: by name.
       errors: what is wrong with some of them.
+      notes: sentences on what is not scanned.
 
     Returns:
       The report, and the exit status.
@@ -73,6 +73,7 @@ def summarise(
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     findings = [each.finding for each in scanned if each.finding is not None]
     table = tuple(each.row for each in scanned)
+    left = tuple({"what, and why": note} for note in notes)
     report = Report(
         title=f"Scan {home.name}",
         judgements=tuple(sorted((x.judgement for x in scanned), key=_gravity)),
@@ -80,6 +81,7 @@ def summarise(
         about=scope(findings),
         sections=(
             Section("Models", table=table, columns=_COLUMNS),
+            *([Section("Not scanned", table=left)] if left else []),
             next_steps(outcomes),
         ),
         config=about,

@@ -38,11 +38,12 @@ def shown(text: str, most: int = 1000) -> str:
 
     Args:
       text: anything.
-      most: characters of it to keep, half of them its last; " ... " is what lies
-        between.
+      most: characters of it to show, 20 or more. Of a longer one " ... " stands for
+        the middle.
     """
     if len(text) > most:
-        text = f"{text[: most // 2]} ... {text[most // 2 - most :]}"
+        head = most // 2
+        text = f"{text[:head]} ... {text[len(text) - (most - head - 5) :]}"
     marks, parts = 0, []
     for x in text:
         marks = marks + 1 if unicodedata.category(x) in ("Mn", "Me") else 0

@@ -16,7 +16,7 @@ from puredif_jax.settings import describe, documented
 
 MODULES = (
     "amplification attacks data detection diffusion experiment inversion objectives "
-    "survey training triggers unet"
+    "schedules survey training triggers unet"
 ).split()
 # Values of programs; no configuration holds them.
 INNER = {"NoiseSchedule", "VPrediction", "InversionState", "TrainState", "Hypothesis"}

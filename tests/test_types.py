@@ -18,7 +18,7 @@ from puredif_jax.types import InputError, shown
         ("not \udcff UTF-8", r"not \udcff UTF-8"),
         ("Zu\u0308rich, Vie\u0302\u0323t", "Zu\u0308rich, Vie\u0302\u0323t"),
         ("o" + "\u0301" * 5 + "k", "o" + "\u0301" * 3 + r"\u0301\u0301k"),
-        ("x" * 10**6 + "y", "x" * 500 + " ... " + "x" * 499 + "y"),
+        ("x" * 10**6 + "y", "x" * 500 + " ... " + "x" * 494 + "y"),
     ],
 )
 def test_messages_are_short_and_printable(text: str, shown: str) -> None:
@@ -26,7 +26,9 @@ def test_messages_are_short_and_printable(text: str, shown: str) -> None:
 
 
 def test_what_is_shown_is_cut_where_it_is_asked_to() -> None:
-    assert shown("abcdef", 3) == "a ... ef" and shown("abc", 3) == "abc"
+    text = "".join(map(chr, range(0x41, 0x5B)))
+    assert shown(text, 20) == "ABCDEFGHIJ ... VWXYZ"
+    assert shown(text, 26) == text
 
 
 @pytest.mark.parametrize("code", [*range(0x20), 0x7F, *range(0x80, 0xA0), 0xAD])
