@@ -18,7 +18,7 @@ another one, or those that the user has given."""
 
 _CLAUSES: dict[Calibration, str] = {
     "this network": "calibrated for this network",
-    "another network": "not calibrated for this network",
+    "another network": "not calibrated for this network and search",
     "given scores": "calibrated with the scores that were given",
 }
 _NOT_CALIBRATED = (
