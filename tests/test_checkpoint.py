@@ -23,6 +23,7 @@ from absl import logging as absl_logging
 
 from puredif_jax import checkpoint, parallel
 from puredif_jax.checkpoint import CheckpointError, Checkpoints
+from puredif_jax.files import WriteError
 from puredif_jax.training import TrainState
 
 ROOT = Path(__file__).parents[1]
@@ -360,7 +361,7 @@ def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch, broken):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match="cannot be written .disk full."):
         checkpoint.save_weights(path, {"other": np.zeros(3)}, {})
     assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == before
 
