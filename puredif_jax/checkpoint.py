@@ -328,7 +328,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _leaf(entry: _Entry, packed: np.ndarray, like: Any) -> Any:
     """The leaf of this entry, on the devices of `like`."""
-    value = packed[slice(*entry.span)].view(np.uint32 if entry.impl else like.dtype)
+    value: Any = packed[slice(*entry.span)].view(np.uint32 if entry.impl else like.dtype)
     value = value.reshape(entry.shape + ([-1] if entry.impl else []))
     if like.sharding:
         put = jax.make_array_from_callback

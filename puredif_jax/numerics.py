@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -56,11 +57,12 @@ class Numerics:
         """Those of this process, on so many devices."""
         installed = {d.name: d.version for d in importlib.metadata.distributions()}
         first = jax.devices()[0]
+        option = functools.partial(getattr, jax.config)
         return cls(
-            x64=bool(jax.config.read("jax_enable_x64")),
+            x64=bool(option("jax_enable_x64")),
             platform=first.platform,
-            matmul_precision=str(jax.config.read("jax_default_matmul_precision")),
-            threefry_partitionable=bool(jax.config.read("jax_threefry_partitionable")),
+            matmul_precision=str(option("jax_default_matmul_precision")),
+            threefry_partitionable=bool(option("jax_threefry_partitionable")),
             device=first.device_kind,
             devices=devices,
             xla_flags=os.environ.get("XLA_FLAGS", ""),

@@ -7,10 +7,10 @@ seeds; `put` keeps the rows that belong to it and `gather` brings results back.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import pathlib
-import signal
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from puredif_jax import signals
 from puredif_jax.types import Array, InputError, Shard, unsharded
 
 LOST = 30  # seconds without a sign of life after which a process counts as dead
@@ -30,11 +31,10 @@ class Stopped(Exception):
     """The program was told to end (SIGTERM), and all that was done is stored."""
 
 
-class _Stop:
-    """Whether a SIGTERM has come, and how often that was asked."""
+class _Asked:
+    """How often `must_stop` was called."""
 
-    signalled = False
-    asked = 0
+    times = 0
 
 
 def stop_on_sigterm() -> None:
@@ -42,22 +42,15 @@ def stop_on_sigterm() -> None:
 
     With several processes JAX itself listens, and tells all of them.
     """
-    if jax.process_count() > 1:
-        return
-
-    def note(number: int, frame: Any) -> None:
-        del number, frame
-        _Stop.signalled = True
-
-    signal.signal(signal.SIGTERM, note)
+    signals.work(sigterm=jax.process_count() == 1)
 
 
 def must_stop() -> bool:
     """Whether a SIGTERM came, to any of the processes; all must ask as often."""
-    _Stop.asked += 1
+    _Asked.times += 1
     if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(_Stop.asked)
-    return _Stop.signalled
+        return multihost_utils.reached_preemption_sync_point(_Asked.times)
+    return signals.must_stop()
 
 
 def safe_point(stop: bool | None = None) -> None:
@@ -145,6 +138,29 @@ def use_cores() -> None:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     devices = 2 ** int(math.log2(min(cores, 8)))
     jax.config.update("jax_num_cpu_devices", devices)
+
+
+def describe_devices() -> str:
+    """How many devices of which kind there are; the first call that touches one.
+
+    Raises:
+      InputError: JAX finds none, or not that of JAX_PLATFORMS.
+    """
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # what is absent
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        asked = jax.config.read("jax_platforms")
+        said = str(error).partition("\n")[0]
+        remedy = (
+            f"JAX_PLATFORMS={asked} asks for it: unset that, or set it to cpu"
+            if asked
+            else "JAX_PLATFORMS=cpu does without"
+        )
+        raise InputError(f"JAX has no such device ({said}); {remedy}") from error
+    kind = devices[0].device_kind
+    named = "" if kind == devices[0].platform else f" ({kind})"
+    return f"{len(devices)} x {devices[0].platform}{named}"
 
 
 def make_mesh(count: int = 0) -> Mesh:

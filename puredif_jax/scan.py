@@ -19,7 +19,7 @@ from puredif_jax.diffusion import DDIM, DDPM
 from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.lab import ZOO
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import RunError, make_folder, report_of
+from puredif_jax.run import RunError, bind_scan, report_of
 from puredif_jax.stages import FOLDER, numbered
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.types import InputError
@@ -47,10 +47,15 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
       InputError: there is no model at all where they are named, or `workdir` is a
         folder of models.
     """
+    scan = scan.located()
     config.check(scan)
     models = find_models(scan)
     _keep_apart(scan, models)
-    make_folder(pathlib.Path(scan.workdir))
+    given = bind_scan(pathlib.Path(scan.workdir), config.to_dict(scan))
+    if given != scan.model:  # the table has models of earlier calls
+        scan = dataclasses.replace(scan, model=given)
+        models = find_models(scan)
+        _keep_apart(scan, models)
     keep_programs(scan.workdir)
     errors: dict[str, str] = {}
     report, status = _summary(scan, models, errors)
