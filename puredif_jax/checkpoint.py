@@ -315,8 +315,8 @@ def _head(file: Any, name: str) -> _Head:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Keeps out what Orbax logs below an error; its failures are exceptions."""
-    return record.levelno >= logging.ERROR or "/orbax/" not in record.pathname
+    """Keeps out what Orbax logs: its failures are exceptions, and become sentences."""
+    return "/orbax/" not in record.pathname
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

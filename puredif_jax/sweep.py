@@ -7,6 +7,7 @@ import dataclasses
 import os
 import pathlib
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -61,7 +62,11 @@ def perform_sweep(sweep: Sweep) -> Report | None:
 
 
 def keep_programs(workdir: str) -> None:
-    """Compiled programs go into a folder there, unless the environment names one."""
+    """Compiled programs go into a folder there, unless the environment names one.
+
+    On a full disk they are not kept, without a word for each: the run itself says so.
+    """
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
     jax.config.update(
         "jax_compilation_cache_dir",
         os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{workdir}/compiled",
