@@ -172,9 +172,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             absl_logging.warning(
                 "%s: %s",
                 self._path,
-                f"step {found[0]} is taken instead, {bad[0] - found[0]} steps are lost"
+                f"step {found[0]} is taken instead; steps lost: {bad[0] - found[0]}"
                 if found
-                else f"no step is whole, so all {bad[0]} steps are lost",
+                else f"no step is whole; steps lost: {bad[0]}",
             )
         return found
 
@@ -328,7 +328,9 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _leaf(entry: _Entry, packed: np.ndarray, like: Any) -> Any:
     """The leaf of this entry, on the devices of `like`."""
-    value: Any = packed[slice(*entry.span)].view(np.uint32 if entry.impl else like.dtype)
+    value: Any = packed[slice(*entry.span)].view(
+        np.uint32 if entry.impl else like.dtype
+    )
     value = value.reshape(entry.shape + ([-1] if entry.impl else []))
     if like.sharding:
         put = jax.make_array_from_callback
@@ -365,8 +367,9 @@ def _why(error: BaseException) -> str:
     """What the system has said, out of an error of TensorStore, or its first line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    told = re.search(r"OS error \d+: (?:\w+ )?([^\]\n]+)", str(error))
-    return told[1] if told else (str(error) or type(error).__name__).splitlines()[0]
+    if told := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(told[1]))
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _compare(

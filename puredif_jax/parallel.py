@@ -11,6 +11,8 @@ import logging
 import math
 import os
 import pathlib
+import resource
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -149,15 +151,15 @@ def describe_devices() -> str:
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # what is absent
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        asked = jax.config.read("jax_platforms")
-        said = str(error).partition("\n")[0]
+    except (RuntimeError, AssertionError) as error:  # of a CUDA that is not installed
+        asked = getattr(jax.config, "jax_platforms", None)
+        said = str(error).partition("\n")[0] or "it is not installed"
         remedy = (
             f"JAX_PLATFORMS={asked} asks for it: unset that, or set it to cpu"
             if asked
             else "JAX_PLATFORMS=cpu does without"
         )
-        raise InputError(f"JAX has no such device ({said}); {remedy}") from error
+        raise InputError(f"JAX can use no device ({said}); {remedy}") from error
     kind = devices[0].device_kind
     named = "" if kind == devices[0].platform else f" ({kind})"
     return f"{len(devices)} x {devices[0].platform}{named}"
@@ -306,6 +308,15 @@ def _free_memory() -> int:
             counts = dict(line.split() for line in stat.splitlines())
             free.append(int(most) - int(used) + int(counts.get(cached, 0)))
     return min(free) // len(jax.local_devices())
+
+
+def peak_memory() -> tuple[int, int | None]:
+    """Most bytes so far of this process on the host, and on a device of its own."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host = peak if sys.platform == "darwin" else 1024 * peak
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    most = max(found.get("peak_bytes_in_use", 0) for found in stats)
+    return host, most or None
 
 
 def is_host_zero() -> bool:

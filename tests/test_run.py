@@ -117,6 +117,131 @@ def test_a_stop_stores_whatever_the_time(tmp_path, monkeypatch) -> None:
     assert count(tmp_path, 1e9) == ([4, 5, 6, 8], 45)
 
 
+def harm(path: pathlib.Path) -> None:
+    """Flips a bit in the middle of a file, or of every file of a folder."""
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog) -> None:
+    """Named, with the steps lost; and an empty folder of a later step is in no way."""
+    with pytest.raises(Broken):
+        count(tmp_path, 0.0, fail_at=6)
+    folder = tmp_path / "checkpoints" / "count"
+    harm(folder / "6")
+    (folder / "7").mkdir()
+    assert count(tmp_path, 0.0) == ([4, 5, 6, 8], 45)
+    assert f"checkpoint {folder}/6 is damaged" in caplog.text
+    assert "step 4 is taken instead; steps lost: 3" in caplog.text
+    assert (folder / "6.damaged").is_dir() and (folder / "7.damaged").is_dir()
+    rows = run.Metrics(tmp_path).read("count")
+    np.testing.assert_array_equal(rows["step"], [1, 2, 4, 5, 6, 8, 10])
+
+
+def test_a_loop_without_a_whole_checkpoint_begins_again(tmp_path, caplog) -> None:
+    with pytest.raises(Broken):
+        count(tmp_path, 0.0, fail_at=4)
+    folder = tmp_path / "checkpoints" / "count"
+    for step in folder.iterdir():
+        harm(step)
+    assert count(tmp_path, 1e9) == ([0, 1, 2, 4, 6, 8], 45)
+    assert "no step is whole; steps lost: 4" in caplog.text
+
+
+def test_a_result_that_is_damaged_is_named_and_made_again(tmp_path, caplog) -> None:
+    here = Run(str(tmp_path), {}, parallel.make_mesh(1), 0.0)
+    here.once("one", lambda: {"x": np.arange(3)})
+    harm(tmp_path / "results" / "one.npz")
+    again = here.once("one", lambda: {"x": np.arange(4)})
+    np.testing.assert_array_equal(again["x"], np.arange(4))
+    assert "one.npz is damaged" in caplog.text
+    np.testing.assert_array_equal(here.once("one", dict)["x"], np.arange(4))
+
+
+def test_scalars_that_are_damaged_are_named_and_left_out(tmp_path, caplog) -> None:
+    metrics = run.Metrics(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write("x", step, seconds=float(step))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    for harmed in (lines[1].replace("2.0", "9.0"), "7", "[]", "{", '{"a": 1}'):
+        path.write_text("\n".join([lines[0], harmed, lines[2], '{"torn']))
+        caplog.clear()
+        assert metrics.seconds("x") == 4
+        np.testing.assert_array_equal(metrics.read("x")["step"], [1, 3])
+        assert "line 2 is damaged" in caplog.text and "line 4" not in caplog.text
+    metrics.rewind("x", 3)
+    assert path.read_text().splitlines() == [lines[0], lines[2]]
+
+
+def test_the_report_of_a_run_that_is_damaged_is_none(tmp_path, caplog) -> None:
+    report = sealed.seal({"config": AUDIT, "numbers": {"p": 0.905}})
+    text = json.dumps(report)
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    assert run.report_of(tmp_path, AUDIT) == report
+    for harmed in (text.replace("0.905", "0.005"), text[:-9], "", "[]"):
+        path.write_text(harmed)
+        caplog.clear()
+        assert run.report_of(tmp_path, AUDIT) is None
+        assert "report.json is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"a": "xyz"}'])
+def test_inputs_of_a_run_that_has_begun_are_known_or_it_is_refused(
+    tmp_path, content
+) -> None:
+    run.pin(tmp_path, {"a": "abc"})
+    (tmp_path / "results").mkdir()
+    run.pin(tmp_path, {"a": "abc"})
+    path = tmp_path / "inputs.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(RunError, match="--config.workdir, or remove the folder"):
+        run.pin(tmp_path, {"a": "abc"})
+
+
+def test_a_folder_belongs_to_one_kind_of_work(tmp_path) -> None:
+    scanned, swept, single = (tmp_path / name for name in ("scan", "sweep", "run"))
+    scan = {"model": ["a"], "draws": 8}
+    run.bind_scan(scanned, scan)
+    run.bind_sweep(swept)
+    Run(str(single), AUDIT, parallel.make_mesh(1), 0.0)
+    for folder, holds in ((scanned, "scan"), (swept, "sweep"), (single, "run")):
+        for kind, enter in (
+            ("run", lambda folder: run.is_run(folder, AUDIT)),
+            ("scan", lambda folder: run.bind_scan(folder, scan)),
+            ("sweep", run.bind_sweep),
+        ):
+            if kind == holds:
+                enter(folder)
+            else:
+                with pytest.raises(RunError, match=f"holds a {holds}, not a {kind}"):
+                    enter(folder)
+    (tmp_path / "old" / "results").mkdir(parents=True)
+    with pytest.raises(RunError, match="has results, and no config.json"):
+        run.is_run(tmp_path / "old", AUDIT)
+
+
+def test_a_scan_keeps_its_table(tmp_path) -> None:
+    """Its models become more; other settings are refused once a model was begun."""
+    scan = {"model": ["a", "b"], "draws": 8, "workdir": "here", "offline": False}
+    scan["audit"] = AUDIT["audit"]
+    assert run.bind_scan(tmp_path, scan) == ("a", "b")
+    other = scan | {"model": ["c", "a"], "workdir": "there", "offline": True}
+    other["audit"] = OTHER_DETECTOR["audit"]
+    assert run.bind_scan(tmp_path, other) == ("a", "b", "c")
+    assert run.bind_scan(tmp_path, scan) == ("a", "b", "c")
+    assert run.bind_scan(tmp_path, scan | {"draws": 16}) == ("a", "b")
+    (tmp_path / "a" / "results").mkdir(parents=True)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(RunError, match="holds a scan with another draws"):
+        run.bind_scan(tmp_path, scan)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
 def test_process_0_decides_what_is_done(tmp_path, monkeypatch) -> None:
     here = Run(str(tmp_path), {}, parallel.make_mesh(1), 0.0)
     first = here.once("three", lambda: {"x": np.arange(3)})
