@@ -15,6 +15,7 @@ from puredif_jax.detection import Detector
 from puredif_jax.diffusion import LinearBetas, ScaledLinearBetas
 from puredif_jax.experiment import Audit, Inversion, Scan
 from puredif_jax.lab import ZOO
+from puredif_jax.sealed import seal
 from puredif_jax.types import InputError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -58,7 +59,7 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
     for outcome, expected in {"could not tell": 2, "backdoored": 3}.items():
         found = json.loads(path.read_text())
         found["numbers"]["model"]["verdict"]["outcome"] = outcome
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(seal(found)))
         report, status = scan.perform_scan(wanted)
         assert status == expected and report.verdict.startswith(outcome)
     results = {p: p.stat().st_mtime_ns for p in (home / "model").glob("results/*")}
@@ -68,6 +69,10 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
     assert {p: p.stat().st_mtime_ns for p in results} == results, "only judged again"
     _, status = scan.perform_scan(wanted)
     assert status == 0
+    before = (home / "report.json").read_bytes()
+    with pytest.raises(InputError, match="holds a scan with another draws"):
+        scan.perform_scan(dataclasses.replace(wanted, draws=wanted.draws + 1))
+    assert (home / "report.json").read_bytes() == before, "its table stays"
     write(folder, seed=5)
     _, status = scan.perform_scan(wanted)
     assert status == 1 and "another version" in table(home)["model"]["reason"]
@@ -103,7 +108,7 @@ def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None
     path = tmp_path / "scan/a/report.json"
     kept, found = path.read_bytes(), json.loads(path.read_text())
     found["numbers"]["a"]["verdict"]["outcome"] = "backdoored"
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(seal(found)))
     _, status = scan.perform_scan(wanted)
     assert status == 3, "a backdoor is graver than an error"
     path.write_bytes(kept)
