@@ -60,14 +60,10 @@ class Checkpoints(contextlib.AbstractContextManager):
     leaves lies beside it, with the SHA-256 of both. Leaves that are split over
     processes are gathered: the states of this package are whole on every device.
 
-    The train state of the package's network (620 arrays, 10 MB), on two CPU cores, in
-    seconds, by `benchmarks/checkpoints.py`:
-
-    |                      | save blocks | save in all | restore |
-    | -------------------- | ----------- | ----------- | ------- |
-    | packed, with digest  | PACKED |
-    | Orbax, NumPy arrays  | NUMPY |
-    | Orbax, JAX arrays    | JAX |
+    Milliseconds for the train state of the package's network (620 arrays, 10 MB) on two
+    CPU cores, by `benchmarks/checkpoints.py`: a save blocks the loop for 41 and is on
+    the disk after 108, a restore takes 44. As Orbax lays out the same arrays of NumPy
+    it is 75, 333 and 187; of JAX 194, 796 and 514.
     """
 
     def __init__(self, directory: Path, keep: int | None = 2) -> None:

@@ -260,7 +260,8 @@ class Experiment:
       prediction: what the network predicts, by the name that diffusers has for it.
       devices: how many to use; 0 for all.
       seed: root of all randomness.
-      chunk: steps of a loop in one dispatch.
+      chunk: most steps of a loop in one dispatch, which lasts some seconds at most;
+        and the steps of a row of its scalars.
       save_every: seconds, at least, between two checkpoints of a loop. The last step
         and a SIGTERM make one anyhow.
     """
@@ -393,7 +394,8 @@ class Scan:
       offline: take from the Hub only what has been downloaded before.
       devices: how many to use; 0 for all.
       seed: root of all randomness.
-      chunk: steps of a loop in one dispatch.
+      chunk: most steps of a loop in one dispatch, which lasts some seconds at most;
+        and the steps of a row of its scalars.
       save_every: seconds, at least, between two checkpoints of a loop.
     """
 

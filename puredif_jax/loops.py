@@ -35,6 +35,7 @@ from puredif_jax.objectives import (
 )
 from puredif_jax.parallel import Spread
 from puredif_jax.report import progress
+from puredif_jax.run import compiling
 from puredif_jax.survey import Survey
 from puredif_jax.training import Training, TrainState, trainer
 from puredif_jax.types import Array, Candidate, Key, Params, Shard
@@ -391,8 +392,9 @@ def _survey(
         ) as bar:
             for i in range(0, survey.triggers, survey.together):
                 group = slice(i, i + survey.together)
-                drawn = draw(params, hypothesis, triggers[group], keys[group])
-                images.append(parallel.gather(drawn))
+                with compiling(f"{stage}_survey", i == 0):
+                    drawn = draw(params, hypothesis, triggers[group], keys[group])
+                    images.append(parallel.gather(drawn))
                 bar.update(survey.together)
                 parallel.safe_point()
         pool = lab.run.replicate(np.concatenate(images))

@@ -129,7 +129,7 @@ class Run:
                 while start < total:
                     stop = min(start + steps, (start // chunk + 1) * chunk, total)
                     began = time.perf_counter()
-                    with compiling(stage):
+                    with compiling(stage, not row.calls):
                         state, info = advance(state, start, stop)
                         columns = parallel.gather(info._asdict())
                     seconds = time.perf_counter() - began
@@ -227,12 +227,13 @@ def _fitting(seconds: float, most: int) -> int:
 
 
 @contextlib.contextmanager
-def compiling(what: str) -> Iterator[None]:
-    """Says in the log that a call compiles, where it is not done in some seconds."""
+def compiling(what: str, first: bool) -> Iterator[None]:
+    """Says in the log that a first call compiles, where it takes some seconds."""
     text = "%s: its first call compiles, which can take minutes, or its steps are long"
     timer = threading.Timer(QUIET, logging.info, (text, what))
     timer.daemon = True
-    timer.start()
+    if first:
+        timer.start()
     try:
         yield
     finally:

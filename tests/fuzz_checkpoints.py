@@ -183,6 +183,7 @@ def fuzz(
     rng, fuzzed = random.Random(seed), Fuzzed(home)
     table: dict[str, collections.Counter[str]] = {}
     pairs = [(file, damage) for file in fuzzed.files() for damage in DAMAGES]
+    rng.shuffle(pairs)
     for i in range(count):
         file, damage = pairs[i % len(pairs)]
         outcome = fuzzed.go_on(file, damage, rng)

@@ -2,6 +2,7 @@
 
     python tests/fuzz_kills.py --count=20 --out=docs/results/fuzz_kills.json
 
+`--loops` takes some of them only; their results join those of the file that is there.
 Loops: a training, one with a backdoor, the inversion of a trigger, a training whose
 trigger is reinforced on the way, and a scan. Each is run once to its end. Then,
 `--count` times, it is killed at a random moment, goes on, and ends; all its results and
@@ -89,7 +90,7 @@ def start(config: pathlib.Path, workdir: pathlib.Path, log: pathlib.Path) -> int
 def lines(workdir: pathlib.Path, stage: str) -> list[dict]:
     """The scalars that a loop has written so far."""
     found = []
-    for path in sorted(workdir.rglob("metrics.jsonl")):
+    for path in (*workdir.glob("metrics.jsonl"), *workdir.glob("*/metrics.jsonl")):
         for line in path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
@@ -203,13 +204,15 @@ def main() -> int:
 
         del program, scan, stages
 
-        if "backdoor" not in options.loops:
-            options.loops.insert(0, "backdoor")  # whose model others read
-        options.loops.sort(key=list(LOOPS).index)
-        for loop in options.loops:
-            found[loop] = fuzz(home, loop, options.count, rng)
+        for loop in LOOPS:
+            if loop in options.loops:
+                found[loop] = fuzz(home, loop, options.count, rng)
+            elif loop == "backdoor":  # whose model others read
+                fuzz(home, loop, 0, rng)
     print(json.dumps(found, indent=2))
     if options.out:
+        if options.out.exists():
+            found = json.loads(options.out.read_text())["loops"] | found
         document = {"seed": options.seed, "loops": found}
         document["environment"] = report.environment()
         options.out.write_text(json.dumps(document, indent=2) + "\n")

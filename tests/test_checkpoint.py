@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import fuzz_checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,6 +251,15 @@ def test_what_a_killed_run_leaves_does_no_harm(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [2, 3]
         assert checkpoints.restore(3, like)["x"] == 33
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_training_survives_damage_to_what_it_has_stored(tmp_path):
+    """A few of tests/fuzz_checkpoints.py, drawn by the clock."""
+    seed = time.time_ns()
+    print(f"damages drawn by {seed}")  # shown if it fails
+    table = fuzz_checkpoints.fuzz(tmp_path, 5, seed, print)
+    assert fuzz_checkpoints.good(table) == 5, table
 
 
 def test_what_is_not_a_whole_checkpoint_of_its_step_is_set_aside(tmp_path, caplog):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import threading
 from typing import NamedTuple
 
 import jax
@@ -115,6 +116,17 @@ def test_a_stop_stores_whatever_the_time(tmp_path, monkeypatch) -> None:
         assert checkpoints.steps() == [4]
     monkeypatch.undo()
     assert count(tmp_path, 1e9) == ([4, 5, 6, 8], 45)
+
+
+def test_a_first_call_that_takes_long_is_said_to_compile(monkeypatch) -> None:
+    monkeypatch.setattr(run, "QUIET", 0.0)
+    said = threading.Event()
+    monkeypatch.setattr(run.logging, "info", lambda text, what: said.set())
+    with run.compiling("train", first=True):
+        assert said.wait(10)
+    said.clear()
+    with run.compiling("train", first=False):
+        assert not said.wait(0.05)
 
 
 def harm(path: pathlib.Path) -> None:
