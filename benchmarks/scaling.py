@@ -48,10 +48,11 @@ Program = tuple[Any, tuple[Any, ...]]  # jitted, and the shapes of its arguments
 Counts = dict[str, tuple[float, float]]  # number and bytes of each kind
 
 
-def collectives(text: str) -> tuple[Counts, Counts]:
+def collectives(text: str, around: int | None = None) -> tuple[Counts, Counts]:
     """Of a compiled program: those in its loops, by their trips, and the others.
 
-    Raises ValueError for collectives in a loop whose trips the program does not tell.
+    A loop whose trips the program does not tell goes round `around` times; without
+    that, collectives in one raise ValueError.
     """
     blocks: dict[str, list[str]] = {}
     name = entry = ""
@@ -75,7 +76,8 @@ def collectives(text: str) -> tuple[Counts, Counts]:
         for line in blocks[block]:
             if made := re.search(rf" = (.*?) ({KINDS})(?:-start)?\(", line):
                 add(once, {made[2]: (1, size_of(made[1]))}, 1)
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            trips = int(known[1]) if known else around
             parts = re.findall(r"(body|calls)=%?([\w.\-]+)", line)
             # Of a conditional all branches count, though only one is taken.
             branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
@@ -84,9 +86,9 @@ def collectives(text: str) -> tuple[Counts, Counts]:
             parts += [("branch", branch) for branch in branches]
             for role, called in parts:
                 inner, outer = count(called)
-                if role == "body" and not trips and (inner or outer):
+                if role == "body" and trips is None and (inner or outer):
                     raise ValueError(f"how often does this loop go round? {line}")
-                times = int(trips[1]) if trips and role == "body" else 1
+                times = trips if trips is not None and role == "body" else 1
                 add(looped, inner, times)
                 add(looped if role == "body" else once, outer, times)
         return looped, once

@@ -4,7 +4,8 @@
 
 FOLDER is a model's folder, that of a run which trained one, a folder of such folders, a
 text file that names one a line, or owner/name of the Hub; several are separated by
-commas. Without it the models of the package are scanned. Exit status: 0 clean, 1 error,
+commas. Without it the models of the package are scanned. The report goes into
+runs/scan-FOLDER, or into --config.workdir. Exit status: 0 clean, 1 error,
 2 could not tell, 3 backdoored (of several models the gravest: backdoored, then error,
 then could not tell).
 
@@ -16,4 +17,4 @@ from puredif_jax.experiment import Scan
 
 
 def get_config() -> Scan:
-    return Scan(workdir="runs/scan", model=("zoo",))
+    return Scan(model=("zoo",))

@@ -97,13 +97,18 @@ class Cost(NamedTuple):
 
     rows: a kind of step each, with its number, operations, memory and time.
     hours: of all of them.
-    memory: bytes on a device, of the largest.
+    memory: bytes on a device, of the largest program.
+    process: bytes of the host's memory at the peak of this process, which has done a
+      few steps of each part, as a run does; with Python, JAX and what XLA compiles.
+    device: bytes of a device's memory at that peak; None where it is the host's.
     parameters: of the largest model.
     """
 
     rows: tuple[Row, ...]
     hours: float
     memory: int
+    process: int
+    device: int | None
     parameters: int
 
     def __str__(self) -> str:
@@ -113,9 +118,13 @@ class Cost(NamedTuple):
             f"{row['times'] * row['seconds'] / 3600:.2g} hours"
             for row in self.rows
         ]
+        device = ""
+        if self.device is not None:
+            device = f", {self.device / 2**20:,.0f} MiB of a device"
         lines.append(
-            f"about {self.hours:.2g} hours, {self.memory / 2**20:.0f} MiB on a device "
-            f"at the peak, {self.parameters:,} parameters"
+            f"about {self.hours:.2g} hours, {self.process / 2**20:,.0f} MiB of the "
+            f"process at the peak{device}, {self.memory / 2**20:,.0f} MiB of it in the "
+            f"largest program, {self.parameters:,} parameters"
         )
         return "\n".join(lines)
 
@@ -168,6 +177,7 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
         found,
         sum(row["times"] * row["seconds"] for row in found) / 3600,
         max((row["memory"] for row in found), default=0),
+        *parallel.peak_memory(),
         max(sum(x.size for x in jax.tree.leaves(p)) for _, p, _ in labs.values()),
     )
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import hashlib
 import os
+import re
 from typing import Any, Literal, get_args
 
 from puredif_jax.amplification import Reinforcement
@@ -193,6 +195,17 @@ class Audit:
         if not self.hypotheses:
             raise ValueError(f"hypotheses must name one of {get_args(Solver)} or both")
 
+    @property
+    def plan(self) -> str:
+        """How each model is inverted, in words."""
+        count = sum(
+            inversion.evaluations
+            for solver in self.hypotheses
+            for inversion in self.methods(solver).values()
+        )
+        tried = " and ".join(self.hypotheses)
+        return f"(under {tried}, {count:,} evaluations of its network on an image)"
+
     def methods(self, solver: Solver) -> dict[str, Inversion]:
         """The inversions to run under one hypothesis, by name, ours first."""
         found = {"puredif": self.inversion}
@@ -240,7 +253,8 @@ class Experiment:
       prediction: what the network predicts, by the name that diffusers has for it.
       devices: how many to use; 0 for all.
       seed: root of all randomness.
-      chunk: steps of a loop in one dispatch.
+      chunk: most steps of a loop in one dispatch, which lasts some seconds at most;
+        and the steps of a row of its scalars.
       save_every: seconds, at least, between two checkpoints of a loop. The last step
         and a SIGTERM make one anyhow.
     """
@@ -279,6 +293,23 @@ class Experiment:
                 "audit.weights names 'trained', but the run has no training: give a "
                 "shipped model or a path"
             )
+
+    @property
+    def plan(self) -> str:
+        """What will be done, in words."""
+        parts = []
+        if self.training:
+            parts.append(f"{self.training.steps:,} steps of training")
+        if self.amplification:
+            count = len(self.amplification.snapshots)
+            parts.append(f"reinforcement of the trigger at {count} snapshots")
+        if self.training or self.weights:
+            parts.append("measuring of the model")
+        if self.audit:
+            count = len(self.audit.weights)
+            models = f"{count} models" if count > 1 else self.audit.weights[0]
+            parts.append(f"audit of {models} {self.audit.plan}")
+        return f"{self.workdir}: {', '.join(parts) or 'nothing but a report'}"
 
     @property
     def images(self) -> int:
@@ -320,6 +351,11 @@ class Sweep:
         if not self.chosen():
             raise ValueError(f"no run fits only={self.only!r}: there are {names}")
 
+    @property
+    def plan(self) -> str:
+        """What will be done, in words."""
+        return f"{self.workdir}: {len(self.chosen())} of {len(self.experiments)} runs"
+
     def chosen(self) -> tuple[Experiment, ...]:
         """The runs to do now, with their folders."""
         return tuple(
@@ -337,7 +373,7 @@ class Scan:
     done or is doing; the table of all is written anew after each model.
 
     Attributes:
-      workdir: folder of the scan.
+      workdir: folder of the scan; "" for runs/scan-MODEL, see `located`.
       model: folders of models or of runs that trained one, folders of such folders,
         text files that name one a line, or names of the Hub ("owner/name",
         "owner/name@revision", an address).
@@ -349,12 +385,13 @@ class Scan:
       scheduler: a folder or file for networks that have no scheduler of their own.
       devices: how many to use; 0 for all.
       seed: root of all randomness.
-      chunk: steps of a loop in one dispatch.
+      chunk: most steps of a loop in one dispatch, which lasts some seconds at most;
+        and the steps of a row of its scalars.
       save_every: seconds, at least, between two checkpoints of a loop.
     """
 
-    workdir: str
-    model: tuple[str, ...]
+    workdir: str = ""
+    model: tuple[str, ...] = ()
     audit: Audit = Audit(weights=())
     steps: int = 50
     draws: int = 64
@@ -367,7 +404,8 @@ class Scan:
     save_every: float = 60.0
 
     def __post_init__(self) -> None:
-        _at_home(self)
+        if self.workdir:
+            _at_home(self)
         _seeded(self)
         _at_least(self, steps=1, draws=2, devices=0, chunk=1, save_every=0)
         if not self.model:
@@ -377,3 +415,26 @@ class Scan:
                 f"the weights of a scan are those of its models, found "
                 f"audit.weights={self.audit.weights}"
             )
+
+    @property
+    def plan(self) -> str:
+        """What will be done, in words."""
+        return (
+            f"{self.workdir}: scan of {', '.join(self.model)}, each model there "
+            f"{self.audit.plan}"
+        )
+
+    def located(self) -> Scan:
+        """The same with a workdir, named after what is scanned where none is given.
+
+        Letters and digits of the names stay; a long one, or several, end in a part of
+        the SHA-256 of them.
+        """
+        if self.workdir:
+            return self
+        name = re.sub(r"[^\w.-]+", "-", self.model[0], flags=re.ASCII).strip("-.")
+        if len(self.model) > 1 or len(name) > 60 or not name:
+            whole = "\n".join(self.model).encode(errors="surrogateescape")
+            count = f"-and-{len(self.model) - 1}-more" if len(self.model) > 1 else ""
+            name = f"{name[-60:]}{count}-{hashlib.sha256(whole).hexdigest()[:8]}"
+        return dataclasses.replace(self, workdir=f"runs/scan-{name}")

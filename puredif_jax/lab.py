@@ -31,7 +31,7 @@ from puredif_jax.diffusion import Prediction, Sampler, predicting, sample
 from puredif_jax.memory import activations, sliced
 from puredif_jax.objectives import Hypothesis
 from puredif_jax.report import progress
-from puredif_jax.run import Run, RunError
+from puredif_jax.run import Run, RunError, compiling
 from puredif_jax.schedules import Betas
 from puredif_jax.types import Array, Candidate, Key, NoiseModel, Params
 from puredif_jax.unet import UNet
@@ -147,7 +147,7 @@ class Lab:
       unet, schedule: the network and its forward process.
       batch: images sampled together.
       seed: root of all randomness.
-      chunk: steps of a loop in one dispatch.
+      chunk: most steps of a loop in one dispatch.
       prediction: what the network predicts.
       images: most images that are sampled or inverted together.
 
@@ -281,7 +281,8 @@ class Lab:
         with progress(batches, 0, label, parallel.is_host_zero()) as bar:
             for i in range(batches):
                 key = jax.random.fold_in(root, i)
-                drawn.append(parallel.gather(program(params, delta, sign, key)))
+                with compiling(label, i == 0):
+                    drawn.append(parallel.gather(program(params, delta, sign, key)))
                 bar.update()
                 parallel.safe_point()
         return np.concatenate(drawn)[:count]

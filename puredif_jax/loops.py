@@ -35,6 +35,7 @@ from puredif_jax.objectives import (
 )
 from puredif_jax.parallel import Spread
 from puredif_jax.report import progress
+from puredif_jax.run import compiling
 from puredif_jax.survey import Survey
 from puredif_jax.training import Training, TrainState, trainer
 from puredif_jax.types import Array, Candidate, Key, Params, Shard
@@ -74,8 +75,8 @@ def train(
         loss = functools.partial(attacks.training_loss, lab.network, rows, chosen)
         return trainer(loss, training)
 
-    def advance(state: TrainState, batches: Array, trigger: Array | None):
-        return jax.lax.scan(made(trigger).step, state, batches)
+    def advance(state: TrainState, batches: Array, trigger: Array | None, count: Array):
+        return _steps(made(trigger).step, state, count, lab.chunk, batches)
 
     key_init, key_train = jax.random.split(lab.key)
 
@@ -83,10 +84,12 @@ def train(
         return made(None if poison is None else poison.trigger).init(params, key_train)
 
     def begin() -> TrainState:
+        if before is not None:  # the trigger is another from there on
+            return before
         init = jax.jit(unet.init)
         return fresh(init(key_init) if start is None else lab.load(start))
 
-    name = ("train", training, attack)
+    name = ("train", training, attack, lab.chunk)
     program = lab.program(name, lambda: jax.jit(advance, donate_argnums=0))
     if poison is not None:
         chosen = poison.trigger if trigger is None else trigger
@@ -94,26 +97,69 @@ def train(
     shapes = jax.eval_shape(fresh, jax.eval_shape(unet.init, key_init))
     snapshots = run.folder / "checkpoints" / "snapshots"
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
-        if parallel.agreed(until in kept.steps()):
-            return kept.restore(until, run.place(shapes)).ema_params
+        found = kept.restore_last(run.place(shapes), until)
+    first, before = found or (0, None)
+    if before is not None and first == until:
+        return before.ema_params
     pixels = images.load(unet.image_shape)
     sharding = parallel.along(run.mesh, None, "batch")
 
-    def chunk(state: TrainState, first: int, last: int):
+    def several(state: TrainState, first: int, last: int):
         chosen = data.order(len(pixels), lab.seed, first, last, training.batch)
+        count = last - first
 
         def rows(index: Any) -> np.ndarray:
-            return data.to_float(pixels[chosen[index[:2]]])
+            taken = data.to_float(pixels[chosen[:, index[1]]])
+            rest = [(0, lab.chunk - count), *[(0, 0)] * (taken.ndim - 1)]
+            return np.pad(taken, rest)  # of one shape: one program for any count
 
         # A host makes the images of its own devices only.
-        shape = (*chosen.shape, *unet.image_shape)
+        shape = (lab.chunk, training.batch, *unet.image_shape)
         batch = jax.make_array_from_callback(shape, sharding, rows)
-        return program(state, batch, trigger)
+        return program(state, batch, trigger, np.int32(count))
 
-    state = run.loop("train", chunk, begin, shapes, until, lab.chunk)
+    state = run.loop("train", several, begin, shapes, until, lab.chunk, first)
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         kept.save(until, state)
     return state.ema_params
+
+
+def _steps(
+    step: Callable[..., tuple[Any, Any]],
+    state: Any,
+    count: Array | int,
+    most: int,
+    inputs: Any = None,
+) -> tuple[Any, Any]:
+    """`count` steps of (state, input) -> (state, info); one program for any count.
+
+    So a result is the same bit for bit wherever the calls of a loop end.
+
+    Args:
+      step: what is repeated.
+      state: before the first step.
+      count: of steps; traced.
+      most: bound of it, and the rows of `inputs`.
+      inputs: arrays with a row for each step, or None.
+
+    Returns:
+      The state, and the infos, `[most, ...]`: those of steps not taken are 0.
+    """
+
+    def row(i: Array | int) -> Any:
+        at = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+        return jax.tree.map(at, inputs)
+
+    def body(i: Array, both: tuple[Any, Any]) -> tuple[Any, Any]:
+        state, infos = both
+        state, info = step(state, row(i))
+        put = jax.lax.dynamic_update_index_in_dim
+        return state, jax.tree.map(lambda x, y: put(x, y, i, 0), infos, info)
+
+    step = jax.jit(step, inline=True)  # traced once, here
+    _, info = jax.eval_shape(step, state, row(0))
+    infos = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), info)
+    return jax.lax.fori_loop(0, count, body, (state, infos))
 
 
 def reinforce(
@@ -255,21 +301,19 @@ class _Descent:
         hypothesis: Hypothesis,
     ) -> None:
         def advance(
-            params: Params, hypothesis: Hypothesis, state: InversionState, count: int
+            params: Params, hypothesis: Hypothesis, state: InversionState, count: Array
         ):
             candidates = state.candidate.delta.shape[0]
             step = make(hypothesis, parallel.spread(lab.run.mesh, candidates)).step
-            return jax.lax.scan(
-                lambda state, _: step(params, state), state, None, length=count
-            )
+            return _steps(lambda state, _: step(params, state), state, count, lab.chunk)
 
         self._lab, self._params, self._hypothesis = lab, params, hypothesis
         self._make = make
+        name = (name, lab.chunk)
         self._advance = lab.program(
             name,
             lambda: jax.jit(
                 advance,
-                static_argnums=3,
                 donate_argnums=2,
                 out_shardings=parallel.replicated(lab.run.mesh),
             ),
@@ -286,7 +330,7 @@ class _Descent:
         """The state `steps` after that of `begin`."""
 
         def advance(state: InversionState, start: int, stop: int):
-            count = stop - start
+            count = np.int32(stop - start)
             return self._advance(self._params, self._hypothesis, state, count)
 
         shapes = jax.eval_shape(begin)
@@ -349,8 +393,9 @@ def _survey(
         ) as bar:
             for i in range(0, survey.triggers, survey.together):
                 group = slice(i, i + survey.together)
-                drawn = draw(params, hypothesis, triggers[group], keys[group])
-                images.append(parallel.gather(drawn))
+                with compiling(f"{stage}_survey", i == 0):
+                    drawn = draw(params, hypothesis, triggers[group], keys[group])
+                    images.append(parallel.gather(drawn))
                 bar.update(survey.together)
                 parallel.safe_point()
         pool = lab.run.replicate(np.concatenate(images))

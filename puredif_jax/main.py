@@ -15,13 +15,17 @@ import os
 import pathlib
 import sys
 
+from puredif_jax import signals
+
+if __name__ == "__main__":
+    signals.watch()  # before the imports that take seconds
+
 from absl import app, flags, logging
 
 from puredif_jax import config, parallel, settings, terminal
 from puredif_jax.experiment import Experiment, Scan, Sweep
 from puredif_jax.types import InputError, shown
 
-STOPPED, INTERRUPTED = 143, 130  # exit status after SIGTERM and SIGINT, as of a shell
 _COST = flags.DEFINE_bool(
     "cost", False, "tell what the run would cost, from a few steps, and do not run it"
 )
@@ -48,7 +52,7 @@ def parse(argv: list[str]):
     if asked:
         print("\n".join(settings.describe(wanted)))
         sys.exit(0)
-    return wanted, remaining
+    return wanted.located() if isinstance(wanted, Scan) else wanted, remaining
 
 
 def main(parsed) -> None:
@@ -62,6 +66,7 @@ def main(parsed) -> None:
     try:
         parallel.initialize(os.environ)
         parallel.use_cores()
+        devices = parallel.describe_devices()
         # Imported after the devices are initialised.
         if _COST.value:
             from puredif_jax import cost
@@ -71,6 +76,10 @@ def main(parsed) -> None:
                 print(found)
             return
         parallel.stop_on_sigterm()
+        if parallel.is_host_zero():
+            logging.info(
+                "%s; on %s; --cost tells how long it takes", wanted.plan, devices
+            )
         if isinstance(wanted, Sweep):
             from puredif_jax.sweep import perform_sweep
 
@@ -89,12 +98,14 @@ def main(parsed) -> None:
                 report = perform(wanted)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # of a library: the disk, or a permission
+        sys.exit(f"error: {InputError(error)}")
     except parallel.Stopped as stopped:
         logging.warning("%s", stopped)
-        sys.exit(STOPPED)
+        sys.exit(signals.STOPPED)
     except KeyboardInterrupt:
-        logging.warning("interrupted: the same command goes on from what is stored")
-        sys.exit(INTERRUPTED)
+        logging.warning("interrupted: %s", signals.GOES_ON)
+        sys.exit(signals.INTERRUPTED)
     if report is None:
         logging.info("a call without only writes the table of all runs")
     elif parallel.is_host_zero():

@@ -7,10 +7,12 @@ seeds; `put` keeps the rows that belong to it and `gather` brings results back.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import pathlib
-import signal
+import resource
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from puredif_jax import signals
 from puredif_jax.types import Array, InputError, Shard, unsharded
 
 LOST = 30  # seconds without a sign of life after which a process counts as dead
@@ -30,11 +33,10 @@ class Stopped(Exception):
     """The program was told to end (SIGTERM), and all that was done is stored."""
 
 
-class _Stop:
-    """Whether a SIGTERM has come, and how often that was asked."""
+class _Asked:
+    """How often `must_stop` was called."""
 
-    signalled = False
-    asked = 0
+    times = 0
 
 
 def stop_on_sigterm() -> None:
@@ -42,22 +44,15 @@ def stop_on_sigterm() -> None:
 
     With several processes JAX itself listens, and tells all of them.
     """
-    if jax.process_count() > 1:
-        return
-
-    def note(number: int, frame: Any) -> None:
-        del number, frame
-        _Stop.signalled = True
-
-    signal.signal(signal.SIGTERM, note)
+    signals.work(sigterm=jax.process_count() == 1)
 
 
 def must_stop() -> bool:
     """Whether a SIGTERM came, to any of the processes; all must ask as often."""
-    _Stop.asked += 1
+    _Asked.times += 1
     if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(_Stop.asked)
-    return _Stop.signalled
+        return multihost_utils.reached_preemption_sync_point(_Asked.times)
+    return signals.must_stop()
 
 
 def safe_point(stop: bool | None = None) -> None:
@@ -145,6 +140,29 @@ def use_cores() -> None:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     devices = 2 ** int(math.log2(min(cores, 8)))
     jax.config.update("jax_num_cpu_devices", devices)
+
+
+def describe_devices() -> str:
+    """How many devices of which kind there are; the first call that touches one.
+
+    Raises:
+      InputError: JAX finds none, or not that of JAX_PLATFORMS.
+    """
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # what is absent
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # of a CUDA that is not installed
+        asked = getattr(jax.config, "jax_platforms", None)
+        said = str(error).partition("\n")[0] or "it is not installed"
+        remedy = (
+            f"JAX_PLATFORMS={asked} asks for it: unset that, or set it to cpu"
+            if asked
+            else "JAX_PLATFORMS=cpu does without"
+        )
+        raise InputError(f"JAX can use no device ({said}); {remedy}") from error
+    kind = devices[0].device_kind
+    named = "" if kind == devices[0].platform else f" ({kind})"
+    return f"{len(devices)} x {devices[0].platform}{named}"
 
 
 def make_mesh(count: int = 0) -> Mesh:
@@ -290,6 +308,15 @@ def _free_memory() -> int:
             counts = dict(line.split() for line in stat.splitlines())
             free.append(int(most) - int(used) + int(counts.get(cached, 0)))
     return min(free) // len(jax.local_devices())
+
+
+def peak_memory() -> tuple[int, int | None]:
+    """Most bytes so far of this process on the host, and on a device of its own."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host = peak if sys.platform == "darwin" else 1024 * peak
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    most = max(found.get("peak_bytes_in_use", 0) for found in stats)
+    return host, most or None
 
 
 def is_host_zero() -> bool:

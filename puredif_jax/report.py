@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -14,16 +13,19 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import numpy.typing as npt
+from absl import logging
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from puredif_jax.files import write_whole
+from puredif_jax.files import write_whole, writing
 from puredif_jax.page import Judgement, Section, plain, render
+from puredif_jax.sealed import seal
 from puredif_jax.types import shown
 
 # The folders of an absolute path or a URL, also one after "=" or in a list.
@@ -31,7 +33,11 @@ _FOLDERS = r"(?<![\w.\-])(?:\w+:/)?(?:~[^/,;:='\"]*)?/(?:[^,;:='\"]*/)?"
 
 
 class Metrics:
-    """The scalars of a run: `metrics.jsonl` in its folder, a JSON object a line."""
+    """The scalars of a run: `metrics.jsonl` in its folder, a JSON object a line.
+
+    Each line carries its CRC-32. One that is damaged is left out, with a word in the
+    log; the last line may be torn where a run was killed.
+    """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self._path = os.path.join(folder, "metrics.jsonl")
@@ -44,10 +50,12 @@ class Metrics:
 
     def write(self, stage: str, step: int, **scalars: npt.ArrayLike) -> None:
         """Appends a line; a value is a scalar or `[K]`, of numpy, jax or Python."""
-        row = json.dumps(plain({"stage": stage, "step": step, **scalars}))
-        os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:  # closed, so flushed
-            file.write(row + "\n")
+        row = plain({"stage": stage, "step": step, **scalars})
+        text = json.dumps(row | {"crc32": _crc(row)})
+        with writing(self._path):
+            os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:  # closed, so flushed
+                file.write(text + "\n")
 
     def read(self, stage: str) -> dict[str, np.ndarray]:
         """Columns `[rows]` or `[rows, K]`, nan where a row has none; "step" in int."""
@@ -68,9 +76,25 @@ class Metrics:
         if not os.path.exists(self._path):
             return
         with open(self._path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    yield line.rstrip("\n"), json.loads(line)
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = dict(json.loads(line))
+                    whole = row.pop("crc32") == _crc(row)
+                except (KeyError, TypeError, ValueError, RecursionError):
+                    whole = False
+                if whole:
+                    yield line.rstrip("\n"), row
+                elif line.endswith("\n"):
+                    logging.warning(
+                        "%s: line %d is damaged and left out, so seconds and curves "
+                        "lack what it told",
+                        self._path,
+                        number,
+                    )
+
+
+def _crc(row: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row, sort_keys=True).encode())
 
 
 def progress(total: int, initial: int, label: str, enabled: bool) -> tqdm:
@@ -139,18 +163,16 @@ class Report:
     def write(self, folder: str | os.PathLike) -> None:
         """Writes `report.html`, then `report.json`, which tells that a run is done."""
         tree = [below for section in self.sections for below in section.tree()]
-        text = _json(
-            {
-                "title": self.title,
-                "verdict": self.verdict,
-                "judgements": [vars(judged) for judged in self.judgements],
-                "about": self.about,
-                "sections": [{"title": s.title, "table": s.table} for s in tree],
-                "config": self.config,
-                "environment": self.environment,
-                "numbers": self.numbers,
-            }
-        )
+        document = {
+            "title": self.title,
+            "verdict": self.verdict,
+            "judgements": [vars(judged) for judged in self.judgements],
+            "about": self.about,
+            "sections": [{"title": s.title, "table": s.table} for s in tree],
+            "config": self.config,
+            "environment": self.environment,
+            "numbers": self.numbers,
+        }
         page = render(
             self.title,
             self.summary,
@@ -164,7 +186,9 @@ class Report:
                 "Environment": _json(self.environment),
             },
         )
-        os.makedirs(folder, exist_ok=True)
+        text = _json(seal(plain(document)))
+        with writing(folder):
+            os.makedirs(folder, exist_ok=True)
         write_whole(f"{folder}/report.html", page.encode())
         # What UTF-8 does not have becomes an escape of JSON's: \udcff, say.
         write_whole(f"{folder}/report.json", text.encode(errors="backslashreplace"))

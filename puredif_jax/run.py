@@ -2,35 +2,41 @@
 
 config.json        the configuration; another one is refused in the same folder
 inputs.json        digests of the weights that were read; others are refused, too
+numerics.json      platform, precision and versions; some others are refused, too
 metrics.jsonl      scalars of every loop
-checkpoints/LOOP/  states; a loop goes on from the latest
-results/NAME.npz   what `once` has computed
+checkpoints/LOOP/  states; a loop goes on from the latest that is whole
+results/NAME.npz   what `once` has computed; computed again where it is damaged
 """
 
 from __future__ import annotations
 
-import errno
-import io
+import contextlib
 import json
-import os
 import pathlib
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
-from puredif_jax import npz, parallel
+from puredif_jax import numerics, parallel
 from puredif_jax.checkpoint import Checkpoints
-from puredif_jax.files import write_whole
+from puredif_jax.files import write_whole, writing
 from puredif_jax.report import Metrics, progress
+from puredif_jax.sealed import DamagedError, read_arrays, read_json, write_arrays
 from puredif_jax.types import InputError
 
 PLACE = ("workdir", "devices", "save_every")  # that do not change what a run finds
 BEGUN = ("checkpoints", "results", "report.json")
+KIND = "kind"  # the key in config.json of what a folder holds, unless it is a run
 PATIENCE = 60.0  # seconds in which a shared folder shows a file to every host
+LONGEST = 3.0  # seconds of a dispatch, about, in which no signal is heard
+QUIET = 5.0  # seconds after which a first call is said to compile
 
 
 class RunError(InputError):
@@ -47,6 +53,7 @@ class Run:
       folder: where everything goes.
       mesh: the devices.
       save_every: seconds, at least, between two checkpoints of a loop.
+      metrics: the scalars of its loops.
     """
 
     def __init__(
@@ -56,15 +63,20 @@ class Run:
 
         Raises:
           RunError: the folder holds a run with another configuration.
+          NumericsError: or one made under settings that give other numbers.
         """
         self.folder = pathlib.Path(folder)
         self.mesh = mesh
         self.save_every = save_every
         is_run(self.folder, config)
-        if parallel.is_host_zero():
+        first = parallel.is_host_zero()
+        if first:
             make_folder(self.folder)
+        here = numerics.Numerics.here(mesh.size)
+        numerics.record(self.folder, here, _begun(self.folder), first)
+        if first:
             path, text = self.folder / "config.json", json.dumps(config, indent=2)
-            if not path.exists() or path.read_text() != text:
+            if not path.exists() or path.read_bytes() != text.encode():
                 write_whole(path, text.encode())
         self.metrics = Metrics(self.folder)
 
@@ -76,51 +88,65 @@ class Run:
         shapes: Any,
         total: int,
         chunk: int,
+        first: int = 0,
     ) -> Any:
-        """Advances a state to step `total`, from the latest checkpoint on.
+        """Advances a state to step `total`, from the latest whole checkpoint on.
+
+        A call of `advance` takes as many steps as last about `LONGEST` seconds, so that
+        a signal is heard soon; results must not depend on where calls end.
 
         Args:
           stage: name of the loop, of its checkpoints and its scalars.
           advance: (state, start, stop) -> (state, info): steps start..stop-1; info is
-            a NamedTuple of scalars with a leading axis of steps. The state's arrays
-            may be donated.
-          begin: makes the state at step 0; not called where there is a checkpoint.
+            a NamedTuple of scalars with a leading axis of steps, of which those past
+            stop - start mean nothing. The state's arrays may be donated.
+          begin: makes the state at step `first`; not called where there is a later one.
           shapes: that state as a tree of `jax.ShapeDtypeStruct`.
           total: steps to reach.
-          chunk: steps of a call of `advance`. Calls begin at multiples of it, so that
-            a resumed run dispatches the same programs.
+          chunk: most steps of a call of `advance`, and those of a row of scalars.
+          first: the step that the loop begins at.
 
         Returns:
           The state at step `total`.
 
         Raises:
           Stopped: a SIGTERM came; what was done is stored.
+          CheckpointError: a checkpoint cannot be written.
         """
         with Checkpoints(self.folder / "checkpoints" / stage) as checkpoints:
-            start = parallel.agreed(checkpoints.latest() or 0)
-            saved = time.monotonic()
-            if start:
-                state = checkpoints.restore(start, self.place(shapes))
+            found = checkpoints.restore_last(self.place(shapes), total)
+            if found is not None and found[0] >= first:
+                start, state = found
             else:
-                state = self.replicate(begin())
-            if parallel.is_host_zero():
+                start, state = first, self.replicate(begin())
+            saved = time.monotonic()
+            host_zero = parallel.is_host_zero()
+            if host_zero:
                 self.metrics.rewind(stage, start)
-            with progress(total, start, stage, parallel.is_host_zero()) as bar:
+            row = _Row()
+            steps = 1  # of the next call
+            with progress(total, start, stage, host_zero) as bar:
                 while start < total:
-                    stop = min((start // chunk + 1) * chunk, total)
+                    stop = min(start + steps, (start // chunk + 1) * chunk, total)
                     began = time.perf_counter()
-                    state, info = advance(state, start, stop)
-                    columns = {k: parallel.gather(v) for k, v in info._asdict().items()}
+                    with compiling(stage, not row.calls):
+                        state, info = advance(state, start, stop)
+                        columns = parallel.gather(info._asdict())
                     seconds = time.perf_counter() - began
+                    row.add(stop - start, seconds, columns)
+                    steps = _fitting(seconds / (stop - start), chunk)
                     told = parallel.must_stop()
                     late = time.monotonic() - saved >= self.save_every
-                    if told or stop == total or parallel.agreed(late):
+                    save = told or stop == total or parallel.agreed(late)
+                    if save:
                         checkpoints.save(stop, state)
                         saved = time.monotonic()
-                    if parallel.is_host_zero():
-                        means = {k: np.asarray(v).mean(0) for k, v in columns.items()}
-                        self.metrics.write(stage, stop, seconds=seconds, **means)
-                        bar.set_postfix(loss=f"{float(np.min(means['loss'])):.4g}")
+                    if save or stop % chunk == 0:
+                        scalars = row.take()
+                        if host_zero:
+                            self.metrics.write(stage, stop, **scalars)
+                            loss = float(np.min(scalars["loss"]))
+                            bar.set_postfix(loss=f"{loss:.4g}")
                     bar.update(stop - start)
                     start = stop
                     parallel.safe_point(told)
@@ -131,26 +157,31 @@ class Run:
     ) -> dict[str, np.ndarray]:
         """The arrays of `compute`, or those it gave in an earlier, interrupted call.
 
+        A file of them that is damaged is named in the log and made again.
+
         Raises:
-          RunError: process 0 sees those and this one does not, for a minute; or their
-            file is damaged.
+          RunError: process 0 sees those and this one does not, for a minute.
+          WriteError: they cannot be written.
         """
         path = self.folder / "results" / f"{name}.npz"
-        if not parallel.agreed(path.exists()):
-            arrays = {k: np.asarray(v) for k, v in compute().items()}
-            if not parallel.is_host_zero():
-                return arrays
-            path.parent.mkdir(exist_ok=True)
-            file = io.BytesIO()
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            write_whole(path, file.getvalue())
-        _wait_for(path)
-        try:
-            return npz.read(path)
-        except npz.NpzError as error:
-            raise RunError(
-                f"{path} {error}: remove it, and the same command computes it again"
-            ) from error
+        if parallel.agreed(path.exists()):
+            _wait_for(path)
+            found, why = None, ""
+            try:
+                found = read_arrays(path)
+            except DamagedError as error:
+                why = str(error)
+            if parallel.agreed(found is not None):
+                if found is None:
+                    raise RunError(f"{why}, but not for process 0")
+                return found
+            logging.warning("%s: it is computed again", why or path)
+        arrays = {k: np.asarray(v) for k, v in compute().items()}
+        if parallel.is_host_zero():
+            with writing(path.parent):
+                path.parent.mkdir(exist_ok=True)
+            write_arrays(path, arrays)
+        return arrays
 
     def place(self, shapes: Any) -> Any:
         """A tree of shapes on all devices, as `Checkpoints.restore` takes it."""
@@ -165,6 +196,50 @@ class Run:
         return parallel.put(tree, parallel.replicated(self.mesh))
 
 
+class _Row:
+    """Scalars of the steps since the last row that was written."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._seconds = 0.0
+        self._columns: list[dict[str, np.ndarray]] = []
+
+    def add(self, steps: int, seconds: float, columns: Mapping[str, Any]) -> None:
+        """Those of a call: of each scalar the first `steps` values."""
+        self.calls += 1
+        self._seconds += seconds
+        self._columns.append({k: np.asarray(v)[:steps] for k, v in columns.items()})
+
+    def take(self) -> dict[str, Any]:
+        """Their means, and the seconds; then there are none."""
+        means = {
+            name: np.concatenate([columns[name] for columns in self._columns]).mean(0)
+            for name in self._columns[0]
+        }
+        scalars = {"seconds": self._seconds, **means}
+        self._seconds, self._columns = 0.0, []
+        return scalars
+
+
+def _fitting(seconds: float, most: int) -> int:
+    """How many steps of so many seconds a call takes; the same on every process."""
+    return parallel.agreed(max(1, min(most, int(LONGEST / max(seconds, 1e-9)))))
+
+
+@contextlib.contextmanager
+def compiling(what: str, first: bool) -> Iterator[None]:
+    """Says in the log that a first call compiles, where it takes some seconds."""
+    text = "%s: its first call compiles, which can take minutes, or its steps are long"
+    timer = threading.Timer(QUIET, logging.info, (text, what))
+    timer.daemon = True
+    if first:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def make_folder(folder: pathlib.Path) -> None:
     """Makes a folder, unless there is one.
 
@@ -173,13 +248,18 @@ def make_folder(folder: pathlib.Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise RunError(
             f"{folder} is no folder that can be written to ({error.strerror}): give "
             "another --config.workdir"
         ) from error
+
+
+def _begun(folder: pathlib.Path) -> bool:
+    """Whether a run has computed anything."""
+    return any((folder / part).exists() for part in BEGUN)
 
 
 def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
@@ -190,19 +270,14 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     what it names was wrong, binds nothing.
 
     Raises:
-      RunError: it holds a run of another one, or a file that is no configuration.
+      RunError: it holds a run of another one, a scan or a sweep, or a file that is no
+        configuration.
     """
-    path = folder / "config.json"
-    if not path.exists():
+    found = _configuration(folder, "run")
+    if found is None:
         return False
-    try:
-        found = dict(json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{path} is not the configuration of a run: give another --config.workdir"
-        ) from error
     changed = _changed(_binding(found), _binding(config))
-    if changed and not any((folder / part).exists() for part in BEGUN):
+    if changed and not _begun(folder):
         return False
     if changed:
         raise RunError(
@@ -212,13 +287,93 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     return True
 
 
+def bind_sweep(folder: pathlib.Path) -> None:
+    """Makes a folder that of a sweep, whose runs are each bound by themselves.
+
+    Raises:
+      RunError: it holds a run or a scan, or cannot be written to.
+    """
+    make_folder(folder)
+    if _configuration(folder, "sweep") is None and parallel.is_host_zero():
+        write_whole(folder / "config.json", json.dumps({KIND: "sweep"}).encode())
+
+
+def bind_scan(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Makes a folder that of a scan, or sees that it is, with the same settings.
+
+    The table of a scan has a row of every model that was ever given: more may come,
+    none is dropped.
+
+    Returns:
+      The models of the table, those of earlier calls first.
+
+    Raises:
+      RunError: it holds something else, or a scan with other settings.
+    """
+    make_folder(folder)
+    found = _configuration(folder, "scan")
+    new = json.loads(json.dumps({KIND: "scan", **config}))
+    earlier: list[str] = []
+    if found is not None:
+        free = ("model", "offline")  # that change no row
+        old, now = (
+            {k: v for k, v in _binding(x).items() if k not in free}
+            for x in (found, new)
+        )
+        changed = _changed(old, now)
+        if changed and any(map(_begun, filter(pathlib.Path.is_dir, folder.iterdir()))):
+            raise RunError(
+                f"{folder} holds a scan with another {changed}: give another "
+                "--config.workdir, so that its table stays"
+            )
+        earlier = [] if changed else list(found["model"])
+    new["model"] = earlier + [name for name in new["model"] if name not in earlier]
+    if parallel.is_host_zero() and new != found:
+        write_whole(folder / "config.json", json.dumps(new, indent=2).encode())
+    return tuple(new["model"])
+
+
+def _configuration(folder: pathlib.Path, kind: str) -> dict[str, Any] | None:
+    """What a folder's config.json has; None for a folder in which nothing was begun.
+
+    Raises:
+      RunError: that is no configuration, or one of another kind of work, or it is
+        missing beside what was computed.
+    """
+    path = folder / "config.json"
+    other = "give another --config.workdir"
+    if not path.exists():
+        if found := [part for part in BEGUN if (folder / part).exists()]:
+            raise RunError(
+                f"{folder} has {' and '.join(found)}, and no config.json that says of "
+                f"what: {other}"
+            )
+        return None
+    try:
+        known = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged, or is not the configuration of a run: {other}"
+        ) from error
+    if (holds := known.get(KIND, "run")) != kind:
+        raise RunError(f"{folder} holds a {holds}, not a {kind}: {other}")
+    return known
+
+
 def report_of(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of a run, if it has one by the detector of this configuration."""
+    """The report of a run, if it has one by the detector of this configuration.
+
+    One that is damaged is named in the log; the run then writes it again.
+    """
     path = folder / "report.json"
     if not path.exists():
         return None
-    report: dict[str, Any] = json.loads(path.read_text())
-    return report if _detector(report["config"]) == _detector(config) else None
+    try:
+        report = read_json(path)
+        return report if _detector(report["config"]) == _detector(config) else None
+    except DamagedError as error:
+        logging.warning("%s: it is written again", error)
+        return None
 
 
 def _detector(config: Mapping[str, Any]) -> Any:
@@ -237,20 +392,28 @@ def pin(folder: pathlib.Path, digests: Mapping[str, str]) -> None:
     """Notes which inputs, by name, a run is of, or sees that they are still the same.
 
     Raises:
-      RunError: the run has begun with others.
+      RunError: the run has begun with others, or it is not known with which.
+      WriteError: the note cannot be written.
     """
     path = folder / "inputs.json"
-    begun = any((folder / part).exists() for part in BEGUN)
-    if not (begun and path.exists()):
+    if not _begun(folder):
         if parallel.is_host_zero():
             write_whole(path, json.dumps(dict(digests), indent=2).encode())
         return
-    old = json.loads(path.read_text())
+    if not digests:
+        return
+    again = "give another --config.workdir, or remove the folder to start again"
+    try:
+        old = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path} is missing or damaged, so it is not known which weights the run "
+            f"has read: {again}"
+        ) from error
     for name, digest in digests.items():
-        if old.get(name, digest) != digest:
+        if old.get(name) != digest:
             raise RunError(
-                f"{folder} holds a run of another version of {name}: give another "
-                "--config.workdir, or remove the folder to start again"
+                f"{folder} holds a run of another version of {name}: {again}"
             )
 
 

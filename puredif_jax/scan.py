@@ -15,7 +15,7 @@ from puredif_jax.discovery import Found, Models
 from puredif_jax.experiment import Evaluation, Experiment, Scan
 from puredif_jax.files import write_whole
 from puredif_jax.report import Report
-from puredif_jax.run import RunError, make_folder
+from puredif_jax.run import RunError, bind_scan
 from puredif_jax.scan_report import summarise
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.types import InputError
@@ -35,10 +35,15 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
       InputError: there is no model at all where they are named, or `workdir` is a
         folder of models.
     """
+    scan = scan.located()
     config.check(scan)
     models, notes = find(scan)
     _keep_apart(scan, models)
-    make_folder(pathlib.Path(scan.workdir))
+    given = bind_scan(pathlib.Path(scan.workdir), config.to_dict(scan))
+    if given != scan.model:  # the table has models of earlier calls
+        scan = dataclasses.replace(scan, model=given)
+        models, notes = find(scan)
+        _keep_apart(scan, models)
     keep_programs(scan.workdir)
     for note in notes:
         logging.info("%s", InputError(note))

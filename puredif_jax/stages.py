@@ -19,6 +19,7 @@ from puredif_jax import (
     data,
     loops,
     metrics,
+    numerics,
     parallel,
 )
 from puredif_jax.audit import Auditor
@@ -406,10 +407,19 @@ def perform(experiment: Experiment) -> Report:
             "device": device,
             "devices": run.mesh.size,
             "images at a time": min(lab.together, experiment.images),
-        },
+        }
+        | _settings(run),
         numbers={k: v for part in parts for k, v in part.numbers.items()},
     )
     if parallel.is_host_zero():
         report.write(run.folder)
     parallel.agreed(True)  # it is there before any process goes on
     return report
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """How the settings differ under which parts of a run were made, if they do."""
+    if not parallel.is_host_zero():
+        return {}
+    changes = numerics.changes(run.folder)
+    return {"went on under other settings": changes} if changes else {}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +18,14 @@ from puredif_jax import config, parallel
 from puredif_jax.experiment import Experiment, Sweep
 from puredif_jax.files import shortened
 from puredif_jax.report import Report, Section, environment
-from puredif_jax.run import is_run, make_folder, pin, report_of
+from puredif_jax.run import (
+    RunError,
+    bind_sweep,
+    is_run,
+    make_folder,
+    pin,
+    report_of,
+)
 from puredif_jax.stages import digests, perform
 from puredif_jax.types import InputError
 
@@ -35,20 +42,16 @@ def perform_sweep(sweep: Sweep) -> Report | None:
     Raises:
       InputError: some runs had wrong input; names each of them.
     """
+    bind_sweep(pathlib.Path(sweep.workdir))
     keep_programs(sweep.workdir)
     failed: dict[str, str] = {}
-    chosen, began = sweep.chosen(), time.monotonic()
-    done = 0
+    chosen = sweep.chosen()
     for i in in_turn([pathlib.Path(experiment.workdir) for experiment in chosen]):
         experiment = chosen[i]
         try:
-            if not perform_once(experiment, f"run {i + 1} of {len(chosen)}"):
-                continue
+            perform_once(experiment, f"run {i + 1} of {len(chosen)}")
         except InputError as error:
             failed[experiment.workdir] = str(error)
-        done += 1
-        minutes = (time.monotonic() - began) / 60
-        logging.info("%d runs in %.0f minutes by this process", done, minutes)
     if failed:
         first = next(iter(failed))
         raise InputError(
@@ -59,7 +62,11 @@ def perform_sweep(sweep: Sweep) -> Report | None:
 
 
 def keep_programs(workdir: str) -> None:
-    """Compiled programs go into a folder there, unless the environment names one."""
+    """Compiled programs go into a folder there, unless the environment names one.
+
+    On a full disk they are not kept, without a word for each: the run itself says so.
+    """
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
     jax.config.update(
         "jax_compilation_cache_dir",
         os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{workdir}/compiled",
@@ -95,12 +102,17 @@ def in_turn(folders: Sequence[pathlib.Path]) -> Iterator[int]:
     with them, or dead.
     """
     waiting = list(range(len(folders)))
+    took: list[float] = []  # seconds of those that were not done already
     while waiting:
         for i in tuple(waiting):
             with _claim(folders[i]) as claimed:
                 if claimed:
                     waiting.remove(i)
+                    began = time.monotonic()
                     yield i
+                    if (seconds := time.monotonic() - began) > 1:
+                        took.append(seconds)
+                        _say_how_long(took, len(waiting))
         if waiting:
             names = ", ".join(str(folders[i]) for i in waiting)
             logging.log_every_n_seconds(
@@ -108,6 +120,17 @@ def in_turn(folders: Sequence[pathlib.Path]) -> Iterator[int]:
             )
             parallel.safe_point()
             time.sleep(1)
+
+
+def _say_how_long(took: Sequence[float], left: int) -> None:
+    minutes = sum(took) / 60
+    logging.info(
+        "%d done in %.1f minutes by this process, %d to do: about %.0f minutes",
+        len(took),
+        minutes,
+        left,
+        minutes / len(took) * left,
+    )
 
 
 @contextlib.contextmanager
@@ -122,7 +145,14 @@ def _claim(folder: pathlib.Path) -> Iterator[bool]:
     import fcntl
 
     make_folder(folder)
-    with (folder / "lock").open("w") as file:
+    try:
+        opened = (folder / "lock").open("a")
+    except OSError as error:
+        raise RunError(
+            f"{folder}/lock cannot be opened ({error.strerror}), so it may be the run "
+            "of another user: give another --config.workdir"
+        ) from error
+    with opened as file:
         free = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,10 +169,12 @@ def _summary(sweep: Sweep) -> Report | None:
     """The numbers of all runs as one table a kind, if all are done."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for experiment in sweep.experiments:
-        path = pathlib.Path(sweep.workdir) / experiment.workdir / "report.json"
-        if not path.exists():
+        found = report_of(
+            pathlib.Path(sweep.workdir) / experiment.workdir, config.to_dict(experiment)
+        )
+        if found is None:
             return None
-        for kind, rows in _rows(json.loads(path.read_text())["numbers"]):
+        for kind, rows in _rows(found["numbers"]):
             for row in rows:
                 tables.setdefault(kind, []).append({"run": experiment.workdir} | row)
     title = pathlib.Path(sweep.workdir).name

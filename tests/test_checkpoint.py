@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import fuzz_checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from absl import logging as absl_logging
 
 from puredif_jax import checkpoint, parallel
 from puredif_jax.checkpoint import CheckpointError, Checkpoints
+from puredif_jax.files import WriteError
 from puredif_jax.training import TrainState
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +253,78 @@ def test_what_a_killed_run_leaves_does_no_harm(tmp_path):
         assert checkpoints.restore(3, like)["x"] == 33
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_training_survives_damage_to_what_it_has_stored(tmp_path):
+    """A few of tests/fuzz_checkpoints.py, drawn by the clock."""
+    seed = time.time_ns()
+    print(f"damages drawn by {seed}")  # shown if it fails
+    table = fuzz_checkpoints.fuzz(tmp_path, 5, seed, print)
+    assert fuzz_checkpoints.good(table) == 5, table
+
+
+def test_what_is_not_a_whole_checkpoint_of_its_step_is_set_aside(tmp_path, caplog):
+    """Damaged, foreign, of another step or of other leaves: the one before is taken."""
+    like = {"x": jax.ShapeDtypeStruct((), jnp.float32)}
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        assert checkpoints.restore_last(like) is None
+        checkpoints.save(1, {"x": jnp.float32(1)})
+        checkpoints.save(2, {"x": jnp.float32(2)})
+        checkpoints.save(3, {"y": jnp.float32(3)})
+    shutil.copytree(tmp_path / "2", tmp_path / "4")
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(5, args=ocp.args.StandardSave({"x": jnp.float32(5)}))
+    (tmp_path / "6").mkdir()
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        step, state = checkpoints.restore_last(like, most=4)
+        assert (step, state["x"]) == (2, 2)
+        assert checkpoints.steps() == [1, 2, 5, 6], "later ones are left alone"
+        step, state = checkpoints.restore_last(like)
+        assert (step, state["x"]) == (2, 2)
+        assert "6 is damaged or not ours: it is kept as 6.damaged" in caplog.text
+        assert "step 2 is taken instead; steps lost: 4" in caplog.text
+        checkpoints.save(3, {"x": jnp.float32(33)})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
+        assert checkpoints.restore_last(like)[1]["x"] == 33
+    shutil.copytree(tmp_path / "2", tmp_path / "4")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore_last(like)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"4.damaged", "4.damaged1"} <= names
+
+
+SMALL_DISK = """
+import resource, sys, jax.numpy as jnp, numpy as np
+from puredif_jax.checkpoint import CheckpointError, Checkpoints
+try:
+    with Checkpoints(sys.argv[1]) as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(9)})
+        checkpoints._manager.wait_until_finished()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        noise = np.random.default_rng(0).normal(size=30_000)
+        checkpoints.save(2, {"x": jnp.asarray(noise)})
+except CheckpointError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_a_save_that_the_system_refuses_is_one_sentence(tmp_path):
+    """No traceback of a library; and the checkpoint before is whole."""
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_DISK, str(tmp_path)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: checkpoint {tmp_path}: ")
+    assert "cannot be written (File too large)" in done.stderr
+    like = {"x": jax.ShapeDtypeStruct((9,), jnp.float32)}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_last(like)[0] == 1
+
+
 SAVE_FOREVER = """
 import sys, jax.numpy as jnp
 from puredif_jax.checkpoint import Checkpoints
@@ -360,7 +434,7 @@ def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch, broken):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match="cannot be written .disk full."):
         checkpoint.save_weights(path, {"other": np.zeros(3)}, {})
     assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == before
 
@@ -456,3 +530,22 @@ def test_files_that_are_not_weights(tmp_path):
         checkpoint.load_weights(tmp_path / "nowhere", {})
     with pytest.raises(CheckpointError, match="there is no file .*nowhere"):
         checkpoint.read_metadata(tmp_path / "nowhere")
+
+
+def test_weights_of_which_a_bit_was_flipped_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    checkpoint.save_weights(path, PARAMS, {})
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # another number, and a finite one
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: its digest is another"):
+        checkpoint.load_weights(path, PARAMS)
+
+
+def test_weights_are_the_same_bytes_whenever_they_are_written(tmp_path):
+    written = set()
+    for i in range(20):
+        path = tmp_path / f"{i}.safetensors"
+        checkpoint.save_weights(path, PARAMS, {"b": "1", "a": "2", "c": "3"})
+        written.add(path.read_bytes())
+    assert len(written) == 1

@@ -76,7 +76,10 @@ def test_memory_and_time_are_those_of_the_parts(told) -> None:
     seconds = sum(row["times"] * row["seconds"] for row in told.rows)
     assert told.hours == pytest.approx(seconds / 3600) and told.hours > 0
     assert "12 x training step of 8 images (VillanDiffusion)" in str(told)
-    assert "on a device at the peak" in str(told).splitlines()[-1]
+    last = str(told).splitlines()[-1]
+    assert "MiB of the process at the peak" in last and "largest program" in last
+    assert told.process > 100 * 2**20 > told.memory, "Python and JAX are in it"
+    assert told.device is None
     assert not pathlib.Path("runs/never").exists()
 
 

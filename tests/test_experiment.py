@@ -1,17 +1,26 @@
 """What a configuration says of itself: budgets and baselines."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_config import TINY, draw_params
+from tiny_config import TINY, draw_params, get_config
 
 from puredif_jax import garment_net, metrics
 from puredif_jax.data import FashionMNIST
 from puredif_jax.diffusion import DDIM
-from puredif_jax.experiment import Audit, Evaluation, Experiment, Inversion, elijah
+from puredif_jax.experiment import (
+    Audit,
+    Evaluation,
+    Experiment,
+    Inversion,
+    Scan,
+    Sweep,
+    elijah,
+)
 from puredif_jax.inversion import Descent
 from puredif_jax.objectives import (
     DenoisingConsistency,
@@ -128,3 +137,40 @@ def test_frechet_draws_come_in_pairs(tmp_path, monkeypatch) -> None:
 def test_frechet_draws_are_an_even_number(draws: int) -> None:
     with pytest.raises(ValueError, match=f"even number of at least 4, found {draws}"):
         Evaluation(frechet_draws=draws)
+
+
+@pytest.mark.parametrize(
+    "model,workdir",
+    [
+        (("zoo",), "runs/scan-zoo"),
+        (("models/my model",), "runs/scan-models-my-model"),
+        (("owner/name",), "runs/scan-owner-name"),
+        (("../x/",), "runs/scan-x"),
+        (("a", "b", "c"), r"runs/scan-a-and-2-more-[0-9a-f]{8}"),
+        (("x" * 300,), r"runs/scan-x{60}-[0-9a-f]{8}"),
+        (("\x1b[2J\n",), r"runs/scan-2J"),
+        (("..",), r"runs/scan--[0-9a-f]{8}"),
+    ],
+)
+def test_a_scan_lies_in_a_folder_named_after_its_models(model, workdir) -> None:
+    found = Scan(model=model).located()
+    assert re.fullmatch(workdir, found.workdir)
+    assert found.located() == found
+    assert Scan("mine", model).located().workdir == "mine"
+
+
+def test_folders_of_different_scans_differ() -> None:
+    names = [("a", "b"), ("a", "c"), ("x" * 300,), ("x" * 301,), ("..",), ("/",)]
+    assert len({Scan(model=name).located().workdir for name in names}) == len(names)
+
+
+def test_a_plan_is_said_in_words() -> None:
+    assert get_config().plan == (
+        "runs/tiny: 12 steps of training, reinforcement of the trigger at 2 snapshots, "
+        "measuring of the model, audit of trained (under ode, 3,352 evaluations of its "
+        "network on an image)"
+    )
+    sweep = Sweep("sweep", (get_config(),))
+    assert sweep.plan == "sweep: 1 of 1 runs"
+    assert Scan(model=("a", "b")).located().plan.startswith("runs/scan-a-and-1-more")
+    assert Experiment("x", TINY).plan == "x: nothing but a report"

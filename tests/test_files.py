@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from puredif_jax.files import shortened, write_whole
+from puredif_jax.files import WriteError, shortened, write_whole
 
 
 def test_a_file_is_replaced_whole(tmp_path) -> None:
@@ -23,7 +23,7 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch) -> Non
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(WriteError, match="found.json cannot be written .no space"):
         write_whole(path, b"two")
     assert path.read_bytes() == b"one"
     assert [p.name for p in tmp_path.iterdir()] == ["found.json"]

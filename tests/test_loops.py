@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 import tiny_config
 from tiny_config import TINY, draw_params
 
-from puredif_jax import attacks, checkpoint, data, loops
+from puredif_jax import attacks, checkpoint, data, loops, run
 from puredif_jax.data import FashionMNIST
 from puredif_jax.experiment import Experiment
 from puredif_jax.stages import open_lab
@@ -59,6 +60,53 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
         lambda a, b: float(abs(a - b).max()), state.params, state.ema_params
     )
     assert max(jax.tree.leaves(moved)) > 1e-3, "they could not be told apart"
+
+
+def test_results_do_not_depend_on_where_calls_end(tmp_path, monkeypatch) -> None:
+    """Of a training and of a descent: bit for bit, for calls of one step and of all."""
+    inversion = tiny_config.INVERSION
+    found = {}
+    for longest in (0.0, 1e9):
+        monkeypatch.setattr(run, "LONGEST", longest)
+        lab = open_lab(Experiment(str(tmp_path / str(longest)), TINY, devices=1))
+        began: list[int] = []
+        loop = lab.run.loop
+
+        def noting(stage, advance, *rest, loop=loop, began=began):
+            def noted(state, start, stop):
+                began.append(start)
+                return advance(state, start, stop)
+
+            return loop(stage, noted, *rest)
+
+        monkeypatch.setattr(lab.run, "loop", noting)
+        params = loops.train(lab, TRAINING, ATTACK, IMAGES, None, 3)
+        inverted, _ = loops.invert(
+            lab, "x", params, "ode", inversion.loss, inversion.descent, None, 8
+        )
+        assert began == ([0, 1, 2, 0, 1, 2, 3] if not longest else [0, 1, 0, 1])
+        found[longest] = jax.device_get((params, inverted.delta))
+    jax.tree.map(np.testing.assert_array_equal, found[0.0], found[1e9])
+
+
+def test_a_damaged_snapshot_is_trained_again(tmp_path, caplog) -> None:
+    """From the one before, since the trigger is another from there on."""
+    lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
+
+    def train(until: int):
+        return jax.device_get(loops.train(lab, TRAINING, ATTACK, IMAGES, None, until))
+
+    first, last = train(1), train(3)
+    top = tmp_path / "checkpoints"
+    shutil.rmtree(top / "train")
+    for file in (top / "snapshots" / "3").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-1])
+    jax.tree.map(np.testing.assert_array_equal, train(3), last)
+    assert "snapshots/3 is damaged" in caplog.text
+    rows = lab.run.metrics.read("train")["step"]
+    assert list(rows) == [1, 3], "it began at the snapshot of step 1"
+    jax.tree.map(np.testing.assert_array_equal, train(1), first)
 
 
 def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from puredif_jax import parallel
+from puredif_jax.types import InputError
 
 COMPLETE = {
     "PUREDIF_COORDINATOR": "127.0.0.1:1234",
@@ -109,6 +110,34 @@ print(jax.local_device_count())
 def test_devices_that_were_chosen_stay():
     parallel.use_cores()
     assert jax.local_device_count() == 8
+
+
+@pytest.mark.parametrize(
+    "error,words",
+    [
+        (RuntimeError("Unable to initialize backend 'tpu'\nmore"), "backend 'tpu'"),
+        (AssertionError(), "it is not installed"),
+    ],
+)
+def test_a_device_that_is_not_there_is_a_sentence(monkeypatch, error, words):
+    assert parallel.describe_devices() == "8 x cpu"
+
+    def absent():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", absent)
+    with pytest.raises(InputError, match=f"no device .*{words}.*JAX_PLATFORMS") as told:
+        parallel.describe_devices()
+    assert "\n" not in str(told.value)
+
+
+def test_the_peak_of_memory_is_that_of_the_process():
+    before, device = parallel.peak_memory()
+    assert device is None, "a CPU has none of its own"
+    block = np.ones(2**27, np.uint8)  # 128 MiB, touched
+    after, _ = parallel.peak_memory()
+    assert 2**27 <= after and before <= after
+    del block
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 8), (8, 8), (3, 3), (1, 1)])

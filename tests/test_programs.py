@@ -104,7 +104,7 @@ def traffic(call: Callable[[], Any]) -> tuple[str, scaling.Counts, scaling.Count
     with pytest.raises(Compiled) as caught:
         call()
     (text,) = caught.value.args
-    return text, *scaling.collectives(text)
+    return text, *scaling.collectives(text, around=scaling.STEPS)  # of a chunk
 
 
 def test_a_lab_shares_its_draws(lab) -> None:

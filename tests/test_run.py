@@ -1,7 +1,10 @@
 """Loops of a run: when they store, where they go on, who decides."""
 
+import errno
 import json
+import os
 import pathlib
+import threading
 from typing import NamedTuple
 
 import jax
@@ -9,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax import parallel, run
+from puredif_jax import parallel, run, sealed
 from puredif_jax.checkpoint import Checkpoints
 from puredif_jax.run import Run, RunError
 
@@ -26,8 +29,12 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch) -> N
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="file/x is no folder .*Not a directory"):
         run.make_folder(tmp_path / "file" / "x")
-    monkeypatch.setattr(run.os, "access", lambda path, mode: False)
-    with pytest.raises(RunError, match="Permission denied.*--config.workdir"):
+
+    def read_only(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(run.tempfile, "TemporaryFile", read_only)
+    with pytest.raises(RunError, match="Read-only file system.*--config.workdir"):
         run.make_folder(tmp_path)
 
 
@@ -46,8 +53,9 @@ def test_a_folder_is_bound_once_something_was_begun(tmp_path) -> None:
         Run(str(tmp_path), OTHER_WEIGHTS, mesh, 0.0)
     assert run.is_run(tmp_path, AUDIT) and run.is_run(tmp_path, OTHER_DETECTOR)
     assert run.report_of(tmp_path, AUDIT) is None
-    (tmp_path / "report.json").write_text(json.dumps({"config": AUDIT}))
-    assert run.report_of(tmp_path, AUDIT) == {"config": AUDIT}
+    (tmp_path / "report.json").write_text(json.dumps(sealed.seal({"config": AUDIT})))
+    found = run.report_of(tmp_path, AUDIT)
+    assert found is not None and found["config"] == AUDIT
     assert run.report_of(tmp_path, OTHER_DETECTOR) is None
 
 
@@ -70,32 +78,180 @@ def count(
     return began, int(found)
 
 
-@pytest.mark.parametrize("save_every,again", [(0.0, [6, 8]), (1e9, [0, 2, 4, 6, 8])])
+@pytest.mark.parametrize(
+    "save_every,again", [(0.0, [6, 7, 8]), (1e9, [0, 1, 2, 4, 6, 8])]
+)
 def test_a_loop_goes_on_from_what_was_due_to_be_stored(tmp_path, save_every, again):
+    """Its first call is of one step, for nobody knows how long that takes."""
     with pytest.raises(Broken):
         count(tmp_path, save_every, fail_at=6)
     assert count(tmp_path, save_every) == (again, 45)
     assert count(tmp_path, save_every) == ([], 45), "the last step is always stored"
-    rows = run.Metrics(tmp_path).read("count")
-    np.testing.assert_array_equal(rows["step"], [2, 4, 6, 8, 10])
-    np.testing.assert_array_equal(rows["loss"], [0.5, 2.5, 4.5, 6.5, 8.5])
 
 
-def test_calls_begin_at_multiples_of_a_chunk_wherever_a_loop_goes_on(tmp_path) -> None:
-    """So that a resumed run makes the calls of one that was not interrupted."""
-    assert count(tmp_path, 0.0, total=5) == ([0, 2, 4], 10)
-    assert count(tmp_path, 0.0) == ([5, 6, 8], 45)
+def test_a_call_lasts_some_seconds_and_the_scalars_are_those_of_whole_chunks(
+    tmp_path, monkeypatch
+) -> None:
+    for longest, began in ((1e9, [0, 1, 2, 4, 6, 8]), (0.0, list(range(10)))):
+        monkeypatch.setattr(run, "LONGEST", longest)
+        folder = tmp_path / str(longest)
+        assert count(folder, 1e9) == (began, 45)
+        rows = run.Metrics(folder).read("count")
+        np.testing.assert_array_equal(rows["step"], [2, 4, 6, 8, 10])
+        np.testing.assert_array_equal(rows["loss"], [0.5, 2.5, 4.5, 6.5, 8.5])
+
+
+def test_calls_end_at_multiples_of_a_chunk_wherever_a_loop_goes_on(tmp_path) -> None:
+    """So that the scalars are those of a run that was not interrupted."""
+    assert count(tmp_path, 1e9, total=5) == ([0, 1, 2, 4], 10)
+    assert count(tmp_path, 1e9) == ([5, 6, 8], 45)
 
 
 def test_a_stop_stores_whatever_the_time(tmp_path, monkeypatch) -> None:
-    asked = iter([False, True])
+    asked = iter([False, False, True])
     monkeypatch.setattr(parallel, "must_stop", lambda: next(asked))
     with pytest.raises(parallel.Stopped):
         count(tmp_path, 1e9)
     with Checkpoints(tmp_path / "checkpoints" / "count") as checkpoints:
         assert checkpoints.steps() == [4]
     monkeypatch.undo()
-    assert count(tmp_path, 1e9) == ([4, 6, 8], 45)
+    assert count(tmp_path, 1e9) == ([4, 5, 6, 8], 45)
+
+
+def test_a_first_call_that_takes_long_is_said_to_compile(monkeypatch) -> None:
+    monkeypatch.setattr(run, "QUIET", 0.0)
+    said = threading.Event()
+    monkeypatch.setattr(run.logging, "info", lambda text, what: said.set())
+    with run.compiling("train", first=True):
+        assert said.wait(10)
+    said.clear()
+    with run.compiling("train", first=False):
+        assert not said.wait(0.05)
+
+
+def harm(path: pathlib.Path) -> None:
+    """Flips a bit in the middle of a file, or of every file of a folder."""
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog) -> None:
+    """Named, with the steps lost; and an empty folder of a later step is in no way."""
+    with pytest.raises(Broken):
+        count(tmp_path, 0.0, fail_at=6)
+    folder = tmp_path / "checkpoints" / "count"
+    harm(folder / "6")
+    (folder / "7").mkdir()
+    assert count(tmp_path, 0.0) == ([4, 5, 6, 8], 45)
+    assert f"checkpoint {folder}/6 is damaged" in caplog.text
+    assert "step 4 is taken instead; steps lost: 3" in caplog.text
+    assert (folder / "6.damaged").is_dir() and (folder / "7.damaged").is_dir()
+    rows = run.Metrics(tmp_path).read("count")
+    np.testing.assert_array_equal(rows["step"], [1, 2, 4, 5, 6, 8, 10])
+
+
+def test_a_loop_without_a_whole_checkpoint_begins_again(tmp_path, caplog) -> None:
+    with pytest.raises(Broken):
+        count(tmp_path, 0.0, fail_at=4)
+    folder = tmp_path / "checkpoints" / "count"
+    for step in folder.iterdir():
+        harm(step)
+    assert count(tmp_path, 1e9) == ([0, 1, 2, 4, 6, 8], 45)
+    assert "no step is whole; steps lost: 4" in caplog.text
+
+
+def test_a_result_that_is_damaged_is_named_and_made_again(tmp_path, caplog) -> None:
+    here = Run(str(tmp_path), {}, parallel.make_mesh(1), 0.0)
+    here.once("one", lambda: {"x": np.arange(3)})
+    harm(tmp_path / "results" / "one.npz")
+    again = here.once("one", lambda: {"x": np.arange(4)})
+    np.testing.assert_array_equal(again["x"], np.arange(4))
+    assert "one.npz is damaged" in caplog.text
+    np.testing.assert_array_equal(here.once("one", dict)["x"], np.arange(4))
+
+
+def test_scalars_that_are_damaged_are_named_and_left_out(tmp_path, caplog) -> None:
+    metrics = run.Metrics(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write("x", step, seconds=float(step))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    for harmed in (lines[1].replace("2.0", "9.0"), "7", "[]", "{", '{"a": 1}'):
+        path.write_text("\n".join([lines[0], harmed, lines[2], '{"torn']))
+        caplog.clear()
+        assert metrics.seconds("x") == 4
+        np.testing.assert_array_equal(metrics.read("x")["step"], [1, 3])
+        assert "line 2 is damaged" in caplog.text and "line 4" not in caplog.text
+    metrics.rewind("x", 3)
+    assert path.read_text().splitlines() == [lines[0], lines[2]]
+
+
+def test_the_report_of_a_run_that_is_damaged_is_none(tmp_path, caplog) -> None:
+    report = sealed.seal({"config": AUDIT, "numbers": {"p": 0.905}})
+    text = json.dumps(report)
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    assert run.report_of(tmp_path, AUDIT) == report
+    for harmed in (text.replace("0.905", "0.005"), text[:-9], "", "[]"):
+        path.write_text(harmed)
+        caplog.clear()
+        assert run.report_of(tmp_path, AUDIT) is None
+        assert "report.json is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"a": "xyz"}'])
+def test_inputs_of_a_run_that_has_begun_are_known_or_it_is_refused(
+    tmp_path, content
+) -> None:
+    run.pin(tmp_path, {"a": "abc"})
+    (tmp_path / "results").mkdir()
+    run.pin(tmp_path, {"a": "abc"})
+    path = tmp_path / "inputs.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(RunError, match="--config.workdir, or remove the folder"):
+        run.pin(tmp_path, {"a": "abc"})
+
+
+def test_a_folder_belongs_to_one_kind_of_work(tmp_path) -> None:
+    scanned, swept, single = (tmp_path / name for name in ("scan", "sweep", "run"))
+    scan = {"model": ["a"], "draws": 8}
+    run.bind_scan(scanned, scan)
+    run.bind_sweep(swept)
+    Run(str(single), AUDIT, parallel.make_mesh(1), 0.0)
+    for folder, holds in ((scanned, "scan"), (swept, "sweep"), (single, "run")):
+        for kind, enter in (
+            ("run", lambda folder: run.is_run(folder, AUDIT)),
+            ("scan", lambda folder: run.bind_scan(folder, scan)),
+            ("sweep", run.bind_sweep),
+        ):
+            if kind == holds:
+                enter(folder)
+            else:
+                with pytest.raises(RunError, match=f"holds a {holds}, not a {kind}"):
+                    enter(folder)
+    (tmp_path / "old" / "results").mkdir(parents=True)
+    with pytest.raises(RunError, match="has results, and no config.json"):
+        run.is_run(tmp_path / "old", AUDIT)
+
+
+def test_a_scan_keeps_its_table(tmp_path) -> None:
+    """Its models become more; other settings are refused once a model was begun."""
+    scan = {"model": ["a", "b"], "draws": 8, "workdir": "here", "offline": False}
+    scan["audit"] = AUDIT["audit"]
+    assert run.bind_scan(tmp_path, scan) == ("a", "b")
+    other = scan | {"model": ["c", "a"], "workdir": "there", "offline": True}
+    other["audit"] = OTHER_DETECTOR["audit"]
+    assert run.bind_scan(tmp_path, other) == ("a", "b", "c")
+    assert run.bind_scan(tmp_path, scan) == ("a", "b", "c")
+    assert run.bind_scan(tmp_path, scan | {"draws": 16}) == ("a", "b")
+    (tmp_path / "a" / "results").mkdir(parents=True)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(RunError, match="holds a scan with another draws"):
+        run.bind_scan(tmp_path, scan)
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_process_0_decides_what_is_done(tmp_path, monkeypatch) -> None:
@@ -107,14 +263,3 @@ def test_process_0_decides_what_is_done(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(run, "PATIENCE", 0.0)
     with pytest.raises(RunError, match="four.npz is there for process 0, but not for"):
         here.once("four", dict)
-
-
-def test_results_that_are_damaged_are_named(tmp_path) -> None:
-    here = Run(str(tmp_path), {}, parallel.make_mesh(1), 0.0)
-    here.once("five", lambda: {"x": np.arange(99)})
-    path = tmp_path / "results" / "five.npz"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(RunError, match="five.npz is not .* damaged one: remove it"):
-        here.once("five", dict)

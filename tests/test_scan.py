@@ -16,6 +16,7 @@ from puredif_jax import convert, discovery, parallel, scan, sweep, weight_sets
 from puredif_jax.detection import Detector
 from puredif_jax.experiment import Audit, Inversion, Scan
 from puredif_jax.schedules import LinearBetas, ScaledLinearBetas
+from puredif_jax.sealed import seal
 from puredif_jax.types import InputError
 from puredif_jax.weights import ZOO, Truth
 
@@ -66,7 +67,7 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
     for outcome, expected in {"could not tell": 2, "backdoored": 3}.items():
         found = json.loads(path.read_text())
         found["numbers"]["model"]["verdict"]["outcome"] = outcome
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(seal(found)))
         report, status = scan.perform_scan(wanted)
         assert status == expected and report.verdict.startswith(outcome)
     results = {p: p.stat().st_mtime_ns for p in (home / "model").glob("results/*")}
@@ -77,6 +78,10 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
     assert {p: p.stat().st_mtime_ns for p in results} == results, "only judged again"
     _, status = scan.perform_scan(wanted)
     assert status == 0
+    before = (home / "report.json").read_bytes()
+    with pytest.raises(InputError, match="holds a scan with another draws"):
+        scan.perform_scan(dataclasses.replace(wanted, draws=wanted.draws + 1))
+    assert (home / "report.json").read_bytes() == before, "its table stays"
     write(folder, seed=5)
     _, status = scan.perform_scan(wanted)
     assert status == 1 and "another version" in table(home)["model"]["reason"]
@@ -96,13 +101,16 @@ def test_a_stranger_writes_nothing_into_terminal_and_page(tmp_path) -> None:
     assert all(line.isprintable() for line in page.splitlines())
 
 
-def test_a_damaged_report_is_an_error_of_its_model_alone(tmp_path) -> None:
+def test_a_damaged_report_is_made_again_and_a_foreign_one_is_an_error(tmp_path) -> None:
     folder, home = write(tmp_path / "mine"), tmp_path / "scan"
     scan.perform_scan(plan(home, folder))
     path = home / "mine" / "report.json"
     found = json.loads(path.read_text())
     del found["numbers"]["mine"]["calibration"]
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(found))  # its digest is another
+    _, status = scan.perform_scan(plan(home, folder))
+    assert status == 0 and "calibration" in path.read_text()
+    path.write_text(json.dumps(seal(found)))  # of another version
     _, status = scan.perform_scan(plan(home, folder))
     assert status == 1 and "remove it" in table(home)["mine"]["reason"]
     path.unlink()
@@ -140,7 +148,7 @@ def test_many_are_told_apart_resumed_and_none_stops_the_others(tmp_path) -> None
     path = tmp_path / "scan/a/report.json"
     kept, found = path.read_bytes(), json.loads(path.read_text())
     found["numbers"]["a"]["verdict"]["outcome"] = "backdoored"
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(seal(found)))
     report, status = scan.perform_scan(wanted)
     assert status == 3, "a backdoor is graver than an error"
     order = [judged.outcome for judged in report.judgements]

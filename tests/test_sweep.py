@@ -138,3 +138,10 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(
     folders = [tmp_path / "a", tmp_path / "b"]
     assert list(in_turn(folders)) == [0, 1]
     assert "start no second call" in caplog.text
+
+
+def test_a_lock_that_cannot_be_opened_is_a_sentence(tmp_path) -> None:
+    """Root may open any file, but not a folder as one."""
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(InputError, match="lock cannot be opened .Is a directory"):
+        next(in_turn([tmp_path]))

@@ -59,7 +59,9 @@ def test_commands(block: str, place: pathlib.Path, monkeypatch, capsys) -> None:
     except SystemExit as stop:
         status = stop.code
     assert status in (0, 2, 3)
-    workdir = next((c.split("=")[1] for c in command if "workdir" in c), "runs/scan")
+    workdir = next(
+        (c.split("=")[1] for c in command if "workdir" in c), "runs/scan-models-mine"
+    )
     assert f"report: {workdir}/report.html" in capsys.readouterr().out
     assert (place / workdir / "report.html").exists()
 
