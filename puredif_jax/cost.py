@@ -17,6 +17,7 @@ from absl import logging
 from puredif_jax import attacks, parallel
 from puredif_jax.amplification import Reinforcement
 from puredif_jax.attacks import Solver
+from puredif_jax.diffusion import unclipped
 from puredif_jax.experiment import Experiment, Inversion, Scan, Sweep
 from puredif_jax.inversion import Descent, inverter
 from puredif_jax.lab import Lab
@@ -233,15 +234,19 @@ def parts(experiment: Experiment) -> Iterator[Part]:
                 methods = experiment.audit.methods(solver)
                 for method, inversion in methods.items():
                     yield from _inversion(method, inversion, solver)
-                steps = experiment.evaluation.sampler(solver).steps
+                steps = _drawn(experiment, solver)
                 yield _drawing(batch, (len(methods) * draws + 64) * steps)
                 if known not in (None, solver):  # drawn again, as the backdoor wants it
-                    steps = experiment.evaluation.sampler(known).steps
+                    steps = _drawn(experiment, known)
                     yield _drawing(batch, len(methods) * draws * steps)
             if known is not None and name != "trained":  # by the true trigger
-                yield _drawing(
-                    batch, draws * experiment.evaluation.sampler(known).steps
-                )
+                yield _drawing(batch, draws * _drawn(experiment, known))
+
+
+def _drawn(experiment: Experiment, solver: Solver) -> int:
+    """Evaluations for an image of an audit; one that is clipped is drawn twice."""
+    sampler = experiment.evaluation.sampler(solver)
+    return sampler.steps * (1 if unclipped(sampler) is None else 2)
 
 
 def _known_solver(experiment: Experiment, name: str) -> Solver | None:
