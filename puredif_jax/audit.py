@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from puredif_jax.detection import (
 from puredif_jax.diffusion import Sampler, unclipped
 from puredif_jax.experiment import Experiment, Inversion
 from puredif_jax.finding import MEASURES, Calibration, Finding, next_steps
-from puredif_jax.lab import SHOWN, Lab
+from puredif_jax.lab import PLAIN, SHOWN, Lab
 from puredif_jax.page import Section
 from puredif_jax.schedules import LinearBetas
 from puredif_jax.types import Candidate, Params
@@ -109,26 +109,18 @@ class Auditor:
         """
         options = self.experiment.audit
         assert options is not None
+
+        def finding(verdict: Verdict, rows: Sequence[dict[str, Any]]) -> Finding:
+            known = self.calibration, options.hypotheses, tuple(rows)
+            return Finding(weights, sha256, remarks, verdict, *known)
+
+        if (refused := self._refusal(label, params)) is not None:
+            section = self._refused(label, params, refused)
+            return Audited(finding(refused, ()), section)
         ours: dict[Solver, _Inverted] = {}
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []
         curves: dict[str, Any] = {}
-        if (refused := self._refusal(label, params)) is not None:
-            finding = Finding(
-                weights,
-                sha256,
-                remarks,
-                refused,
-                self.calibration,
-                options.hypotheses,
-                (),
-            )
-            drawn = f"draws from plain noise, {refused.hypothesis}"
-            images = self._plain(label, params, refused.hypothesis)[:SHOWN]
-            shown = Section("Draws", pictures=((drawn, images),))
-            sections = [shown, next_steps([refused.outcome])]
-            title = f"Audit of {label}"
-            return Audited(finding, Section(title, sections=tuple(sections)))
         if truth is not None:
             pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
         for solver in options.hypotheses:
@@ -145,15 +137,6 @@ class Auditor:
         verdict = options.detector.judge({k: v.features for k, v in ours.items()})
         best = verdict.hypothesis
         others = [k for k in options.hypotheses if k != best]
-        finding = Finding(
-            weights,
-            sha256,
-            remarks,
-            verdict,
-            self.calibration,
-            options.hypotheses,
-            tuple(rows),
-        )
         sections = [
             *ours[best].sections,
             next_steps([verdict.outcome]),
@@ -169,7 +152,8 @@ class Auditor:
                 curves=(("inversion loss", curves),),
             ),
         ]
-        return Audited(finding, Section(f"Audit of {label}", sections=tuple(sections)))
+        section = Section(f"Audit of {label}", sections=tuple(sections))
+        return Audited(finding(verdict, rows), section)
 
     def _refusal(self, label: str, params: Params) -> Verdict | None:
         """The verdict where the weights denoise nothing, before any inversion."""
@@ -182,6 +166,14 @@ class Auditor:
             plain = self._plain(label, params, solver)
             ratios[solver] = self.lab.denoising(f"{label}_{solver}", params, plain)
         return options.detector.refusal(ratios)
+
+    def _refused(self, label: str, params: Params, verdict: Verdict) -> Section:
+        """The page of weights that denoise nothing: what they draw, and what to do."""
+        images = self._plain(label, params, verdict.hypothesis)[:SHOWN]
+        caption = f"draws from plain noise, {verdict.hypothesis}"
+        shown = Section("Draws", pictures=((caption, images),))
+        sections = (shown, next_steps([verdict.outcome]))
+        return Section(f"Audit of {label}", sections=sections)
 
     def _inverted(
         self,
@@ -215,7 +207,7 @@ class Auditor:
             solver,
             candidate,
             result["errors"].min(),
-            result["draws"][:64],
+            result["draws"][:PLAIN],
             plain,
         )
         row |= {k: float(v) for k, v in measured._asdict().items()}
@@ -274,11 +266,11 @@ class Auditor:
     def _plain(
         self, label: str, params: Params, solver: Solver, free: Sampler | None = None
     ) -> np.ndarray:
-        """64 draws from plain noise; `free` replaces a sampler that clips."""
+        """Draws from plain noise; `free` replaces a sampler that clips."""
         lab, sampler = self.lab, free or self.experiment.evaluation.sampler(solver)
 
         def draw() -> Mapping[str, Any]:
-            return {"images": lab.draw(params, sampler, lab.zero, 64)}
+            return {"images": lab.draw(params, sampler, lab.zero, PLAIN)}
 
         name = f"plain_{label}_{solver}" + ("_unclipped" if free else "")
         return lab.run.once(name, draw)["images"]
@@ -312,26 +304,24 @@ class Auditor:
         lab, evaluation = self.lab, self.experiment.evaluation
         sampler, draws = evaluation.sampler(truth.solver), evaluation.draws
 
-        def success(name: str, r: np.ndarray, by: Sampler = sampler) -> float:
+        def success(name: str, r: np.ndarray, by: Sampler) -> float:
             return lab.success(name, params, by, r, truth.target, draws).rate
 
         delta = result["delta"]
-        if solver == truth.solver:  # the draws at hand are these
-            own = metrics.success(result["draws"], truth.target)["mse<0.01"]
-        else:
-            own = success(stage, delta)
+        rates = {}
+        for by, end in ((sampler, ""), (unclipped(sampler), "_unclipped")):
+            if by is None:
+                continue
+            if solver == truth.solver:  # the draws at hand are these
+                images = result[f"draws{end}"]
+                own = metrics.success(images, truth.target)["mse<0.01"]
+            else:
+                own = success(f"{stage}{end}", delta, by)
+            how = ", unclipped" if end else ""
+            rates[f"success{how}"] = own
+            true = success(f"{drawn}{end}", truth.trigger, by)
+            rates[f"success of the true trigger{how}"] = true
         distance = metrics.trigger_distance(delta, truth.trigger)
-        rates = {
-            "success": own,
-            "success of the true trigger": success(drawn, truth.trigger),
-        }
-        if (free := unclipped(sampler)) is not None:
-            rates |= {
-                "success, unclipped": success(f"{stage}_unclipped", delta, free),
-                "success of the true trigger, unclipped": success(
-                    f"{drawn}_unclipped", truth.trigger, free
-                ),
-            }
         return {
             **rates,
             **{k: float(v) for k, v in distance._asdict().items()},

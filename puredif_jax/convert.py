@@ -39,6 +39,7 @@ from puredif_jax.weight_sets import (
     WeightSet,
     choose,
     entries,
+    of_file,
     read_json,
     weight_sets,
 )
@@ -64,14 +65,12 @@ class Spec:
     Attributes:
       unet: the network.
       scheduling: the noise schedule and how to sample; None where there is none.
-      weights: the files of the weights.
       own: the scheduler is the model's own, not one that was found above it or given.
       remarks: sentences on what has no effect, or another one than it seems.
     """
 
     unet: UNet
     scheduling: Scheduling | None
-    weights: WeightSet
     own: bool
     remarks: tuple[str, ...]
 
@@ -80,7 +79,6 @@ class _Place(NamedTuple):
     """Where the parts of a model lie.
 
     network: the folder of the configuration and the weights.
-    weights: the principal file that was named, if one was.
     scheduler: the configuration, if there is one.
     classes: of the parts, as model_index.json says.
     pipeline: the class of the whole, as it says.
@@ -88,7 +86,6 @@ class _Place(NamedTuple):
     """
 
     network: pathlib.Path
-    weights: pathlib.Path | None
     scheduler: pathlib.Path | None
     classes: Mapping[str, str]
     pipeline: str | None
@@ -120,7 +117,7 @@ def is_model(path: str | os.PathLike[str]) -> bool:
     """Whether this is a folder, or a file of weights, of a network in this format."""
     top = pathlib.Path(path)
     if top.is_file():
-        return _is_principal(top) and is_network(top.parent)
+        return of_file(top) is not None and is_network(top.parent)
     return is_network(top / "unet") or is_network(top)
 
 
@@ -141,10 +138,6 @@ def is_network(folder: pathlib.Path) -> bool:
     return not str(kind).endswith(("Scheduler", "Pipeline"))
 
 
-def _is_principal(path: pathlib.Path) -> bool:
-    return any(path.name == each.principal.name for each in weight_sets(path.parent))
-
-
 def _locate(path: str | os.PathLike[str], given: str | None) -> _Place:
     """Finds the parts as diffusers does.
 
@@ -155,28 +148,28 @@ def _locate(path: str | os.PathLike[str], given: str | None) -> _Place:
     Raises:
       ConvertError: there is no network, or the pipeline has other parts.
     """
-    top, weights = pathlib.Path(path), None
-    if not top.is_dir() and top.parent.is_dir() and _is_principal(top):
+    top = pathlib.Path(path)
+    if not top.is_dir() and of_file(top) is not None:
         if not top.is_file():
             raise ConvertError(f"there is no file {top}")
-        top, weights = top.parent, top
+        top = top.parent
     if not top.is_dir():
         raise ConvertError(f"{path} is not a folder of a diffusers model")
     classes, pipeline = _read_index(top / "model_index.json")
     network = network_folder(top)
     own = _part(top, "scheduler", SCHEDULER, "scheduler" in classes)
     if own is not None:
-        return _Place(network, weights, own, classes, pipeline, True)
+        return _Place(network, own, classes, pipeline, True)
     if given is not None:
-        return _Place(network, weights, _given(given), classes, None, False)
+        return _Place(network, _given(given), classes, None, False)
     # A pipeline without its scheduler is broken; a part of one looks for it above.
     for home in () if pipeline else list(top.absolute().parents)[:UP]:
         if found := _part(home, "scheduler", SCHEDULER, True):
             above, pipeline = _read_index(home / "model_index.json")
             if network.absolute() != home / "unet":
                 above = {k: v for k, v in above.items() if k == "scheduler"}
-            return _Place(network, weights, found, above, pipeline, False)
-    return _Place(network, weights, None, classes, pipeline, False)
+            return _Place(network, found, above, pipeline, False)
+    return _Place(network, None, classes, pipeline, False)
 
 
 def network_folder(top: pathlib.Path) -> pathlib.Path:
@@ -260,17 +253,12 @@ def _read_index(path: pathlib.Path) -> tuple[dict[str, str], str | None]:
     return {name: value[1] for name, value in parts.items()}, pipeline
 
 
-def read_spec(
-    path: str | os.PathLike[str],
-    scheduler: str | None = None,
-    variant: str | None = None,
-) -> Spec:
-    """What diffusers would run: the network, its weights' files and its scheduler.
+def read_spec(path: str | os.PathLike[str], scheduler: str | None = None) -> Spec:
+    """What diffusers would run: the network, and its scheduler.
 
     Args:
       path: a folder of a model or of a network, or the principal file of weights.
       scheduler: a folder or file, for a network that has no scheduler of its own.
-      variant: of the weights, as in `from_pretrained`.
 
     Raises:
       ConvertError: something is missing, damaged, of another kind or unsupported. No
@@ -278,33 +266,15 @@ def read_spec(
     """
     place = _locate(path, scheduler)
     remarks: Remarks = []
-    config = place.network / "config.json"
-    unet = read_unet(read_json(config), str(config), place.classes.get("unet"), remarks)
-    scheduling = None
-    if place.scheduler is not None:
-        kind = place.classes.get("scheduler")
-        if place.pipeline is not None and (into := PIPELINES[place.pipeline]):
-            kind = into
-        scheduling = read_scheduling(
-            read_json(place.scheduler), str(place.scheduler), kind, remarks
-        )
-        if not place.own:
-            remarks.append(f"the scheduler is of {place.scheduler}")
-        _agree(unet, scheduling, config)
-    if place.weights is not None:
-        weights = next(
-            each
-            for each in weight_sets(place.network)
-            if each.principal.name == place.weights.name
-        )
-    else:
-        weights = choose(place.network, variant)
-        if weights.variant != variant:
+    unet, scheduling = _read_configs(place, remarks)
+    if pathlib.Path(path).is_dir():
+        variant = choose(place.network).variant
+        if variant is not None:
             remarks.append(
-                f"{place.network} has the variant {weights.variant!r} only, which "
-                "diffusers loads where it is asked for"
+                f"{place.network} has the variant {variant!r} only, which diffusers "
+                "loads where it is asked for"
             )
-    return Spec(unet, scheduling, weights, place.own, tuple(remarks))
+    return Spec(unet, scheduling, place.own, tuple(remarks))
 
 
 def check_configs(folder: pathlib.Path) -> pathlib.Path:
@@ -358,6 +328,7 @@ def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
 
     Raises:
       ConvertError: diffusers has no scheduler that says the same as `scheduling`.
+      WriteError: the folder cannot be written.
     """
     top, scheduler = pathlib.Path(folder), write_scheduling(model.scheduling)
     (top / "unet").mkdir(parents=True, exist_ok=True)
@@ -383,10 +354,9 @@ def weight_files(path: str | os.PathLike[str]) -> list[pathlib.Path]:
 def _chosen(path: str | os.PathLike[str]) -> WeightSet:
     top = pathlib.Path(path)
     if top.is_file():
-        for each in weight_sets(top.parent):
-            if each.principal.name == top.name:
-                return each
-        raise ConvertError(f"{path} is no file of weights beside a config.json")
+        if (found := of_file(top)) is None:
+            raise ConvertError(f"{path} is no file of weights beside a config.json")
+        return found
     return choose(network_folder(top))
 
 

@@ -1,4 +1,4 @@
-"""What a run will cost, told before it: operations, memory and time of its parts."""
+"""What a run will cost, before it begins: operations, memory and time of its parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from puredif_jax.attacks import Solver
 from puredif_jax.diffusion import unclipped
 from puredif_jax.experiment import Experiment, Inversion, Scan, Sweep
 from puredif_jax.inversion import Descent, inverter
-from puredif_jax.lab import Lab
+from puredif_jax.lab import PLAIN, Lab
 from puredif_jax.objectives import (
     ESTIMATE,
     Bindable,
@@ -134,8 +134,8 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
     """The cost of a run that has not begun, from a few steps of each of its parts.
 
     Operations are those of the network, as the compiler counts them for its forward
-    pass. Steps are measured on fresh weights; compilation, files, the reading of data
-    and the choices of a survey are not counted.
+    pass. Steps are measured on fresh weights. Not counted are compilation, files, the
+    reading of data, the choices of a survey, and what an audit measures of a trigger.
 
     Raises:
       InputError: no model to scan can be read; of several, the others are estimated.
@@ -214,7 +214,7 @@ def parts(experiment: Experiment) -> Iterator[Part]:
             steps = evaluation.sampler(attack.solver).steps
             yield _drawing(batch, 2 * draws * steps)
         else:
-            yield _drawing(batch, 64 * steps)
+            yield _drawing(batch, PLAIN * steps)
         models = 2 if experiment.training and experiment.weights is not None else 1
         frechet = models * evaluation.frechet_draws * evaluation.deterministic.steps
         yield _drawing(batch, frechet)
@@ -235,7 +235,7 @@ def parts(experiment: Experiment) -> Iterator[Part]:
                 for method, inversion in methods.items():
                     yield from _inversion(method, inversion, solver)
                 steps = _drawn(experiment, solver)
-                yield _drawing(batch, (len(methods) * draws + 64) * steps)
+                yield _drawing(batch, (len(methods) * draws + PLAIN) * steps)
                 if known not in (None, solver):  # drawn again, as the backdoor wants it
                     steps = _drawn(experiment, known)
                     yield _drawing(batch, len(methods) * draws * steps)

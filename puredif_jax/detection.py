@@ -193,7 +193,7 @@ def evidence(
 
     Args:
       model, params, schedule, hypothesis, candidate: as in `features`.
-      key: that of `features`, for the same noise.
+      key: the one given to `features`, for the same noise.
       draws: of noise at each timestep; as many as `features` had plain draws.
       shown: of them, how many are pictured.
       timesteps: where.
@@ -299,7 +299,8 @@ class Detector:
         those of the default one on the calibrating models of configs/claims.py
         (docs/claims.md).
       doubt, alarm: in standard deviations of `clean`.
-      linear: a model is not judged unless its `denoising` is below this.
+      linear: a model is not judged unless its `denoising` is below this; inf judges
+        any.
     """
 
     clean: tuple[float, ...] = (

@@ -94,7 +94,7 @@ def read_unet(
     Args:
       config: what the file holds.
       where: its name in messages.
-      kind: the class that model_index.json names; that of the file itself if None.
+      kind: the class that model_index.json names; the file's own class if None.
       remarks: takes what deserves a word.
 
     Raises:
@@ -172,7 +172,10 @@ def write_unet(unet: UNet) -> dict[str, Any]:
 
 
 def refuse_unknown(config: Mapping[str, Any], where: str, known: set[str]) -> None:
-    """Raises ConvertError for a field that is not known and does not begin with "_"."""
-    unknown = [name for name in config if name not in known and name[:1] != "_"]
+    """Raises ConvertError for a field that is not known."""
+    unknown = [name for name in config if name not in known]
     if unknown:
-        raise ConvertError(f"{where} sets {', '.join(unknown)}, which we do not know")
+        raise ConvertError(
+            f"{where} sets {', '.join(unknown)}, which we do not know: remove what has "
+            "no effect in diffusers"
+        )

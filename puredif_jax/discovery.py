@@ -5,23 +5,21 @@ Nothing that may be a model is passed over: what cannot be scanned has the reaso
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
 import pathlib
-import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from puredif_jax import convert, hub
 from puredif_jax.diffusers_config import ConvertError
-from puredif_jax.search import Search, unreadable
+from puredif_jax.files import safe_name
+from puredif_jax.search import Search
 from puredif_jax.types import InputError
+from puredif_jax.weight_sets import unreadable
 
 Models = dict[str, pathlib.Path | InputError]
 
 LONGEST_LIST = 1_000_000  # bytes
-LONGEST_NAME = 80  # characters of a model's name
 MOST_COMMAS = 6  # in a path
 # Names that a scan's folder has for itself.
 RESERVED = ("config.json", "report.json", "report.html", "compiled", "lock")
@@ -80,19 +78,6 @@ def find(
     for name, found in rows:
         models[distinct(safe_name(name), [*RESERVED, *models])] = found
     return Found(models, tuple(notes))
-
-
-def safe_name(name: str) -> str:
-    """A folder's name for a model: ASCII letters, digits, ".", "_" and "-".
-
-    Of a long one the start and the end stay, with a part of its SHA-256 between them.
-    """
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
-    if len(plain) <= LONGEST_NAME:
-        return plain
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
-    start = LONGEST_NAME // 2
-    return f"{plain[:start]}-{digest}-{plain[start + 10 - LONGEST_NAME :]}".strip(".-")
 
 
 def distinct(name: str, taken: Collection[str]) -> str:

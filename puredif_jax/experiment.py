@@ -9,7 +9,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import os
-import re
 from typing import Any, Literal, get_args
 
 from puredif_jax.amplification import Reinforcement
@@ -17,6 +16,7 @@ from puredif_jax.attacks import BadDiffusion, Solver, VillanDiffusion
 from puredif_jax.data import FashionMNIST, ImageFolder, NpzImages
 from puredif_jax.detection import Detector
 from puredif_jax.diffusion import DDIM, DDPM, DPMSolver, Prediction, Sampler, UniPC
+from puredif_jax.files import safe_name
 from puredif_jax.inversion import Descent
 from puredif_jax.objectives import (
     DenoisingConsistency,
@@ -181,7 +181,8 @@ class Audit:
       detector: how they are judged.
       baselines: inversions to compare with: Elijah with its published steps, or with
         as many as make its network evaluations equal to those of `inversion`.
-      scheduler: a folder or file for weights that have no scheduler of their own.
+      scheduler: the folder or file from which `schedule` and `prediction` of the run
+        were read, where weights have no scheduler of their own; the report names it.
     """
 
     weights: tuple[str, ...] = ("trained",)
@@ -370,7 +371,7 @@ class Scan:
     """Models in diffusers' format, each audited in a folder of its own.
 
     Started again, or several times at once, each call goes on with what nobody has
-    done or is doing; the table of all is written anew after each model.
+    done or is doing; the table of all is written again after each model.
 
     Attributes:
       workdir: folder of the scan; "" for runs/scan-MODEL, see `located`.
@@ -415,6 +416,11 @@ class Scan:
                 f"the weights of a scan are those of its models, found "
                 f"audit.weights={self.audit.weights}"
             )
+        if self.audit.scheduler:
+            raise ValueError(
+                "a scan takes the scheduler from --config.scheduler, found "
+                f"audit.scheduler={self.audit.scheduler}"
+            )
 
     @property
     def plan(self) -> str:
@@ -427,14 +433,14 @@ class Scan:
     def located(self) -> Scan:
         """The same with a workdir, named after what is scanned where none is given.
 
-        Letters and digits of the names stay; a long one, or several, end in a part of
-        the SHA-256 of them.
+        The name is made by `safe_name`; of several models a part of the SHA-256 of
+        their names follows the first.
         """
         if self.workdir:
             return self
-        name = re.sub(r"[^\w.-]+", "-", self.model[0], flags=re.ASCII).strip("-.")
-        if len(self.model) > 1 or len(name) > 60 or not name:
+        name = safe_name(self.model[0])
+        if len(self.model) > 1:
             whole = "\n".join(self.model).encode(errors="surrogateescape")
-            count = f"-and-{len(self.model) - 1}-more" if len(self.model) > 1 else ""
-            name = f"{name[-60:]}{count}-{hashlib.sha256(whole).hexdigest()[:8]}"
+            digest = hashlib.sha256(whole).hexdigest()[:8]
+            name = f"{name}-and-{len(self.model) - 1}-more-{digest}"
         return dataclasses.replace(self, workdir=f"runs/scan-{name}")

@@ -23,6 +23,9 @@ def picture(caption: str, pixels: npt.ArrayLike) -> str:
 
     Images of neither 1 nor 3 channels are shown channel by channel, in grey, side by
     side. A caption that starts with "difference" is drawn in blue and red around 0.
+
+    Raises:
+      ValueError: the shape is neither `[H, W, C]` nor `[N, H, W, C]`.
     """
     from PIL import Image
 

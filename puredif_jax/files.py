@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 
@@ -54,6 +56,24 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+LONGEST_NAME = 80  # characters of a folder that is named after something
+KINDS = {"Experiment": "run", "Sweep": "sweep", "Scan": "scan"}
+"""What a folder of ours may hold, by the "type" in its config.json, in a word."""
+
+
+def safe_name(name: str) -> str:
+    """A folder's name for a stranger's text: ASCII letters, digits, ".", "_" and "-".
+
+    Of a long one the start and the end stay, with a part of its SHA-256 between them.
+    """
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
+    if len(plain) <= LONGEST_NAME:
+        return plain
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    start = LONGEST_NAME // 2
+    return f"{plain[:start]}-{digest}-{plain[start + 10 - LONGEST_NAME :]}".strip(".-")
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -167,15 +166,23 @@ class Finding:
 
     @property
     def reason(self) -> str:
-        """Why, in a sentence."""
+        """Why, in a sentence; empty where `sure` has said it."""
+        if self._unscored:
+            return ""
         reason = self.verdict.reason
         return f"{reason[:1].upper()}{reason[1:]}."
+
+    @property
+    def _unscored(self) -> bool:
+        """Whether something else than the score decides."""
+        verdict = self.verdict
+        return verdict.outcome == "could not tell" and not verdict.score > verdict.doubt
 
     @property
     def sure(self) -> str:
         """How sure the verdict is, in a clause."""
         verdict = self.verdict
-        if not math.isfinite(verdict.score):
+        if self._unscored:
             return f"{verdict.reason}; {_CLAUSES[self.calibration]}"
         beaten = round(verdict.p_value * (verdict.clean_models + 1)) - 1
         return (

@@ -7,7 +7,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from absl import logging
@@ -15,7 +15,15 @@ from absl import logging
 from puredif_jax import convert
 from puredif_jax.diffusers_config import ConvertError
 from puredif_jax.files import shortened
-from puredif_jax.weight_sets import INDEX, PICKLE, STEM, WEIGHTS, weight_sets
+from puredif_jax.types import shown
+from puredif_jax.weight_sets import (
+    INDEX,
+    PICKLE,
+    STEM,
+    SUFFIXES,
+    WEIGHTS,
+    weight_sets,
+)
 
 HOSTS = ("huggingface.co", "hf.co", "www.huggingface.co")
 WAYS = (
@@ -23,8 +31,6 @@ WAYS = (
     "its address there"
 )
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
-# What may hold weights, by the end of the name.
-SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5")
 
 
 class Repository(NamedTuple):
@@ -130,21 +136,21 @@ def _fetched(
             local_files_only=offline,
         )
         folder = pathlib.Path(get(allow_patterns=configs))
-        with contextlib.suppress(ConvertError):  # who reads the folder is told
+        with contextlib.suppress(ConvertError):  # who reads the folder finds it
             home = convert.check_configs(folder)
             at = "unet/" if home != folder else ""
             for patterns in _patterns(at, variant):
                 get(allow_patterns=patterns)
                 if any(each.variant == variant for each in weight_sets(home)):
                     break
-            if not offline:
-                _tell_others(repository, folder)
     except Exception as error:  # of many kinds, by what is wrong with the network
         first = str(error).strip().partition("\n")[0]
         reason = ": ".join(filter(None, (type(error).__name__, first)))
         raise ConvertError(
             f"there is no {repository} here, and the Hub does not give it ({reason})"
         ) from error
+    if not offline:
+        _name_others(repository, folder)
     return folder
 
 
@@ -164,18 +170,22 @@ def _patterns(at: str, variant: str | None) -> Iterator[list[str]]:
             ]
 
 
-def _tell_others(repository: Repository, folder: pathlib.Path) -> None:
+def _name_others(repository: Repository, folder: pathlib.Path) -> None:
     """Names in the log what may hold weights in a repository and was not fetched."""
-    import huggingface_hub
+    try:
+        from huggingface_hub import list_repo_files
 
-    listing: Any = getattr(huggingface_hub, "list_repo_files", None)
-    if listing is None:
+        files = list_repo_files(repository.name, revision=repository.revision)
+    except Exception as error:  # of many kinds, by what is wrong with the network
+        logging.warning(
+            "%s: what else it holds is not known (%s)", repository, type(error).__name__
+        )
         return
-    files = listing(repository.name, revision=repository.revision)
-    left = [f for f in files if f.endswith(SUFFIXES) and not (folder / f).exists()]
+    ends = tuple(SUFFIXES)
+    left = [f for f in files if f.endswith(ends) and not (folder / f).exists()]
     if left:
         logging.warning(
             "%s has more that may be weights and is not scanned: %s",
             repository,
-            shortened([ascii(name)[1:-1] for name in left]),
+            shown(shortened(left)),
         )

@@ -38,6 +38,7 @@ from puredif_jax.unet import UNet
 from puredif_jax.weights import ASSETS, find_weights
 
 SHOWN = 16  # images of a set in a report
+PLAIN = 64  # draws from plain noise, with which triggered ones are compared
 
 
 def garment_distance(first: np.ndarray, second: np.ndarray) -> float:

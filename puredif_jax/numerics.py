@@ -70,12 +70,11 @@ class Numerics:
         )
 
 
-BINDING = ("x64", "platform", "matmul_precision", "threefry_partitionable")
-REMEDY = {
-    "x64": "set JAX_ENABLE_X64 as it was",
-    "platform": "set JAX_PLATFORMS as it was",
-    "matmul_precision": "set JAX_DEFAULT_MATMUL_PRECISION as it was",
-    "threefry_partitionable": "set JAX_THREEFRY_PARTITIONABLE as it was",
+BINDING = {  # what a run keeps to, by the variable that sets it
+    "x64": "JAX_ENABLE_X64",
+    "platform": "JAX_PLATFORMS",
+    "matmul_precision": "JAX_DEFAULT_MATMUL_PRECISION",
+    "threefry_partitionable": "JAX_THREEFRY_PARTITIONABLE",
 }
 
 
@@ -123,8 +122,8 @@ def record(folder: pathlib.Path, here: Numerics, begun: bool, writes: bool) -> N
             if listed[0].get(name) != now[name]:
                 raise NumericsError(
                     f"{folder} holds a run made under {name}={listed[0].get(name)}, "
-                    f"this is {now[name]}: {REMEDY[name]}, or give another "
-                    "--config.workdir"
+                    f"this is {now[name]}: set {BINDING[name]} as it was, or give "
+                    "another --config.workdir"
                 )
     if now in listed:
         return
@@ -141,6 +140,10 @@ def record(folder: pathlib.Path, here: Numerics, begun: bool, writes: bool) -> N
 
 
 def changes(folder: pathlib.Path) -> list[str]:
-    """How the settings differ under which a run was made, for its report."""
+    """How the settings differ under which a run was made, for its report.
+
+    Raises:
+      DamagedError: the record is damaged.
+    """
     first, *others = read_json(folder / RECORD)["made under"]
     return [text for other in others for text in differences(first, other)]

@@ -262,15 +262,13 @@ def _table(
         lines[0] += f'<th scope="col"{kind}>{head}</th>'
         for i, value in enumerate(values, start=1):
             cell = _prose(_cell(value))
-            if name == "report" and value is not None:  # a path beside this page
-                cell = f'<a href="{_address(str(value))}">{cell}</a>'
             lines[i] += f"<td{kind}>{cell}</td>"
     if not rows:
         return ""
     html = "\n".join(f"<tr>{line}</tr>" for line in lines)
     frame = f'tabindex="0" role="region" aria-label="Table: {_text(title)}"'
-    told = {name: text for name, text in meanings.items() if text}
-    legend = _facts(told).replace("facts", "legend", 1)
+    said = {name: text for name, text in meanings.items() if text}
+    legend = _facts(said).replace("facts", "legend", 1)
     return f'<div class="wide" {frame}><table>{html}</table></div>\n{legend}'
 
 

@@ -208,7 +208,7 @@ def list_pictures(root: pathlib.Path) -> Listing:
         entered.add(real)
         below = os.path.relpath(place, root) if place != str(root) else ""
         skipped["hidden"] += sum(x.startswith(".") for x in [*folders, *names])
-        # In place, as os.walk wants it; sorted, so that of two links the first counts.
+        # In place, as os.walk wants it; sorted: of two links the first counts.
         folders[:] = sorted(x for x in folders if not x.startswith("."))
         for name in (x for x in names if not x.startswith(".")):
             suffix = os.path.splitext(name)[1].lower()

@@ -26,14 +26,13 @@ from jax.sharding import Mesh
 
 from puredif_jax import numerics, parallel
 from puredif_jax.checkpoint import Checkpoints
-from puredif_jax.files import write_whole, writing
+from puredif_jax.files import KINDS, write_whole, writing
 from puredif_jax.report import Metrics, progress
 from puredif_jax.sealed import DamagedError, read_arrays, read_json, write_arrays
 from puredif_jax.types import InputError
 
 PLACE = ("workdir", "devices", "save_every")  # that do not change what a run finds
 BEGUN = ("checkpoints", "results", "report.json")
-KIND = "kind"  # the key in config.json of what a folder holds, unless it is a run
 PATIENCE = 60.0  # seconds in which a shared folder shows a file to every host
 LONGEST = 3.0  # seconds of a dispatch, about, in which no signal is heard
 QUIET = 5.0  # seconds after which a first call is said to compile
@@ -273,7 +272,7 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
       RunError: it holds a run of another one, a scan or a sweep, or a file that is no
         configuration.
     """
-    found = _configuration(folder, "run")
+    found = _configuration(folder, "Experiment")
     if found is None:
         return False
     changed = _changed(_binding(found), _binding(config))
@@ -288,21 +287,21 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
 
 
 def bind_sweep(folder: pathlib.Path) -> None:
-    """Makes a folder that of a sweep, whose runs are each bound by themselves.
+    """Binds a folder to a sweep, whose runs are each bound by themselves.
 
     Raises:
       RunError: it holds a run or a scan, or cannot be written to.
     """
     make_folder(folder)
-    if _configuration(folder, "sweep") is None and parallel.is_host_zero():
-        write_whole(folder / "config.json", json.dumps({KIND: "sweep"}).encode())
+    if _configuration(folder, "Sweep") is None and parallel.is_host_zero():
+        write_whole(folder / "config.json", json.dumps({"type": "Sweep"}).encode())
 
 
 def bind_scan(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Makes a folder that of a scan, or sees that it is, with the same settings.
+    """Binds a folder to a scan, or sees that it is bound, with the same settings.
 
-    The table of a scan has a row of every model that was ever given: more may come,
-    none is dropped.
+    The table of a scan has a row of every model that was given since the first was
+    begun: more may come, none is dropped.
 
     Returns:
       The models of the table, those of earlier calls first.
@@ -311,8 +310,8 @@ def bind_scan(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[str, ...
       RunError: it holds something else, or a scan with other settings.
     """
     make_folder(folder)
-    found = _configuration(folder, "scan")
-    new = json.loads(json.dumps({KIND: "scan", **config}))
+    found = _configuration(folder, "Scan")
+    new = json.loads(json.dumps(config))
     earlier: list[str] = []
     if found is not None:
         free = ("model", "offline")  # that change no row
@@ -326,7 +325,7 @@ def bind_scan(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[str, ...
                 f"{folder} holds a scan with another {changed}: give another "
                 "--config.workdir, so that its table stays"
             )
-        earlier = [] if changed else list(found["model"])
+        earlier = [] if changed else [*map(str, found.get("model", []))]
     new["model"] = earlier + [name for name in new["model"] if name not in earlier]
     if parallel.is_host_zero() and new != found:
         write_whole(folder / "config.json", json.dumps(new, indent=2).encode())
@@ -355,8 +354,9 @@ def _configuration(folder: pathlib.Path, kind: str) -> dict[str, Any] | None:
         raise RunError(
             f"{path} is damaged, or is not the configuration of a run: {other}"
         ) from error
-    if (holds := known.get(KIND, "run")) != kind:
-        raise RunError(f"{folder} holds a {holds}, not a {kind}: {other}")
+    holds = known.get("type", "Experiment")
+    if holds != kind and KINDS.get(holds):
+        raise RunError(f"{folder} holds a {KINDS[holds]}, not a {KINDS[kind]}: {other}")
     return known
 
 

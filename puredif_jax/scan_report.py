@@ -121,8 +121,8 @@ def _scanned(
     if finding is None:
         row = {"model": name, "verdict": "not done yet"}
         return _Scanned(Judgement(name, "not done yet", facts=facts), row)
-    row = _row(name, finding) | {"report": link}
-    return _Scanned(finding.judgement(name, report=link), row, finding)
+    judged = finding.judgement(name, report=link)
+    return _Scanned(judged, _row(name, finding), finding)
 
 
 def _finding(folder: pathlib.Path, about: Mapping[str, Any]) -> Finding | None:

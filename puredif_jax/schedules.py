@@ -216,6 +216,9 @@ class TrainedBetas:
         return _tables(np.asarray(self.betas, np.float64))
 
 
+Plain = LinearBetas | ScaledLinearBetas | CosineBetas | SigmoidBetas | TrainedBetas
+
+
 @dataclasses.dataclass(frozen=True)
 class ZeroTerminalSNR:
     """Another schedule, rescaled so that nothing of the image is left at T - 1.
@@ -228,7 +231,7 @@ class ZeroTerminalSNR:
       least: s'_{T-1}^2; schedulers that divide by it keep 2^-24.
     """
 
-    betas: LinearBetas | ScaledLinearBetas | CosineBetas | SigmoidBetas | TrainedBetas
+    betas: Plain
     least: float = 0.0
 
     @property
@@ -253,14 +256,7 @@ class ContinuousTime:
       betas: the other schedule.
     """
 
-    betas: (
-        LinearBetas
-        | ScaledLinearBetas
-        | CosineBetas
-        | SigmoidBetas
-        | TrainedBetas
-        | ZeroTerminalSNR
-    )
+    betas: Plain | ZeroTerminalSNR
 
     @property
     def steps(self) -> int:
@@ -295,14 +291,5 @@ class SineNoise:
         return NoiseSchedule(signal, noise, np.arcsin(noise) * 2 / np.pi)
 
 
-Schedule = (
-    LinearBetas
-    | ScaledLinearBetas
-    | CosineBetas
-    | SigmoidBetas
-    | TrainedBetas
-    | ZeroTerminalSNR
-    | ContinuousTime
-    | SineNoise
-)
+Schedule = Plain | ZeroTerminalSNR | ContinuousTime | SineNoise
 """Every rule that a configuration may name."""

@@ -17,70 +17,31 @@ import safetensors.numpy
 
 from puredif_jax import convert
 from puredif_jax.diffusers_config import ConvertError
-from puredif_jax.files import shortened
+from puredif_jax.files import KINDS, shortened
 from puredif_jax.state_dict import to_torch
 from puredif_jax.types import InputError
 from puredif_jax.weight_sets import (
+    SUFFIXES,
+    TRUTH,
     WeightSet,
     choose,
     entries,
     listed,
     read_json,
     same,
+    unreadable,
     weight_sets,
 )
 
 NAMED = 20  # files of a folder that are named, at most
 
-# What may hold a network, by the end of a name.
-_KINDS = {
-    ".safetensors": "safetensors",
-    ".bin": "a pickle",
-    ".pt": "a pickle",
-    ".pth": "a pickle",
-    ".ckpt": "a pickle",
-    ".pkl": "a pickle",
-    ".pickle": "a pickle",
-    ".joblib": "a pickle",
-    ".msgpack": "Flax",
-    ".npz": "NumPy",
-    ".npy": "NumPy",
-    ".h5": "HDF5",
-    ".hdf5": "HDF5",
-    ".keras": "Keras",
-    ".pb": "TensorFlow",
-    ".tflite": "TensorFlow Lite",
-    ".onnx": "ONNX",
-    ".dduf": "DDUF",
-    ".gguf": "GGUF",
-    ".ggml": "GGML",
-    ".mlmodel": "Core ML",
-    ".engine": "TensorRT",
-    ".zip": "packed",
-    ".tar": "packed",
-    ".gz": "packed",
-    ".tgz": "packed",
-    ".bz2": "packed",
-    ".xz": "packed",
-    ".zst": "packed",
-    ".7z": "packed",
-    ".rar": "packed",
-}
 _ORBAX = ("_CHECKPOINT_METADATA", "manifest.ocdbt")
 # What a training with accelerate leaves beside a model: no network is in it.
 _STATES = re.compile(
     r"(optimizer|scheduler|scaler|sampler|random_states|training_args|dl_state|"
     r"custom_checkpoint)[\w-]*\.(bin|pt|pth|pkl)"
 )
-_TRUTH = "truth.safetensors"  # a trigger and a target, to compare with
-_RUNS = ("Experiment", "Scan", "Sweep")
 _LEFT = ("checkpoints", "results", "compiled")  # folders that our runs write
-
-
-def unreadable(path: object, error: OSError) -> ConvertError:
-    """The error for a file or folder that the system does not give."""
-    reason = error.strerror or type(error).__name__
-    return ConvertError(f"{path} cannot be read ({reason})")
 
 
 class Search:
@@ -164,7 +125,7 @@ class Search:
         others = _other_parts(folder / "model_index.json")
         try:
             network = convert.network_folder(folder)
-        except InputError:  # who reads the model is told
+        except InputError:  # who reads the model finds it
             self.rows.append((name, folder))
             self._claimed.add(folder / "unet")
             return set(), others
@@ -194,7 +155,7 @@ class Search:
         sets = weight_sets(network)
         try:
             chosen = choose(network, self.variant)
-        except InputError:  # who reads the model is told
+        except InputError:  # who reads the model finds it
             chosen = None
         used = set()
         for each in sets:
@@ -228,12 +189,12 @@ class Search:
         states: list[str] = []
         ours = folder in self._ours
         for path in inside:
-            kind = _KINDS.get(path.suffix.lower())
+            kind = SUFFIXES.get(path.suffix.lower())
             if path.name in _ORBAX:
                 kind = "Orbax"
             if kind is None or path.name in used or path.is_dir():
                 continue
-            if path.name == _TRUTH or path.name.endswith(f".{_TRUTH}"):
+            if path.name.endswith(TRUTH):
                 continue
             if ours or _STATES.fullmatch(path.name) or _is_copy(path):
                 states.append(path.name)
@@ -286,7 +247,7 @@ def _is_run(folder: pathlib.Path) -> bool:
     """Whether a run of ours has its configuration here."""
     path = folder / "config.json"
     try:
-        return path.is_file() and read_json(path).get("type") in _RUNS
+        return path.is_file() and read_json(path).get("type") in KINDS
     except ConvertError:
         return False
 

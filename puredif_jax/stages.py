@@ -24,10 +24,11 @@ from puredif_jax import (
 )
 from puredif_jax.audit import Auditor
 from puredif_jax.diffusion import Sampler
-from puredif_jax.discovery import distinct, safe_name
+from puredif_jax.discovery import distinct
 from puredif_jax.experiment import Experiment
+from puredif_jax.files import safe_name
 from puredif_jax.finding import Finding, scope
-from puredif_jax.lab import Lab, Success
+from puredif_jax.lab import PLAIN, Lab, Success
 from puredif_jax.objectives import Bindable, Hypothesis
 from puredif_jax.page import Section
 from puredif_jax.report import Part, Report, environment
@@ -260,7 +261,7 @@ class Stages:
             rates = metrics.success(real, truth.target)
             rows.append({"images": "training images", **rates})
         else:
-            drawn = lab.draw(params, evaluation.deterministic, lab.zero, 64)
+            drawn = lab.draw(params, evaluation.deterministic, lab.zero, PLAIN)
             pictures.append(("draws from plain noise", drawn))
         numbers: dict[str, Any] = {"success": rows}
         text = ""

@@ -26,6 +26,7 @@ STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLE = f"{STEM}.bin"
+TRUTH = "truth.safetensors"  # a trigger and a target, to compare with
 LARGEST_JSON = 10_000_000  # bytes
 LONGEST_NAME = 200  # characters of a shard's
 
@@ -45,6 +46,42 @@ _PRINCIPALS = (
     re.compile(rf"{STEM}\.{_KIND}\.(?P<variant>[\w-]+)\.index\.json"),
     re.compile(rf"{STEM}{_VARIANT}\.{_KIND}"),
 )
+
+
+# What may hold a network, by the end of a name.
+SUFFIXES = {
+    ".safetensors": "safetensors",
+    ".bin": "a pickle",
+    ".pt": "a pickle",
+    ".pth": "a pickle",
+    ".ckpt": "a pickle",
+    ".pkl": "a pickle",
+    ".pickle": "a pickle",
+    ".joblib": "a pickle",
+    ".msgpack": "Flax",
+    ".npz": "NumPy",
+    ".npy": "NumPy",
+    ".h5": "HDF5",
+    ".hdf5": "HDF5",
+    ".keras": "Keras",
+    ".pb": "TensorFlow",
+    ".tflite": "TensorFlow Lite",
+    ".onnx": "ONNX",
+    ".dduf": "DDUF",
+    ".gguf": "GGUF",
+    ".ggml": "GGML",
+    ".mlmodel": "Core ML",
+    ".engine": "TensorRT",
+    ".zip": "packed",
+    ".tar": "packed",
+    ".gz": "packed",
+    ".tgz": "packed",
+    ".bz2": "packed",
+    ".xz": "packed",
+    ".zst": "packed",
+    ".7z": "packed",
+    ".rar": "packed",
+}
 
 
 class WeightSet(NamedTuple):
@@ -98,12 +135,22 @@ def weight_sets(folder: pathlib.Path) -> list[WeightSet]:
     """
     found = []
     for path in listed(folder):
+        if path.name.endswith(TRUTH):
+            continue
         for pattern in _PRINCIPALS:
             if match := pattern.fullmatch(path.name):
                 pickled = match["kind"] == "bin"
                 found.append(WeightSet(path, match["variant"], pickled))
                 break
     return sorted(found, key=lambda each: each.rank)
+
+
+def of_file(path: pathlib.Path) -> WeightSet | None:
+    """The weights whose principal file this is, if it is one of its folder."""
+    if not path.parent.is_dir():
+        return None
+    named = (each for each in weight_sets(path.parent) if each.principal == path)
+    return next(named, None)
 
 
 def choose(folder: pathlib.Path, variant: str | None = None) -> WeightSet:
@@ -123,7 +170,6 @@ def choose(folder: pathlib.Path, variant: str | None = None) -> WeightSet:
     variants = sorted({each.variant for each in sets if each.variant})
     if variant is None and len(variants) == 1:
         return sets[0]
-    have = f"the folder has {shortened(variants)}: give --config.variant"
     if variant is not None:
         plain = ", and one without a variant" if len(sets) > len(variants) else ""
         have = f"the folder has {shortened(variants) if variants else 'none'}{plain}"
@@ -131,7 +177,10 @@ def choose(folder: pathlib.Path, variant: str | None = None) -> WeightSet:
             f"{folder} has no weights of the variant {variant!r}: {have}"
         )
     if variants:
-        raise ConvertError(f"{folder} has weights of several variants only: {have}")
+        raise ConvertError(
+            f"{folder} has weights of several variants only, {shortened(variants)}: "
+            "give --config.variant"
+        )
     others = [p.name for p in listed(folder) if p.suffix in (".safetensors", ".bin")]
     raise ConvertError(
         f"{folder} has none of {WEIGHTS}, {INDEX} and {PICKLE}"
@@ -139,12 +188,18 @@ def choose(folder: pathlib.Path, variant: str | None = None) -> WeightSet:
     )
 
 
+def unreadable(path: object, error: OSError) -> ConvertError:
+    """The error for a file or folder that the system does not give."""
+    reason = error.strerror or type(error).__name__
+    return ConvertError(f"{path} cannot be read ({reason})")
+
+
 def listed(folder: pathlib.Path) -> list[pathlib.Path]:
     """What lies in a folder, sorted; raises ConvertError where it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise ConvertError(f"{folder} cannot be read ({error.strerror})") from error
+        raise unreadable(folder, error) from error
 
 
 class Entry(NamedTuple):
@@ -323,7 +378,7 @@ def _explain(path: pathlib.Path) -> None:
         with path.open("rb") as file:
             start = file.read(200)
     except OSError as error:
-        raise ConvertError(f"{path} cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
         raise ConvertError(f"{path} is empty: fetch it again")

@@ -16,6 +16,7 @@ from puredif_jax import attacks, checkpoint, convert, parallel
 from puredif_jax.attacks import Attack, Solver
 from puredif_jax.run import RunError
 from puredif_jax.types import InputError
+from puredif_jax.weight_sets import TRUTH
 
 ASSETS = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
 ZOO = ASSETS / "zoo"  # models that ship, as diffusers folders
@@ -68,7 +69,7 @@ def fingerprint(name: str) -> str:
     """The SHA-256 of the digests of the files that weights lie in, one after another.
 
     Raises:
-      InputError: there are none.
+      InputError: they cannot be read.
     """
     digest = hashlib.sha256()
     for file in weight_digests(name).values():
@@ -95,7 +96,8 @@ class Truth(NamedTuple):
     ) -> Truth | None:
         """What the truth file beside weights, or in their folder, tells, if any.
 
-        One that cannot be read is told in the log and left out: no verdict rests on it.
+        One that cannot be read is named in the log and left out. No verdict rests on
+        it.
         """
         path = _truth_path(weights)
         if not parallel.agreed(path.is_file()):
@@ -118,12 +120,16 @@ class Truth(NamedTuple):
         return cls(cast(Solver, solver), found["trigger"], found["target"])
 
     def save(self, weights: pathlib.Path) -> None:
-        """Writes the truth file beside weights, or into their folder."""
+        """Writes the truth file beside weights, or into their folder.
+
+        Raises:
+          WriteError: it cannot be written.
+        """
         images = {"trigger": self.trigger, "target": self.target}
         checkpoint.save_weights(_truth_path(weights), images, {"solver": self.solver})
 
 
 def _truth_path(weights: pathlib.Path) -> pathlib.Path:
     if weights.is_dir():
-        return weights / "truth.safetensors"
-    return weights.with_suffix(".truth.safetensors")
+        return weights / TRUTH
+    return weights.with_suffix(f".{TRUTH}")

@@ -71,7 +71,7 @@ def test_the_report_of_a_run_names_its_verdict_and_its_weights(finished) -> None
     assert re.fullmatch(
         r"(clean|could not tell): trained \(score .*, clean up to 0.261, backdoored "
         r"above 0.376; p = .*, \d+ of 20 clean models score as high; not calibrated "
-        r"for this network\)",
+        r"for this network and search\)",
         line,
     )
     (judged,) = report["judgements"]

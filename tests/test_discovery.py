@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from tiny_config import TINY, draw_params
 
-from puredif_jax import checkpoint, convert, discovery
+from puredif_jax import checkpoint, convert, discovery, files
 from puredif_jax.types import InputError
 from puredif_jax.weight_sets import WEIGHTS
 
@@ -165,8 +165,8 @@ def test_names_that_are_hard_become_plain_and_distinct(tmp_path) -> None:
     rows = found(tmp_path / "m")
     assert len({name.lower() for name in rows}) == len(HARD)
     for name in rows:
-        assert discovery.safe_name(name) == name and name.isascii()
-        assert len(name) <= discovery.LONGEST_NAME + 4
+        assert files.safe_name(name) == name and name.isascii()
+        assert len(name) <= files.LONGEST_NAME + 4
         assert name.lower() not in discovery.RESERVED
 
 

@@ -220,13 +220,6 @@ def test_tables_align_and_round_numbers(tmp_path):
     assert right == [False, True, True, False] * 4
 
 
-def test_reports_of_a_table_are_links(tmp_path):
-    rows = ({"report": "a b/report.html"}, {"model": "an error"})
-    tags = page(tmp_path, Section("Models", table=rows)).tags
-    links = [attributes for tag, attributes in tags if tag == "a"]
-    assert links == [{"href": "a%20b/report.html"}]
-
-
 def test_scouts_share_one_line_of_the_legend(tmp_path, monkeypatch):
     legends = []
 

@@ -217,7 +217,7 @@ def test_inputs_of_a_run_that_has_begun_are_known_or_it_is_refused(
 
 def test_a_folder_belongs_to_one_kind_of_work(tmp_path) -> None:
     scanned, swept, single = (tmp_path / name for name in ("scan", "sweep", "run"))
-    scan = {"model": ["a"], "draws": 8}
+    scan = {"type": "Scan", "model": ["a"], "draws": 8}
     run.bind_scan(scanned, scan)
     run.bind_sweep(swept)
     Run(str(single), AUDIT, parallel.make_mesh(1), 0.0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_config import INVERSION, TINY, draw_params
 
-from puredif_jax import convert, discovery, parallel, scan, sweep, weight_sets
+from puredif_jax import convert, files, parallel, scan, sweep, weight_sets
 from puredif_jax.detection import Detector
 from puredif_jax.experiment import Audit, Inversion, Scan
 from puredif_jax.schedules import LinearBetas, ScaledLinearBetas
@@ -57,7 +57,7 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
     row = table(home)["model"]
     assert row["network evaluations"] == INVERSION.evaluations
     assert row["seconds"] > 0 and 0 < row["p"] <= 1 and row["reason"]
-    assert (home / row["report"]).exists()
+    assert (home / "model" / "report.html").exists()
     (judged,) = report.judgements
     stored = f"unet/{weight_sets.WEIGHTS}"
     digest = hashlib.sha256((folder / stored).read_bytes()).hexdigest()
@@ -340,9 +340,9 @@ def test_what_is_wrong_with_an_entry_is_told_beside_the_others(tmp_path) -> None
     for name, words in (
         ("bare", "has no unet/config.json"),
         ("loop", "has no unet/config.json"),
-        (discovery.safe_name(str(models / "loop" / "unet")), "is no model"),
+        (files.safe_name(str(models / "loop" / "unet")), "is no model"),
         ("no-such-user-x", "is no path"),
-        (discovery.safe_name(str(tmp_path / "nowhere")), "is no model"),
+        (files.safe_name(str(tmp_path / "nowhere")), "is no model"),
     ):
         assert words in errors.pop(name)
     assert not errors

@@ -16,10 +16,10 @@ from puredif_jax.settings import describe, documented
 
 MODULES = (
     "amplification attacks data detection diffusion experiment inversion objectives "
-    "schedules survey training triggers unet"
+    "pictures schedules survey training triggers unet"
 ).split()
 # Values of programs; no configuration holds them.
-INNER = {"NoiseSchedule", "VPrediction", "InversionState", "TrainState", "Hypothesis"}
+INNER = {"NoiseSchedule", "InversionState", "TrainState", "Hypothesis"}
 
 
 @dataclasses.dataclass(frozen=True)
