@@ -85,7 +85,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """Waits for the save under way; raises CheckpointError where it has failed."""
-        with self._writing("the latest"):
+        with self._writing("the latest step"):
             self._manager.close()
 
     def steps(self) -> list[int]:
@@ -123,7 +123,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             arrays=ocp.args.PyTreeSave({"packed": packed}),
             layout=ocp.args.JsonSave(layout | {SEAL: _seal(layout, packed)}),
         )
-        with self._writing(str(step)):
+        with self._writing(f"step {step}"):
             self._manager.save(step, args=args, force=True)
 
     def restore(self, step: int, abstract: Any) -> Any:
@@ -179,7 +179,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         names = (f"{step}.damaged{i or ''}" for i in itertools.count())
         name = next(n for n in names if not os.path.lexists(f"{self._path}/{n}"))
         if jax.process_index() == 0:
-            with self._writing(str(step)):
+            with self._writing(f"step {step}"):
                 os.replace(f"{self._path}/{step}", f"{self._path}/{name}")
         _everywhere(True)
         self._manager.reload()
