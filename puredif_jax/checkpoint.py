@@ -6,6 +6,7 @@ Nothing is unpickled; what does not fit is named in one sentence before it is us
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -29,6 +30,10 @@ from puredif_jax.types import InputError, Params
 
 Path = str | os.PathLike
 WEIGHTS_SEAL = f"puredif_jax {SEAL}"  # in the header of a safetensors file
+
+
+# Of these a checkpoint is as whole as it was: it is not to be set aside.
+PASSING = (errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class CheckpointError(InputError):
@@ -131,7 +136,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         That is a tree of `jax.ShapeDtypeStruct`, see the function `abstract`. Its
         shardings need not be those that were saved; a leaf without one comes as NumPy.
-        Raises CheckpointError if it is missing, damaged or holds other leaves.
+        Raises CheckpointError if it is missing, damaged or holds other leaves, and
+        InputError if memory or a permission is missing.
         """
         values = self._read(step, _leaves(abstract), prefix="")
         return jax.tree.unflatten(jax.tree.structure(abstract), values)
@@ -202,6 +208,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             whole = layout["step"] == step and _seal(layout, packed) == told
             leaves = {name: _Entry(*row) for name, row in layout["leaves"].items()}
         except Exception as error:  # whatever damage leads Orbax to
+            if isinstance(error, MemoryError) or _errno(error) in PASSING:
+                raise InputError(f"{where} cannot be read ({_why(error)})") from error
             raise CheckpointError(f"{where} is damaged or not ours") from error
         if not whole:
             raise CheckpointError(f"{where} is damaged: its digest is another")
@@ -359,12 +367,18 @@ def _seal(layout: Mapping[str, Any], packed: np.ndarray) -> str:
     return digest({"layout": np.frombuffer(text, np.uint8), "packed": packed})
 
 
+def _errno(error: BaseException) -> int | None:
+    """The system's number in an error, also in one of TensorStore."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(told[1]) if told else None
+
+
 def _why(error: BaseException) -> str:
-    """What the system has said, out of an error of TensorStore, or its first line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if told := re.search(r"os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(told[1]))
+    """What the system has said, or the first line of the error."""
+    if (number := _errno(error)) is not None:
+        return os.strerror(number)
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
