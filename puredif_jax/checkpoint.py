@@ -157,8 +157,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         steps = [s for s in self.steps() if most is None or s <= most]
         found = None
         bad: list[int] = []
-        while steps and found is None:
-            step = steps.pop()
+        while found is None and (step := _first(steps[-1] if steps else -1)) >= 0:
+            if step not in steps:
+                raise InputError(
+                    f"step {step} in {self._path} is there for process 0, but not for "
+                    f"process {jax.process_index()}: all need the same folder"
+                )
+            steps = steps[: steps.index(step)]
             try:
                 state = self.restore(step, abstract)
                 why = ""
@@ -359,6 +364,13 @@ def _everywhere(true: bool) -> bool:
     if jax.process_count() == 1:
         return true
     return bool(multihost_utils.process_allgather(np.bool(true)).all())
+
+
+def _first(number: int) -> int:
+    """What process 0 says; a collective."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _seal(layout: Mapping[str, Any], packed: np.ndarray) -> str:
