@@ -6,6 +6,7 @@ Nothing is unpickled; what does not fit is named in one sentence before it is us
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -29,6 +30,10 @@ from puredif_jax.types import InputError, Params
 
 Path = str | os.PathLike
 WEIGHTS_SEAL = f"puredif_jax {SEAL}"  # in the header of a safetensors file
+
+
+# Of these a checkpoint is as whole as it was: it is not to be set aside.
+PASSING = (errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class CheckpointError(InputError):
@@ -85,7 +90,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """Waits for the save under way; raises CheckpointError where it has failed."""
-        with self._writing("the latest"):
+        with self._writing("the latest step"):
             self._manager.close()
 
     def steps(self) -> list[int]:
@@ -123,7 +128,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             arrays=ocp.args.PyTreeSave({"packed": packed}),
             layout=ocp.args.JsonSave(layout | {SEAL: _seal(layout, packed)}),
         )
-        with self._writing(str(step)):
+        with self._writing(f"step {step}"):
             self._manager.save(step, args=args, force=True)
 
     def restore(self, step: int, abstract: Any) -> Any:
@@ -131,7 +136,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         That is a tree of `jax.ShapeDtypeStruct`, see the function `abstract`. Its
         shardings need not be those that were saved; a leaf without one comes as NumPy.
-        Raises CheckpointError if it is missing, damaged or holds other leaves.
+        Raises CheckpointError if it is missing, damaged or holds other leaves, and
+        InputError if memory or a permission is missing.
         """
         values = self._read(step, _leaves(abstract), prefix="")
         return jax.tree.unflatten(jax.tree.structure(abstract), values)
@@ -151,8 +157,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         steps = [s for s in self.steps() if most is None or s <= most]
         found = None
         bad: list[int] = []
-        while steps and found is None:
-            step = steps.pop()
+        while found is None and (step := _first(steps[-1] if steps else -1)) >= 0:
+            if step not in steps:
+                raise InputError(
+                    f"step {step} in {self._path} is there for process 0, but not for "
+                    f"process {jax.process_index()}: all need the same folder"
+                )
+            steps = steps[: steps.index(step)]
             try:
                 state = self.restore(step, abstract)
                 why = ""
@@ -179,7 +190,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         names = (f"{step}.damaged{i or ''}" for i in itertools.count())
         name = next(n for n in names if not os.path.lexists(f"{self._path}/{n}"))
         if jax.process_index() == 0:
-            with self._writing(str(step)):
+            with self._writing(f"step {step}"):
                 os.replace(f"{self._path}/{step}", f"{self._path}/{name}")
         _everywhere(True)
         self._manager.reload()
@@ -202,6 +213,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             whole = layout["step"] == step and _seal(layout, packed) == told
             leaves = {name: _Entry(*row) for name, row in layout["leaves"].items()}
         except Exception as error:  # whatever damage leads Orbax to
+            if isinstance(error, MemoryError) or _errno(error) in PASSING:
+                raise InputError(f"{where} cannot be read ({_why(error)})") from error
             raise CheckpointError(f"{where} is damaged or not ours") from error
         if not whole:
             raise CheckpointError(f"{where} is damaged: its digest is another")
@@ -353,18 +366,31 @@ def _everywhere(true: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.bool(true)).all())
 
 
+def _first(number: int) -> int:
+    """What process 0 says; a collective."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def _seal(layout: Mapping[str, Any], packed: np.ndarray) -> str:
     """The digest of a checkpoint; the layout as JSON has it."""
     text = json.dumps(layout, sort_keys=True).encode()
     return digest({"layout": np.frombuffer(text, np.uint8), "packed": packed})
 
 
+def _errno(error: BaseException) -> int | None:
+    """The system's number in an error, also in one of TensorStore."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(told[1]) if told else None
+
+
 def _why(error: BaseException) -> str:
-    """What the system has said, out of an error of TensorStore, or its first line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if told := re.search(r"os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(told[1]))
+    """What the system has said, or the first line of the error."""
+    if (number := _errno(error)) is not None:
+        return os.strerror(number)
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

@@ -302,8 +302,8 @@ class Experiment:
         if self.training:
             parts.append(f"{self.training.steps:,} steps of training")
         if self.amplification:
-            count = len(self.amplification.snapshots)
-            parts.append(f"reinforcement of the trigger at {count} snapshots")
+            steps = ", ".join(map(str, self.amplification.snapshots))
+            parts.append(f"reinforcement of the trigger at step {steps}")
         if self.training or self.weights:
             parts.append("measuring of the model")
         if self.audit:

@@ -26,6 +26,7 @@ from puredif_jax import checkpoint, parallel
 from puredif_jax.checkpoint import CheckpointError, Checkpoints
 from puredif_jax.files import WriteError
 from puredif_jax.training import TrainState
+from puredif_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -291,6 +292,29 @@ def test_what_is_not_a_whole_checkpoint_of_its_step_is_set_aside(tmp_path, caplo
         checkpoints.restore_last(like)
     names = {p.name for p in tmp_path.iterdir()}
     assert {"4.damaged", "4.damaged1"} <= names
+
+
+@pytest.mark.parametrize(
+    "error,words",
+    [
+        (MemoryError(), "cannot be read .MemoryError"),
+        (PermissionError(13, "no"), "cannot be read .Permission denied"),
+        (ValueError("x [os_error_code='24']"), "cannot be read .Too many open files"),
+    ],
+)
+def test_a_checkpoint_that_is_not_to_blame_stays(tmp_path, monkeypatch, error, words):
+    like = {"x": jax.ShapeDtypeStruct((), jnp.float32)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.float32(1)})
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+        with pytest.raises(InputError, match=words):
+            checkpoints.restore_last(like)
+        assert checkpoints.steps() == [1]
 
 
 SMALL_DISK = """

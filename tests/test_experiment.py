@@ -166,7 +166,7 @@ def test_folders_of_different_scans_differ() -> None:
 
 def test_a_plan_is_said_in_words() -> None:
     assert get_config().plan == (
-        "runs/tiny: 12 steps of training, reinforcement of the trigger at 2 snapshots, "
+        "runs/tiny: 12 steps of training, reinforcement of the trigger at step 6, 12, "
         "measuring of the model, audit of trained (under ode, 3,352 evaluations of its "
         "network on an image)"
     )

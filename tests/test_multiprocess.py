@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 300
 
 PROGRAM = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 import jax, numpy as np
 from puredif_jax import checkpoint, parallel
 
@@ -85,6 +85,16 @@ np.testing.assert_array_equal(values["split"], x)
 np.testing.assert_array_equal(values["w"], x)
 again = jax.jit(lambda keys: shard(draw(keys)))(restored["key"])
 np.testing.assert_array_equal(parallel.gather(again), values["drawn"])
+
+# A damaged one is set aside by one process, for both.
+if me == 0:
+    for file in pathlib.Path(directory, "3", "layout").iterdir():
+        file.write_bytes(b"")
+jax.experimental.multihost_utils.sync_global_devices("damaged")
+with checkpoint.Checkpoints(directory) as checkpoints:
+    step, restored = checkpoints.restore_last(like)
+    assert step == 2 and checkpoints.steps() == [2]
+np.testing.assert_array_equal(parallel.gather(restored["split"]), x)
 
 # Weights: one process writes, both read, also out of the checkpoint.
 np.testing.assert_array_equal(checkpoint.load_weights(directory, {"w": x})["w"], x)
