@@ -239,7 +239,8 @@ def test_a_folder_belongs_to_one_kind_of_work(tmp_path) -> None:
 
 def test_a_scan_keeps_its_table(tmp_path) -> None:
     """Its models become more; other settings are refused once a model was begun."""
-    scan = {"model": ["a", "b"], "draws": 8, "workdir": "here", "offline": False}
+    scan = {"type": "Scan", "model": ["a", "b"], "draws": 8, "offline": False}
+    scan["workdir"] = "here"
     scan["audit"] = AUDIT["audit"]
     assert run.bind_scan(tmp_path, scan) == ("a", "b")
     other = scan | {"model": ["c", "a"], "workdir": "there", "offline": True}
