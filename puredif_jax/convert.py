@@ -26,7 +26,7 @@ from puredif_jax.diffusers_scheduler import PIPELINES
 from puredif_jax.diffusers_scheduler import Scheduling as Scheduling
 from puredif_jax.diffusers_scheduler import read_scheduling as read_scheduling
 from puredif_jax.diffusers_scheduler import write_scheduling as write_scheduling
-from puredif_jax.files import shortened, write_whole
+from puredif_jax.files import expanded, shortened, write_whole
 from puredif_jax.state_dict import from_torch as from_torch
 from puredif_jax.state_dict import named_leaves, new_name, torch_shape
 from puredif_jax.state_dict import to_torch as to_torch
@@ -146,46 +146,70 @@ def _locate(path: str | os.PathLike[str], given: str | None) -> _Place:
       given: a scheduler for a network that has none of its own.
 
     Raises:
-      ConvertError: there is no network, or the pipeline has other parts.
+      ConvertError: there is no network, the pipeline has other parts, or the network of
+        a pipeline has a scheduler beside it, too.
     """
-    top = pathlib.Path(path)
+    top, network = pathlib.Path(path), None
     if not top.is_dir() and of_file(top) is not None:
         if not top.is_file():
             raise ConvertError(f"there is no file {top}")
-        top = top.parent
+        top = network = top.parent
     if not top.is_dir():
         raise ConvertError(f"{path} is not a folder of a diffusers model")
+    above = _pipeline_above(top.absolute())
+    if above is not None and network is None:
+        if extra := own_process(top):
+            raise ConvertError(
+                f"{extra} and {above} say how to draw from {top}: remove one of them"
+            )
+    if above is not None:
+        network, top = top, above
+    elif network is None:
+        network = network_folder(top)
     classes, pipeline = _read_index(top / "model_index.json")
-    network = network_folder(top)
     own = _part(top, "scheduler", SCHEDULER, "scheduler" in classes)
     if own is not None:
-        return _Place(network, own, classes, pipeline, True)
+        return _Place(network, own, classes, pipeline, above is None)
     if given is not None:
         return _Place(network, _given(given), classes, None, False)
     # A pipeline without its scheduler is broken; a part of one looks for it above.
     for home in () if pipeline else list(top.absolute().parents)[:UP]:
         if found := _part(home, "scheduler", SCHEDULER, True):
-            above, pipeline = _read_index(home / "model_index.json")
-            if network.absolute() != home / "unet":
-                above = {k: v for k, v in above.items() if k == "scheduler"}
-            return _Place(network, found, above, pipeline, False)
+            found_classes, pipeline = _read_index(home / "model_index.json")
+            kinds = {k: v for k, v in found_classes.items() if k == "scheduler"}
+            return _Place(network, found, kinds, pipeline, False)
     return _Place(network, None, classes, pipeline, False)
 
 
+def _pipeline_above(network: pathlib.Path) -> pathlib.Path | None:
+    """The pipeline whose network this folder is, by the folder's name."""
+    top = network.parent
+    if network.name != "unet":
+        return None
+    parts = (top / "model_index.json", top / "scheduler" / SCHEDULER)
+    return top if any(part.is_file() for part in parts) else None
+
+
+def own_process(network: pathlib.Path) -> pathlib.Path | None:
+    """The file by which a network's folder would be drawn as a pipeline of its own."""
+    found = (network / "model_index.json", network / SCHEDULER)
+    return next((path for path in found if path.is_file()), None)
+
+
 def network_folder(top: pathlib.Path) -> pathlib.Path:
-    """The folder of a model's network: `unet` below it, or in old models itself.
+    """The folder of a model's network: itself, or `unet` below a pipeline.
 
     Raises:
       ConvertError: there is no configuration.
     """
+    below = top / "unet"
     indexed = (top / "model_index.json").is_file()
-    if (top / "unet").is_dir() and (indexed or not is_network(top)):
-        if not (top / "unet" / "config.json").is_file():
-            raise ConvertError(f"{top} has no unet/config.json")
-        return top / "unet"
-    for folder in (top / "unet", top):
-        if (folder / "config.json").is_file():
-            return folder
+    if not (indexed and below.is_dir()) and is_network(top):
+        return top
+    if (below / "config.json").is_file():
+        return below
+    if not below.is_dir() and (top / "config.json").is_file():
+        return top
     raise ConvertError(f"{top} has no unet/config.json")
 
 
@@ -210,7 +234,7 @@ def _given(name: str) -> pathlib.Path:
     Raises:
       ConvertError: there is none.
     """
-    path = pathlib.Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return path
     if found := _part(path, "scheduler", SCHEDULER, False):
@@ -241,7 +265,7 @@ def _read_index(path: pathlib.Path) -> tuple[dict[str, str], str | None]:
             "and a scheduler are read"
         )
     pipeline = found.get("_class_name")
-    if pipeline not in PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise ConvertError(
             f"{path} is of class {pipeline!r}: read are {', '.join(PIPELINES)}"
         )

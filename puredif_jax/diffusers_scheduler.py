@@ -12,6 +12,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from puredif_jax.diffusers_config import (
     ConvertError,
     Remarks,
@@ -243,7 +245,11 @@ def read_scheduling(
             raise ConvertError(f"{where} sets thresholding: {error}") from error
     elif found["clip_sample"]:
         clip = float(found["clip_sample_range"])
-    if betas.tables().signal[-1] == 0 and prediction == "epsilon":
+    with np.errstate(all="ignore"):
+        signal = betas.tables().signal
+    if not np.isfinite(signal).all():
+        raise ConvertError(f"{where} is not a schedule: its numbers are not finite")
+    if signal[-1] == 0 and prediction == "epsilon":
         remarks.append(
             "nothing of the image is left at the last timestep, so a network that "
             "predicts the noise says nothing of the image there"
@@ -321,7 +327,7 @@ def _read_betas(kind: str, found: Mapping[str, Any], where: str) -> Schedule:
         else:
             rule = _SCHEDULES[found["beta_schedule"]]
             betas = rule(steps, float(found["beta_start"]), float(found["beta_end"]))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ConvertError(f"{where} is not a schedule: {error}") from error
     if found["rescale_betas_zero_snr"]:
         betas = ZeroTerminalSNR(betas, _LEAST.get(kind, 0.0))

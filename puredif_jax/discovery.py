@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from puredif_jax import convert, hub
 from puredif_jax.diffusers_config import ConvertError
-from puredif_jax.files import safe_name
+from puredif_jax.files import expanded, safe_name
 from puredif_jax.search import Search
 from puredif_jax.types import InputError
 from puredif_jax.weight_sets import unreadable
@@ -75,8 +75,14 @@ def find(
     if len(errors) == len(rows):
         raise errors[0]
     models: Models = {}
+    used, counts = set(RESERVED), dict[str, int]()
     for name, found in rows:
-        models[distinct(safe_name(name), [*RESERVED, *models])] = found
+        plain = tried = safe_name(name)
+        while tried.lower() in used:
+            counts[plain] = counts.get(plain, 1) + 1
+            tried = f"{plain}-{counts[plain]}"
+        used.add(tried.lower())
+        models[tried] = found
     return Found(models, tuple(notes))
 
 
@@ -112,7 +118,7 @@ def _between(parts: Sequence[str], commas: Sequence[str]) -> str:
 
 def _exists(name: str) -> bool:
     try:
-        return pathlib.Path(name).expanduser().exists()
+        return expanded(name).exists()
     except (OSError, RuntimeError, ValueError):
         return False
 

@@ -76,6 +76,16 @@ def safe_name(name: str) -> str:
     return f"{plain[:start]}-{digest}-{plain[start + 10 - LONGEST_NAME :]}".strip(".-")
 
 
+def expanded(name: str) -> pathlib.Path:
+    """The path of a name; "~" at its start is a home, "./~" a folder of that name.
+
+    Raises:
+      RuntimeError: there is no such user.
+    """
+    path = pathlib.Path(name)
+    return path.expanduser() if name.startswith("~") else path
+
+
 def shortened(names: Sequence[str]) -> str:
     """The first five names, and how many more there are."""
     rest = len(names) - 5

@@ -14,7 +14,7 @@ from absl import logging
 
 from puredif_jax import convert
 from puredif_jax.diffusers_config import ConvertError
-from puredif_jax.files import shortened
+from puredif_jax.files import expanded, shortened
 from puredif_jax.types import shown
 from puredif_jax.weight_sets import (
     INDEX,
@@ -61,7 +61,7 @@ def find_folder(
         cannot be reached.
     """
     try:
-        path = pathlib.Path(name).expanduser()
+        path = expanded(name)
         here = path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise ConvertError(

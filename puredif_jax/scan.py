@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import time
 import traceback
 
 from absl import logging
@@ -17,9 +18,12 @@ from puredif_jax.files import write_whole
 from puredif_jax.report import Report
 from puredif_jax.run import RunError, bind_scan
 from puredif_jax.scan_report import summarise
+from puredif_jax.state_dict import named_leaves
 from puredif_jax.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.types import InputError
 from puredif_jax.weights import ZOO
+
+SECONDS = 5.0  # between two tables, at most, while rows are errors
 
 
 def perform_scan(scan: Scan) -> tuple[Report, int]:
@@ -47,15 +51,20 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     keep_programs(scan.workdir)
     for note in notes:
         logging.info("%s", InputError(note))
-    errors: dict[str, str] = {}
+    errors = {k: str(v) for k, v in models.items() if isinstance(v, InputError)}
+    for name, text in errors.items():
+        logging.error("%s: %s", name, text)
     report, status = summarise(scan, models, errors, notes)
-    names = list(models)
+    written = time.monotonic()
+    names = [name for name in models if name not in errors]
     homes = [pathlib.Path(scan.workdir) / name for name in names]
     for i in in_turn(homes):
         name, folder = names[i], models[names[i]]
+        audited = False
         try:
             experiment = as_experiment(scan, name, folder)
-            perform_once(experiment, f"model {i + 1} of {len(models)}")
+            label = f"model {i + 1} of {len(names)}"
+            audited = perform_once(experiment, label)
         except parallel.Stopped:
             raise
         except InputError as error:
@@ -66,7 +75,10 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             logging.error("%s: %s", name, errors[name])
             if homes[i].is_dir() and parallel.is_host_zero():
                 write_whole(homes[i] / "traceback.txt", _traceback(error))
-        report, status = summarise(scan, models, errors, notes)
+        if audited or time.monotonic() - written > SECONDS:
+            report, status = summarise(scan, models, errors, notes)
+            written = time.monotonic()
+    report, status = summarise(scan, models, errors, notes)
     return report, parallel.agreed(status)
 
 
@@ -130,6 +142,13 @@ def as_experiment(
     remarks = (*spec.remarks, *convert.check_weights(folder, spec.unet))
     for remark in remarks:
         logging.info("%s: %s", name, InputError(remark))
+    size = 4 * sum(leaf.size for leaf in named_leaves(spec.unet).values())
+    free = parallel.free_memory()
+    if 2 * size > free:
+        raise RunError(
+            f"the parameters of {folder} take {size / 2**30:.3g} GiB, and half of what "
+            f"is free is {free / 2**31:.3g} GiB"
+        )
     betas = scheduling.betas
     if scan.steps > betas.steps:
         logging.info("%s: its schedule allows %d steps of sampling", name, betas.steps)
@@ -154,7 +173,9 @@ def as_experiment(
             workdir=f"{scan.workdir}/{name}",
             model=spec.unet,
             audit=dataclasses.replace(
-                scan.audit, weights=(str(folder),), scheduler=scan.scheduler
+                scan.audit,
+                weights=(os.path.abspath(folder),),  # never the name of a shipped one
+                scheduler=scan.scheduler,
             ),
             evaluation=Evaluation(
                 draws=scan.draws,
@@ -170,4 +191,6 @@ def as_experiment(
             save_every=scan.save_every,
         )
     except ValueError as error:
-        raise RunError(f"{folder} cannot be scanned so: {error}") from error
+        raise RunError(
+            f"{folder} cannot be scanned so: {error}; --config.steps sets the steps"
+        ) from error

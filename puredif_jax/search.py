@@ -21,12 +21,13 @@ from puredif_jax.files import KINDS, shortened
 from puredif_jax.state_dict import to_torch
 from puredif_jax.types import InputError
 from puredif_jax.weight_sets import (
-    SUFFIXES,
+    LARGE,
     TRUTH,
     WeightSet,
     choose,
     entries,
     listed,
+    may_hold,
     read_json,
     same,
     unreadable,
@@ -34,8 +35,10 @@ from puredif_jax.weight_sets import (
 )
 
 NAMED = 20  # files of a folder that are named, at most
+MOST_LINKED = 10_000  # folders outside of the searched one, to which links lead
+MOST_COPIED = 2**32  # bytes of a file that is compared with a model
 
-_ORBAX = ("_CHECKPOINT_METADATA", "manifest.ocdbt")
+_SYSTEM = ("/proc", "/sys", "/dev")
 # What a training with accelerate leaves beside a model: no network is in it.
 _STATES = re.compile(
     r"(optimizer|scheduler|scaler|sampler|random_states|training_args|dl_state|"
@@ -59,6 +62,8 @@ class Search:
         self.rows: list[tuple[str, pathlib.Path | InputError]] = []
         self.notes: list[str] = []
         self._seen: dict[str, pathlib.Path] = {}
+        self._home = os.path.realpath(top)
+        self._outside = 0
         self._claimed: set[pathlib.Path] = set()  # networks that have a row
         self._ours: set[pathlib.Path] = set()  # folders that a run of ours writes
         self._prefix = ""
@@ -69,7 +74,10 @@ class Search:
         while waiting:
             folder = waiting.pop()
             try:
-                below = self._visit(folder)
+                if not self._enters(folder):
+                    continue
+                inside = listed(folder)
+                below = [each for each in inside if each.is_dir()]
             except InputError as error:
                 self.rows.append((self._name(folder), error))
                 continue
@@ -77,6 +85,40 @@ class Search:
                 self.rows.append((self._name(folder), unreadable(folder, error)))
                 continue
             waiting += reversed(below)
+            try:
+                self._visit(folder, inside, below)
+            except InputError as error:
+                self.rows.append((self._name(folder), error))
+            except OSError as error:
+                self.rows.append((self._name(folder), unreadable(folder, error)))
+            except Exception as error:  # whatever a stranger's folder leads to
+                reason = f"{folder} cannot be read ({type(error).__name__}: {error})"
+                self.rows.append((self._name(folder), ConvertError(reason)))
+
+    def _enters(self, folder: pathlib.Path) -> bool:
+        """Whether to visit a folder; notes why not."""
+        real = os.path.realpath(folder)
+        if real in self._seen:
+            self.notes.append(
+                f"{folder} leads to {self._seen[real]}, which is searched once"
+            )
+            return False
+        if folder.is_symlink() and (
+            pathlib.Path(self._home).is_relative_to(real) or real.startswith(_SYSTEM)
+        ):
+            self.notes.append(f"{folder} leads to {real}, which is not searched")
+            return False
+        if not pathlib.Path(real).is_relative_to(self._home):
+            self._outside += 1
+            if self._outside > MOST_LINKED:
+                if self._outside == MOST_LINKED + 1:
+                    raise ConvertError(
+                        f"links in {self.top} lead to more than {MOST_LINKED} folders: "
+                        "the others are not searched, so give them by themselves"
+                    )
+                return False
+        self._seen[real] = folder
+        return True
 
     def _name(self, folder: pathlib.Path, part: str = "") -> str:
         """The name of a row: the way from the top, or of the top itself."""
@@ -89,46 +131,42 @@ class Search:
             way.insert(0, self._prefix)
         return ".".join([*way, *([part] if part else [])])
 
-    def _visit(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        """Adds the rows of one folder; returns the folders in it."""
-        real = os.path.realpath(folder)
-        if real in self._seen:
-            self.notes.append(
-                f"{folder} leads to {self._seen[real]}, which is searched once"
-            )
-            return []
-        self._seen[real] = folder
-        inside = listed(folder)
-        used: set[str] = set()
-        passed: set[str] = set()
-        if folder in self._claimed:
-            used = self._further(folder, self._name(folder.parent))
-        elif _has_parts(folder):
-            if folder == self.top:
-                self._prefix = _own_name(self.top)
-            used, passed = self._model(folder)
-        self._lone(folder, inside, used)
-        below = [each for each in inside if each.is_dir() and each.name not in passed]
+    def _visit(
+        self,
+        folder: pathlib.Path,
+        inside: Sequence[pathlib.Path],
+        below: Sequence[pathlib.Path],
+    ) -> None:
+        """Adds the rows of one folder."""
         if folder in self._ours:
             self._ours.update(below)
         elif _is_run(folder):
             self._ours.update(each for each in below if each.name in _LEFT)
-        return below
+        used: set[str] = set()
+        if folder in self._claimed:
+            name = self._name(folder.parent)
+            used = self._further(folder, name)
+            if extra := convert.own_process(folder):
+                error = ConvertError(
+                    f"{extra} makes {folder} a pipeline of its own, beside the one "
+                    "above it: remove the file, or scan a copy of the folder"
+                )
+                self.rows.append((f"{name}.{folder.name}", error))
+        elif _has_parts(folder):
+            if folder == self.top:
+                self._prefix = _own_name(self.top)
+            used = self._model(folder)
+        self._lone(folder, inside, used)
 
-    def _model(self, folder: pathlib.Path) -> tuple[set[str], set[str]]:
-        """The rows of a model's folder.
-
-        Returns the names of the files that are accounted for, and of the folders that
-        are parts of a pipeline that is refused.
-        """
+    def _model(self, folder: pathlib.Path) -> set[str]:
+        """The rows of a model's folder; returns the files that are accounted for."""
         name = self._name(folder)
-        others = _other_parts(folder / "model_index.json")
         try:
             network = convert.network_folder(folder)
         except InputError:  # who reads the model finds it
             self.rows.append((name, folder))
             self._claimed.add(folder / "unet")
-            return set(), others
+            return set()
         place: pathlib.Path | InputError = folder
         alone = True
         try:
@@ -144,8 +182,8 @@ class Search:
             self.rows.append((name, place))
         if network != folder:
             self._claimed.add(network)
-            return set(), others
-        return self._further(folder, name), others
+            return set()
+        return self._further(folder, name)
 
     def _further(self, network: pathlib.Path, name: str) -> set[str]:
         """Rows for weights beside those that are scanned, if they hold other arrays.
@@ -173,7 +211,7 @@ class Search:
     def _same(self, each: WeightSet, chosen: WeightSet) -> bool:
         try:
             equal = same(chosen, each)
-        except InputError:
+        except Exception:  # who scans it finds why
             return False
         if equal:
             self.notes.append(
@@ -189,15 +227,15 @@ class Search:
         states: list[str] = []
         ours = folder in self._ours
         for path in inside:
-            kind = SUFFIXES.get(path.suffix.lower())
-            if path.name in _ORBAX:
-                kind = "Orbax"
-            if kind is None or path.name in used or path.is_dir():
+            if path.name in used or path.is_dir() or (kind := may_hold(path)) is None:
                 continue
-            if path.name.endswith(TRUTH):
+            if path.name.endswith(TRUTH) and _is_truth(path):
                 continue
-            if ours or _STATES.fullmatch(path.name) or _is_copy(path):
+            left = ours and kind in ("arrays", "Orbax", "unknown")
+            if left or _STATES.fullmatch(path.name) or _is_copy(path):
                 states.append(path.name)
+            elif kind == "unknown" and _is_blob(path):
+                continue
             else:
                 found.append(f"{path.name} ({kind})")
         if states:
@@ -230,19 +268,6 @@ def _has_parts(folder: pathlib.Path) -> bool:
     return any(os.path.lexists(folder / part) for part in ("model_index.json", "unet"))
 
 
-def _other_parts(index: pathlib.Path) -> set[str]:
-    """The folders of a pipeline's other parts, for which the whole is refused."""
-    try:
-        found = read_json(index) if index.is_file() else {}
-    except ConvertError:
-        return set()
-    return {
-        name
-        for name, value in found.items()
-        if isinstance(value, list) and any(value) and name not in ("unet", "scheduler")
-    }
-
-
 def _is_run(folder: pathlib.Path) -> bool:
     """Whether a run of ours has its configuration here."""
     path = folder / "config.json"
@@ -252,17 +277,41 @@ def _is_run(folder: pathlib.Path) -> bool:
         return False
 
 
+def _is_truth(path: pathlib.Path) -> bool:
+    """Whether this holds a trigger and a target, and nothing else."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return set(file.keys()) == {"trigger", "target"}
+    except (safetensors.SafetensorError, OSError):
+        return path.stat().st_size < LARGE
+
+
+def _is_blob(path: pathlib.Path) -> bool:
+    """Whether this lies in the Hub's cache, where snapshots link to it."""
+    return path.parent.name == "blobs" and (path.parents[1] / "snapshots").is_dir()
+
+
 def _is_copy(path: pathlib.Path) -> bool:
     """Whether this is the second copy of the model that a run of ours keeps."""
     model = path.parent / convert.FOLDER
-    if path.name != "weights.safetensors" or not convert.is_model(model):
+    if path.name != "weights.safetensors" or not path.is_file():
         return False
     try:
+        if not convert.is_model(model) or path.stat().st_size > MOST_COPIED:
+            return False
         flat = safetensors.numpy.load_file(path)
         with entries(choose(model / "unet")) as stored:
             theirs = {entry.name: entry.read() for entry in stored}
-    except (InputError, OSError, ValueError, safetensors.SafetensorError):
+        ours = to_torch(_nested(flat))
+    except Exception:  # then it is no copy, and has a row
         return False
+    return ours.keys() == theirs.keys() and all(
+        np.array_equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+def _nested(flat: dict[str, np.ndarray]) -> dict:
+    """Arrays by names with dots as dictionaries within each other."""
     nested: dict = {}
     for name, value in flat.items():
         *modules, leaf = name.split(".")
@@ -270,10 +319,4 @@ def _is_copy(path: pathlib.Path) -> bool:
         for module in modules:
             home = home.setdefault(module, {})
         home[leaf] = value
-    try:
-        ours = to_torch(nested)
-    except (KeyError, ValueError):
-        return False
-    return ours.keys() == theirs.keys() and all(
-        np.array_equal(ours[name], theirs[name]) for name in ours
-    )
+    return nested

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import pathlib
 import re
 import warnings
@@ -27,6 +28,7 @@ WEIGHTS = f"{STEM}.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLE = f"{STEM}.bin"
 TRUTH = "truth.safetensors"  # a trigger and a target, to compare with
+MOST_COMPARED = 2**30  # numbers of an array
 LARGEST_JSON = 10_000_000  # bytes
 LONGEST_NAME = 200  # characters of a shard's
 
@@ -48,40 +50,56 @@ _PRINCIPALS = (
 )
 
 
-# What may hold a network, by the end of a name.
 SUFFIXES = {
     ".safetensors": "safetensors",
-    ".bin": "a pickle",
-    ".pt": "a pickle",
-    ".pth": "a pickle",
-    ".ckpt": "a pickle",
-    ".pkl": "a pickle",
-    ".pickle": "a pickle",
-    ".joblib": "a pickle",
-    ".msgpack": "Flax",
-    ".npz": "NumPy",
-    ".npy": "NumPy",
-    ".h5": "HDF5",
-    ".hdf5": "HDF5",
-    ".keras": "Keras",
-    ".pb": "TensorFlow",
-    ".tflite": "TensorFlow Lite",
-    ".onnx": "ONNX",
-    ".dduf": "DDUF",
-    ".gguf": "GGUF",
-    ".ggml": "GGML",
-    ".mlmodel": "Core ML",
-    ".engine": "TensorRT",
-    ".zip": "packed",
-    ".tar": "packed",
-    ".gz": "packed",
-    ".tgz": "packed",
-    ".bz2": "packed",
-    ".xz": "packed",
-    ".zst": "packed",
-    ".7z": "packed",
-    ".rar": "packed",
+    **dict.fromkeys(
+        ".bin .pt .pth .ckpt .pkl .pickle .joblib .dill .th .torch .t7 .ot".split(),
+        "a pickle",
+    ),
+    **dict.fromkeys(".pt2 .pte .distcp".split(), "PyTorch"),
+    **dict.fromkeys(".msgpack .eqx".split(), "Flax"),
+    **dict.fromkeys(".npz .npy .mat".split(), "arrays"),
+    **dict.fromkeys(".h5 .hdf5 .keras .pb .tflite .index".split(), "TensorFlow"),
+    **dict.fromkeys(".zarray .ocdbt".split(), "Orbax"),
+    **dict.fromkeys(".pdparams .pdmodel .params".split(), "Paddle or MXNet"),
+    **dict.fromkeys(".onnx .onnx_data".split(), "ONNX"),
+    **dict.fromkeys(".dduf .gguf .ggml .engine .weights .model".split(), "a model"),
+    **dict.fromkeys(".mlmodel .mlpackage".split(), "Core ML"),
+    **dict.fromkeys(
+        ".zip .tar .gz .tgz .bz2 .xz .lzma .lz4 .zst .7z .rar".split(), "packed"
+    ),
 }
+"""What a file may be that holds a network, by a suffix in its name."""
+
+HARMLESS = set(
+    ".json .jsonl .txt .md .rst .py .ipynb .yaml .yml .toml .cfg .ini .sh .log .lock "
+    ".png .jpg .jpeg .gif .bmp .webp .svg .pdf .html .css .js .csv .tsv .xml "
+    ".gitattributes .gitignore".split()
+)
+"""Suffixes of files that hold no network."""
+
+_PLAIN_NAMES = re.compile(r"checkpoint(_\d+)?|flax_model|.*\.data-\d+-of-\d+")
+LARGE = 100_000  # bytes; a smaller file of an unknown kind holds no network
+
+
+def may_hold(path: pathlib.Path) -> str | None:
+    """What kind of network a file may hold, by its name and size; None for none."""
+    name = path.name.lower().rstrip("~")
+    suffixes = pathlib.PurePath(name).suffixes
+    if suffixes and suffixes[-1] in HARMLESS:
+        return None
+    for suffix in reversed(suffixes):
+        if suffix in SUFFIXES:
+            return SUFFIXES[suffix]
+    if path.name == "_CHECKPOINT_METADATA":
+        return "Orbax"
+    if _PLAIN_NAMES.fullmatch(name):
+        return "a checkpoint"
+    try:
+        large = path.is_file() and path.stat().st_size >= LARGE
+    except OSError:
+        large = False
+    return "unknown" if large else None
 
 
 class WeightSet(NamedTuple):
@@ -135,8 +153,6 @@ def weight_sets(folder: pathlib.Path) -> list[WeightSet]:
     """
     found = []
     for path in listed(folder):
-        if path.name.endswith(TRUTH):
-            continue
         for pattern in _PRINCIPALS:
             if match := pattern.fullmatch(path.name):
                 pickled = match["kind"] == "bin"
@@ -247,6 +263,8 @@ def same(first: WeightSet, second: WeightSet) -> bool:
 
 
 def _equal(one: Entry, other: Entry) -> bool:
+    if math.prod(one.shape) > MOST_COMPARED:
+        return False
     if one.shape != other.shape or not {one.dtype, other.dtype} <= FLOATS.keys():
         return False
     coarse = min(one.dtype, other.dtype, key=lambda kind: FLOATS[kind])
@@ -296,12 +314,14 @@ def _pickled(path: pathlib.Path) -> Iterable[Entry]:
         and isinstance(value, torch.Tensor)
         and value.layout == torch.strided
         and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
         for name, value in found.items()
     ):
         raise ConvertError(f"{path} is not a pickle of named, dense arrays")
 
     def read(value: Any) -> np.ndarray:
-        return value.detach().to(torch.float32).numpy()
+        whole = value.detach().resolve_conj().resolve_neg()
+        return whole.to(torch.float32).numpy()
 
     for name, value in found.items():
         kind = str(value.dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ from absl import logging
 
 from puredif_jax import attacks, checkpoint, convert, parallel
 from puredif_jax.attacks import Attack, Solver
+from puredif_jax.files import expanded
 from puredif_jax.run import RunError
 from puredif_jax.types import InputError
 from puredif_jax.weight_sets import TRUTH
@@ -31,7 +32,7 @@ def find_weights(name: str) -> pathlib.Path:
     shipped = sorted(path.name for path in ZOO.iterdir())
     if name in shipped:
         return ZOO / name
-    path = pathlib.Path(name).expanduser()
+    path = expanded(name)
     if not path.exists():
         raise RunError(
             f"no weights {name!r}: give a path, or a shipped model "

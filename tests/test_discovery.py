@@ -11,9 +11,11 @@ import pytest
 import safetensors.numpy
 from tiny_config import TINY, draw_params
 
-from puredif_jax import checkpoint, convert, discovery, files
+from puredif_jax import checkpoint, convert, discovery, files, scan
+from puredif_jax.experiment import Scan
 from puredif_jax.types import InputError
 from puredif_jax.weight_sets import WEIGHTS
+from puredif_jax.weights import find_weights
 
 
 def write(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
@@ -195,3 +197,93 @@ def test_weights_that_cannot_be_compared_are_a_row(tmp_path) -> None:
     near = top / "unet" / "diffusion_pytorch_model.near.safetensors"
     safetensors.numpy.save_file(stored, near)
     assert found(top)["m.near"] == str(near)
+
+
+def test_a_folder_named_like_a_shipped_model_is_itself(tmp_path, monkeypatch) -> None:
+    """The scan gives paths on, so that no name of the package stands for a folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("clean", "trained", "~"):
+        write(tmp_path / name, 5)
+        wanted = Scan("scan", (f"./{name}",))
+        ((row, place),) = scan.find_models(wanted).items()
+        found = scan.as_experiment(wanted, row, place)
+        (weights,) = found.audit.weights
+        assert find_weights(weights).resolve() == (tmp_path / name).resolve()
+
+
+def test_what_is_planted_beside_weights_decides_nothing(tmp_path) -> None:
+    """A scheduler or a network in the folder of a pipeline's network."""
+    top = write(tmp_path / "p")
+    other = write(tmp_path / "x", 3) / "unet" / WEIGHTS
+    special = top / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(other, special)
+    planted = {"_class_name": "DDPMScheduler", "beta_start": 0.1, "beta_end": 0.9}
+    (top / "unet" / "scheduler_config.json").write_text(json.dumps(planted))
+    nested = top / "unet" / "unet" / "config.json"
+    nested.parent.mkdir()
+    unet = json.loads((top / "unet" / "config.json").read_text())
+    nested.write_text(json.dumps(unet | {"norm_eps": 1e-2}))
+    rows = discovery.find([str(top)]).models
+    for name in ("p", "p.fp16"):
+        spec = convert.read_spec(rows[name])
+        assert spec.scheduling == convert.Scheduling() and spec.unet == TINY
+    assert "a pipeline of its own" in str(rows["p.unet"])
+    with pytest.raises(InputError, match="say how to draw from"):
+        convert.read_spec(top / "unet")
+
+
+def test_an_index_hides_nothing(tmp_path) -> None:
+    top = write(tmp_path / "m")
+    for part in ("_models", "models"):
+        write(top / part / "inner")
+    path = top / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"_models": ["a", "b"], "models": ["a", "b"]}))
+    assert {"m._models.inner", "m.models.inner"} <= set(found(top))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.ckpt-1000.data-00000-of-00001",
+        "model.ckpt-1000.index",
+        "checkpoint",
+        "checkpoint_100",
+        "flax_model",
+        "__0_0.distcp",
+        "x.safetensors.bak",
+        "x.safetensors.1",
+        "x.bin~",
+        "x.pdparams",
+        "x.truth.safetensors",
+        "large.of-no-known-kind",
+    ],
+)
+def test_weights_of_any_name_are_named(tmp_path, name) -> None:
+    write(tmp_path / "m" / "good")
+    (tmp_path / "m" / name).write_bytes(bytes(200_000))
+    assert name in found(tmp_path / "m")["m.loose"]
+
+
+def test_no_folder_ends_the_search_of_the_others(tmp_path) -> None:
+    """Names of arrays that contradict each other, a pipe, and a link to above."""
+    write(tmp_path / "m" / "good")
+    for name in ("odd", "pipe"):
+        write(tmp_path / "m" / name / "diffusers")
+    twice = {"a": np.zeros(1, np.float32), "a.b": np.zeros(1, np.float32)}
+    place = tmp_path / "m" / "odd" / "weights.safetensors"
+    safetensors.numpy.save_file(twice, place)
+    os.mkfifo(tmp_path / "m" / "pipe" / "weights.safetensors")
+    (tmp_path / "m" / "root").symlink_to("/")
+    (tmp_path / "m" / "system").symlink_to("/proc")
+    rows = found(tmp_path / "m")
+    assert {"good", "odd", "pipe", "odd.loose", "pipe.loose"} == set(rows)
+    assert notes(tmp_path / "m").count("which is not searched") == 2
+
+
+def test_many_folders_of_one_plain_name_are_told_apart(tmp_path) -> None:
+    for i in range(300):
+        (tmp_path / "m" / chr(0x4E00 + i)).mkdir(parents=True)
+        (tmp_path / "m" / chr(0x4E00 + i) / "x.pt").touch()
+    rows = found(tmp_path / "m", write(tmp_path / "good"))
+    assert len(rows) == 301 and "loose-300" in rows
