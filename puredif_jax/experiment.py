@@ -438,9 +438,9 @@ class Scan:
         """
         if self.workdir:
             return self
-        name = safe_name(self.model[0])
-        if len(self.model) > 1:
+        name, more = safe_name(self.model[0]), len(self.model) - 1
+        if more or name == "model":  # or nothing of the name can stay
             whole = "\n".join(self.model).encode(errors="surrogateescape")
-            digest = hashlib.sha256(whole).hexdigest()[:8]
-            name = f"{name}-and-{len(self.model) - 1}-more-{digest}"
+            count = f"-and-{more}-more" if more else ""
+            name = f"{name}{count}-{hashlib.sha256(whole).hexdigest()[:8]}"
         return dataclasses.replace(self, workdir=f"runs/scan-{name}")

@@ -147,9 +147,9 @@ def test_frechet_draws_are_an_even_number(draws: int) -> None:
         (("owner/name",), "runs/scan-owner-name"),
         (("../x/",), "runs/scan-x"),
         (("a", "b", "c"), r"runs/scan-a-and-2-more-[0-9a-f]{8}"),
-        (("x" * 300,), r"runs/scan-x{60}-[0-9a-f]{8}"),
+        (("x" * 300,), r"runs/scan-x{40}-[0-9a-f]{8}-x{30}"),
         (("\x1b[2J\n",), r"runs/scan-2J"),
-        (("..",), r"runs/scan--[0-9a-f]{8}"),
+        (("..",), r"runs/scan-model-[0-9a-f]{8}"),
     ],
 )
 def test_a_scan_lies_in_a_folder_named_after_its_models(model, workdir) -> None:
