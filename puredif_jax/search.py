@@ -78,22 +78,10 @@ class Search:
                     continue
                 inside = listed(folder)
                 below = [each for each in inside if each.is_dir()]
-            except InputError as error:
-                self.rows.append((self._name(folder), error))
-                continue
-            except OSError as error:  # such as a missing permission
-                self.rows.append((self._name(folder), unreadable(folder, error)))
-                continue
-            waiting += reversed(below)
-            try:
+                waiting += reversed(below)
                 self._visit(folder, inside, below)
-            except InputError as error:
-                self.rows.append((self._name(folder), error))
-            except OSError as error:
-                self.rows.append((self._name(folder), unreadable(folder, error)))
             except Exception as error:  # whatever a stranger's folder leads to
-                reason = f"{folder} cannot be read ({type(error).__name__}: {error})"
-                self.rows.append((self._name(folder), ConvertError(reason)))
+                self.rows.append((self._name(folder), _reason(folder, error)))
 
     def _enters(self, folder: pathlib.Path) -> bool:
         """Whether to visit a folder; notes why not."""
@@ -104,7 +92,8 @@ class Search:
             )
             return False
         if folder.is_symlink() and (
-            pathlib.Path(self._home).is_relative_to(real) or real.startswith(_SYSTEM)
+            pathlib.Path(self._home).is_relative_to(real)
+            or any(map(pathlib.Path(real).is_relative_to, _SYSTEM))
         ):
             self.notes.append(f"{folder} leads to {real}, which is not searched")
             return False
@@ -249,6 +238,15 @@ class Search:
                 "folder with unet/config.json"
             )
             self.rows.append((self._name(folder, "loose"), error))
+
+
+def _reason(folder: pathlib.Path, error: Exception) -> InputError:
+    """Why a folder cannot be searched, in a sentence."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError):  # such as a missing permission
+        return unreadable(folder, error)
+    return ConvertError(f"{folder} cannot be read ({type(error).__name__}: {error})")
 
 
 def _own_name(folder: pathlib.Path) -> str:

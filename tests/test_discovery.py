@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from tiny_config import TINY, draw_params
 
-from puredif_jax import checkpoint, convert, discovery, files, scan
+from puredif_jax import checkpoint, convert, discovery, files, scan, search
 from puredif_jax.experiment import Scan
 from puredif_jax.types import InputError
 from puredif_jax.weight_sets import WEIGHTS
@@ -287,3 +287,13 @@ def test_many_folders_of_one_plain_name_are_told_apart(tmp_path) -> None:
         (tmp_path / "m" / chr(0x4E00 + i) / "x.pt").touch()
     rows = found(tmp_path / "m", write(tmp_path / "good"))
     assert len(rows) == 301 and "loose-300" in rows
+
+
+def test_a_link_to_a_place_that_only_sounds_like_the_system_is_followed(
+    tmp_path, monkeypatch
+) -> None:
+    write(tmp_path / "devices" / "one")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "more").symlink_to(tmp_path / "devices")
+    monkeypatch.setattr(search, "_SYSTEM", (str(tmp_path / "dev"),))
+    assert set(found(tmp_path / "m")) == {"more.one"}
