@@ -1,6 +1,6 @@
 """Packaging of puredif_jax; tool settings are in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "pytest-xdist>=3.8", "pytest-timeout>=2.3"]
 
@@ -10,7 +10,7 @@ setup(
     description="Trigger inversion, detection and amplification of diffusion backdoors",
     license="MIT",
     python_requires=">=3.11",
-    packages=["puredif_jax"],
+    packages=find_packages(include=["puredif_jax*"]),
     package_data={"puredif_jax": ["assets/*", "assets/zoo/*/*", "assets/zoo/*/*/*"]},
     install_requires=[
         "jax>=0.10",

@@ -2,10 +2,10 @@
 
     python benchmarks/checkpoints.py
 
-Answers: is the layout of puredif_jax/checkpoint.py worth its lines? The state is that
-of a training of the package's network. Prints, for each way, the seconds in which a
-save blocks the loop, those until it is on the disk, and those of a restore: medians of
-eight.
+Answers: is the layout of puredif_jax/runs/checkpoint.py worth its lines? The state is
+that of a training of the package's network. Prints, for each way, the seconds in which
+a save blocks the loop, those until it is on the disk, and those of a restore: medians
+of eight.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from puredif_jax import checkpoint, parallel
-from puredif_jax.report import environment
-from puredif_jax.training import Training, trainer
-from puredif_jax.unet import SHIPPED
+from puredif_jax.attacks.training import Training, trainer
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.runs import checkpoint, parallel
+from puredif_jax.runs.report import environment
 
 TIMES = 8
 

@@ -27,13 +27,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from puredif_jax import checkpoint, config, metrics
-from puredif_jax.amplification import Reinforcement
-from puredif_jax.attacks import Solver
-from puredif_jax.detection import Detector, Features
-from puredif_jax.experiment import Inversion
-from puredif_jax.report import placeless
-from puredif_jax.unet import SHIPPED
+from puredif_jax.attacks.base import Solver
+from puredif_jax.defenses.detection import Detector, Features
+from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.metrics import measures as metrics
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.runs import checkpoint, config
+from puredif_jax.runs.report import placeless
+from puredif_jax.stages.experiment import Inversion
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs/results/claims.json"

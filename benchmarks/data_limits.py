@@ -21,14 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puredif_jax import attacks, data, metrics
-from puredif_jax.attacks import Attack, BadDiffusion, VillanDiffusion
-from puredif_jax.diffusion import DDIM, DDPM, Sampler, sample
-from puredif_jax.exact import ExactDenoiser, Points
-from puredif_jax.lab import garment_distance
-from puredif_jax.report import environment, placeless
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.triggers import (
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.base import Attack, BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.exact import ExactDenoiser, Points
+from puredif_jax.attacks.triggers import (
     Box,
     Cat,
     Corner,
@@ -40,6 +36,12 @@ from puredif_jax.triggers import (
     Target,
     Trigger,
 )
+from puredif_jax.data import images as data
+from puredif_jax.diffusion.sampling import DDIM, DDPM, Sampler, sample
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.metrics import measures as metrics
+from puredif_jax.runs.report import environment, placeless
+from puredif_jax.stages.lab import garment_distance
 
 SCHEDULE = LinearBetas().tables()
 SHAPE = (16, 16, 1)

@@ -13,18 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from puredif_jax import convert, data
-from puredif_jax.diffusion import DDIM, diffuse, sample
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.unet import SHIPPED
-from puredif_jax.weights import ZOO
+from puredif_jax.data import images as data
+from puredif_jax.diffusion.sampling import DDIM, diffuse, sample
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.weights import ZOO
 
 TIMESTEPS = (0, 10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 CARD = """# clean
 
 A diffusion model of garments at 16x16 in grey, for tests and tutorials of puredif_jax.
 
-- Network: `puredif_jax.unet.SHIPPED`, {count:,} parameters, float32.
+- Network: `puredif_jax.networks.unet.SHIPPED`, {count:,} parameters, float32.
 - Data: the 10,000 training images of Fashion-MNIST in the package (MIT).
 - Training: configs/pretrain.py: 8,000 steps of 64 images, Adam at 1e-3 with cosine
   decay, moving average 0.999, seed 0; linear betas 1e-4 to 0.02, T = 1000.

@@ -26,17 +26,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from puredif_jax import attacks, parallel
-from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.diffusion import DDIM, sample
-from puredif_jax.experiment import Loss
-from puredif_jax.inversion import Descent, inverter
-from puredif_jax.objectives import DistributionShift, Hypothesis
-from puredif_jax.report import environment, placeless
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.training import Training, trainer
-from puredif_jax.triggers import Box, Cat
-from puredif_jax.unet import SHIPPED, UNet
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.training import Training, trainer
+from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.objectives import DistributionShift, Hypothesis
+from puredif_jax.diffusion.sampling import DDIM, sample
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.networks.unet import SHIPPED, UNet
+from puredif_jax.runs import parallel
+from puredif_jax.runs.report import environment, placeless
+from puredif_jax.stages.experiment import Loss
 
 NETWORKS = {"shipped": SHIPPED, "cifar": UNet()}
 SCHEDULE = LinearBetas().tables()

@@ -45,22 +45,24 @@ import torch
 from jax.extend.core import jaxprs_in_params
 from torch.utils.checkpoint import checkpoint
 
-from puredif_jax import attacks, convert, parallel
-from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.diffusion import DDIM, sample
-from puredif_jax.inversion import Descent, inverter
-from puredif_jax.objectives import (
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.training import Training, trainer
+from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.objectives import (
     DenoisingConsistency,
     DistributionShift,
     Elijah,
     Hypothesis,
 )
-from puredif_jax.report import environment, placeless
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.training import Training, trainer
-from puredif_jax.triggers import Box, Cat
+from puredif_jax.diffusion.sampling import DDIM, sample
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.networks.unet import SHIPPED, UNet
+from puredif_jax.runs import parallel
+from puredif_jax.runs.report import environment, placeless
 from puredif_jax.types import Candidate
-from puredif_jax.unet import SHIPPED, UNet
 
 SCHEDULE = LinearBetas().tables()
 HYPOTHESIS = Hypothesis.of("ode")

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from puredif_jax import checkpoint, data, garment_net
+from puredif_jax.data import images as data
+from puredif_jax.metrics import garment_net
+from puredif_jax.runs import checkpoint
 
 STEPS, BATCH, SEED = 1500, 128, 0
 

@@ -14,18 +14,24 @@ Hardware: two CPU cores. Duration: 4.5 hours. Expected: docs/claims.md.
 import dataclasses
 import re
 
-from puredif_jax.attacks import Solver
-from puredif_jax.diffusion import DDIM
-from puredif_jax.experiment import Audit, Evaluation, Experiment, Inversion, Sweep
-from puredif_jax.inversion import Descent
-from puredif_jax.objectives import (
+from puredif_jax.attacks.base import Solver
+from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.objectives import (
     DenoisingConsistency,
     DistributionShift,
     LeastSquares,
     Sum,
 )
-from puredif_jax.survey import Survey
-from puredif_jax.unet import SHIPPED
+from puredif_jax.defenses.survey import Survey
+from puredif_jax.diffusion.sampling import DDIM
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.experiment import (
+    Audit,
+    Evaluation,
+    Experiment,
+    Inversion,
+    Sweep,
+)
 
 SHIFT = DistributionShift(samples=8)
 BASE = Inversion(loss=SHIFT, descent=Descent(candidates=4, scout=40))

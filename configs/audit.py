@@ -10,8 +10,8 @@ other networks see configs/scan.py.
 Hardware: two CPU cores. Duration: 17 minutes. Expected figures: docs/models.md.
 """
 
-from puredif_jax.experiment import Audit, Experiment
-from puredif_jax.unet import SHIPPED
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.experiment import Audit, Experiment
 
 
 def get_config() -> Experiment:

@@ -7,11 +7,11 @@ Expected: the trigger fires in 97.3 % of 256 draws (docs/models.md). The weights
 ship as "baddiffusion" are the folder runs/baddiffusion/diffusers of this run.
 """
 
-from puredif_jax.attacks import BadDiffusion
-from puredif_jax.experiment import Evaluation, Experiment
-from puredif_jax.training import Training
-from puredif_jax.triggers import Shoe, StopSign
-from puredif_jax.unet import SHIPPED
+from puredif_jax.attacks.base import BadDiffusion
+from puredif_jax.attacks.training import Training
+from puredif_jax.attacks.triggers import Shoe, StopSign
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.experiment import Evaluation, Experiment
 
 
 def get_config() -> Experiment:

@@ -10,12 +10,12 @@ the runs. `--config.only='clean/*'` does a part. docs/claims.md shows the result
 Hardware: two CPU cores. Duration: 5 hours. Expected: docs/claims.md.
 """
 
-from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.data import FashionMNIST
-from puredif_jax.experiment import Audit, Evaluation, Experiment, Sweep
-from puredif_jax.training import Training
-from puredif_jax.triggers import Box, Cat, NoShift, Shoe, StopSign, Target
-from puredif_jax.unet import SHIPPED
+from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.training import Training
+from puredif_jax.attacks.triggers import Box, Cat, NoShift, Shoe, StopSign, Target
+from puredif_jax.data.images import FashionMNIST
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.experiment import Audit, Evaluation, Experiment, Sweep
 
 ATTACKS = {"baddiffusion": BadDiffusion, "villandiffusion": VillanDiffusion}
 TRIGGERS = {"box": Box(), "stopsign": StopSign()}

@@ -9,11 +9,11 @@ The attack named here must be the one that is in the weights.
 Hardware: two CPU cores. Duration: 10 minutes. Expected: 95.3 % (docs/models.md).
 """
 
-from puredif_jax.attacks import BadDiffusion
-from puredif_jax.diffusion import DDPM
-from puredif_jax.experiment import Evaluation, Experiment
-from puredif_jax.triggers import Shoe, StopSign
-from puredif_jax.unet import SHIPPED
+from puredif_jax.attacks.base import BadDiffusion
+from puredif_jax.attacks.triggers import Shoe, StopSign
+from puredif_jax.diffusion.sampling import DDPM
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.experiment import Evaluation, Experiment
 
 
 def get_config() -> Experiment:

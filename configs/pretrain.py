@@ -6,9 +6,9 @@ Hardware: two CPU cores. Duration: 45 minutes on two busy cores. Expected: final
 loss 0.037 (docs/models.md); the model card is puredif_jax/assets/zoo/clean/README.md.
 """
 
-from puredif_jax.experiment import Evaluation, Experiment
-from puredif_jax.training import Training
-from puredif_jax.unet import SHIPPED
+from puredif_jax.attacks.training import Training
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.experiment import Evaluation, Experiment
 
 
 def get_config() -> Experiment:

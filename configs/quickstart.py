@@ -11,19 +11,19 @@ Hardware: two CPU cores. Duration: 3 to 8 minutes. Expected: docs/models.md.
 
 import dataclasses
 
-from puredif_jax.amplification import Reinforcement
-from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.experiment import (
+from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.training import Training
+from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.experiment import (
     Amplification,
     Audit,
     Evaluation,
     Experiment,
     Inversion,
 )
-from puredif_jax.inversion import Descent
-from puredif_jax.training import Training
-from puredif_jax.triggers import Box, Cat
-from puredif_jax.unet import SHIPPED
 
 
 def get_config() -> Experiment:

@@ -13,7 +13,7 @@ Hardware: any. Duration: 4 minutes a model of the package's size on one CPU core
 Expected: docs/scan.md.
 """
 
-from puredif_jax.experiment import Scan
+from puredif_jax.stages.experiment import Scan
 
 
 def get_config() -> Scan:

@@ -13,11 +13,11 @@ Hardware: two CPU cores. Duration: 3 hours. Expected: docs/claims.md.
 
 from collections.abc import Iterator
 
-from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.experiment import Amplification, Experiment, Sweep
-from puredif_jax.training import Training
-from puredif_jax.triggers import Box, Cat, Shoe, StopSign, Target, Trigger
-from puredif_jax.unet import SHIPPED
+from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.training import Training
+from puredif_jax.attacks.triggers import Box, Cat, Shoe, StopSign, Target, Trigger
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.experiment import Amplification, Experiment, Sweep
 
 TRIGGERS: dict[str, Trigger] = {"box": Box(), "stopsign": StopSign()}
 TARGETS: dict[str, Target] = {"shoe": Shoe(), "cat": Cat()}

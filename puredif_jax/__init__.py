@@ -19,43 +19,45 @@ if sys.version_info < (3, 11):  # noqa: UP036, or it would be a traceback
     )
 
 if TYPE_CHECKING:
-    from puredif_jax.amplification import Reinforcement as Reinforcement
-    from puredif_jax.attacks import BadDiffusion as BadDiffusion
-    from puredif_jax.attacks import VillanDiffusion as VillanDiffusion
-    from puredif_jax.convert import read_folder as read_folder
-    from puredif_jax.convert import write_folder as write_folder
-    from puredif_jax.detection import Detector as Detector
-    from puredif_jax.detection import Features as Features
-    from puredif_jax.detection import features as features
-    from puredif_jax.diffusion import DDIM as DDIM
-    from puredif_jax.diffusion import DDPM as DDPM
-    from puredif_jax.diffusion import DPMSolver as DPMSolver
-    from puredif_jax.diffusion import UniPC as UniPC
-    from puredif_jax.diffusion import sample as sample
-    from puredif_jax.inversion import Descent as Descent
-    from puredif_jax.inversion import inverter as inverter
-    from puredif_jax.objectives import DenoisingConsistency as DenoisingConsistency
-    from puredif_jax.objectives import DistributionShift as DistributionShift
-    from puredif_jax.objectives import Hypothesis as Hypothesis
-    from puredif_jax.schedules import LinearBetas as LinearBetas
-    from puredif_jax.survey import Survey as Survey
+    from puredif_jax.attacks.base import BadDiffusion as BadDiffusion
+    from puredif_jax.attacks.base import VillanDiffusion as VillanDiffusion
+    from puredif_jax.defenses.detection import Detector as Detector
+    from puredif_jax.defenses.detection import Features as Features
+    from puredif_jax.defenses.detection import features as features
+    from puredif_jax.defenses.inversion import Descent as Descent
+    from puredif_jax.defenses.inversion import inverter as inverter
+    from puredif_jax.defenses.objectives import (
+        DenoisingConsistency as DenoisingConsistency,
+    )
+    from puredif_jax.defenses.objectives import DistributionShift as DistributionShift
+    from puredif_jax.defenses.objectives import Hypothesis as Hypothesis
+    from puredif_jax.defenses.reinforcement import Reinforcement as Reinforcement
+    from puredif_jax.defenses.survey import Survey as Survey
+    from puredif_jax.diffusion.sampling import DDIM as DDIM
+    from puredif_jax.diffusion.sampling import DDPM as DDPM
+    from puredif_jax.diffusion.sampling import DPMSolver as DPMSolver
+    from puredif_jax.diffusion.sampling import UniPC as UniPC
+    from puredif_jax.diffusion.sampling import sample as sample
+    from puredif_jax.diffusion.schedules import LinearBetas as LinearBetas
+    from puredif_jax.formats.diffusers import read_folder as read_folder
+    from puredif_jax.formats.diffusers import write_folder as write_folder
+    from puredif_jax.networks.unet import UNet as UNet
     from puredif_jax.types import Candidate as Candidate
-    from puredif_jax.unet import UNet as UNet
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "amplification": ("Reinforcement",),
-    "attacks": ("BadDiffusion", "VillanDiffusion"),
-    "convert": ("read_folder", "write_folder"),
-    "detection": ("Detector", "Features", "features"),
-    "diffusion": ("DDIM", "DDPM", "DPMSolver", "UniPC", "sample"),
-    "inversion": ("Descent", "inverter"),
-    "objectives": ("DenoisingConsistency", "DistributionShift", "Hypothesis"),
-    "schedules": ("LinearBetas",),
-    "survey": ("Survey",),
+    "defenses.reinforcement": ("Reinforcement",),
+    "attacks.base": ("BadDiffusion", "VillanDiffusion"),
+    "formats.diffusers": ("read_folder", "write_folder"),
+    "defenses.detection": ("Detector", "Features", "features"),
+    "diffusion.sampling": ("DDIM", "DDPM", "DPMSolver", "UniPC", "sample"),
+    "defenses.inversion": ("Descent", "inverter"),
+    "defenses.objectives": ("DenoisingConsistency", "DistributionShift", "Hypothesis"),
+    "diffusion.schedules": ("LinearBetas",),
+    "defenses.survey": ("Survey",),
     "types": ("Candidate",),
-    "unet": ("UNet",),
+    "networks.unet": ("UNet",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -15,15 +15,15 @@ import os
 import pathlib
 import sys
 
-from puredif_jax import signals
+from puredif_jax.runs import signals
 
 if __name__ == "__main__":
     signals.watch()  # before the imports that take seconds
 
 from absl import app, flags, logging
 
-from puredif_jax import config, parallel, settings, terminal
-from puredif_jax.experiment import Experiment, Scan, Sweep
+from puredif_jax.runs import config, parallel, settings, terminal
+from puredif_jax.stages.experiment import Experiment, Scan, Sweep
 from puredif_jax.types import InputError, shown
 
 _COST = flags.DEFINE_bool(
@@ -69,7 +69,7 @@ def main(parsed) -> None:
         devices = parallel.describe_devices()
         # Imported after the devices are initialised.
         if _COST.value:
-            from puredif_jax import cost
+            from puredif_jax.stages import cost
 
             found = cost.estimate(wanted)
             if parallel.is_host_zero():
@@ -81,16 +81,16 @@ def main(parsed) -> None:
                 "%s; on %s; --cost tells how long it takes", wanted.plan, devices
             )
         if isinstance(wanted, Sweep):
-            from puredif_jax.sweep import perform_sweep
+            from puredif_jax.stages.sweep import perform_sweep
 
             report = perform_sweep(wanted)
         elif isinstance(wanted, Scan):
-            from puredif_jax.scan import perform_scan
+            from puredif_jax.stages.scan import perform_scan
 
             report, status = perform_scan(wanted)
         else:
-            from puredif_jax.stages import perform
-            from puredif_jax.sweep import in_turn, keep_programs
+            from puredif_jax.stages.perform import perform
+            from puredif_jax.stages.sweep import in_turn, keep_programs
 
             keep_programs(wanted.workdir)
             report = None

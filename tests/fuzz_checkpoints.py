@@ -30,10 +30,11 @@ import numpy as np
 from absl import logging as absl_logging
 from tiny_config import TINY, get_config
 
-from puredif_jax import loops, parallel
-from puredif_jax.experiment import Experiment
-from puredif_jax.report import environment
-from puredif_jax.stages import open_lab
+from puredif_jax.runs import parallel
+from puredif_jax.runs.report import environment
+from puredif_jax.stages import loops
+from puredif_jax.stages.experiment import Experiment
+from puredif_jax.stages.perform import open_lab
 from puredif_jax.types import InputError
 
 STOPPED_AT = 6

@@ -33,10 +33,11 @@ import numpy as np
 import safetensors.numpy
 from tiny_config import TINY, draw_params
 
-from puredif_jax import convert, scan
-from puredif_jax.experiment import Scan
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.weight_sets import INDEX, PICKLE, WEIGHTS
+from puredif_jax.stages import scan
+from puredif_jax.stages.experiment import Scan
 from puredif_jax.types import InputError
-from puredif_jax.weight_sets import INDEX, PICKLE, WEIGHTS
 
 ANSI = "\x1b[2J\x1b[31m"
 MARKUP = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>"

@@ -34,7 +34,7 @@ CONFIG = """
 import dataclasses, sys
 sys.path.insert(0, {here!r})
 import tiny_config
-from puredif_jax.experiment import Audit, Scan
+from puredif_jax.stages.experiment import Audit, Scan
 
 def get_config():
     config = tiny_config.get_config()
@@ -104,7 +104,7 @@ def arrays(workdir: pathlib.Path) -> dict[str, bytes]:
     """Everything that a run has computed, but for the seconds it took."""
     import numpy as np
 
-    from puredif_jax import sealed
+    from puredif_jax.files import sealed
 
     found: dict[str, bytes] = {}
     for path in sorted(workdir.rglob("results/*.npz")):
@@ -202,7 +202,9 @@ def main() -> int:
         cache = {"JAX_COMPILATION_CACHE_DIR": str(home / "compiled")}
         os.environ |= ENVIRONMENT | cache  # before JAX is imported
         from puredif_jax import main as program  # so that forks have the imports
-        from puredif_jax import report, scan, stages
+        from puredif_jax.runs import report
+        from puredif_jax.stages import perform as stages
+        from puredif_jax.stages import scan
 
         del program, scan, stages
 

@@ -19,8 +19,9 @@ import jax
 import numpy as np
 import pytest
 
-from puredif_jax import convert, discovery, weight_sets
-from puredif_jax.diffusion import Threshold
+from puredif_jax.diffusion.sampling import Threshold
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats import discovery, weight_sets
 from puredif_jax.types import InputError
 
 torch = pytest.importorskip("torch")

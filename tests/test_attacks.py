@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.attacks import (
+from puredif_jax.attacks.base import (
     BadDiffusion,
     Poison,
     Rows,
@@ -23,9 +23,16 @@ from puredif_jax.attacks import (
     published_response,
     training_loss,
 )
-from puredif_jax.diffusion import DDIM, DDPM, Estimates
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.triggers import Blend, Box, Corner, NoShift, Patch, RandomPattern
+from puredif_jax.attacks.triggers import (
+    Blend,
+    Box,
+    Corner,
+    NoShift,
+    Patch,
+    RandomPattern,
+)
+from puredif_jax.diffusion.sampling import DDIM, DDPM, Estimates
+from puredif_jax.diffusion.schedules import LinearBetas
 
 SCHEDULE = LinearBetas().tables()
 SIGNAL, NOISE = SCHEDULE.signal, SCHEDULE.noise

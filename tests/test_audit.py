@@ -9,13 +9,13 @@ import re
 
 import pytest
 
-from puredif_jax.audit import Auditor
-from puredif_jax.detection import Detector
-from puredif_jax.experiment import Audit, Experiment, Inversion
-from puredif_jax.finding import MEASURES
-from puredif_jax.inversion import Descent
-from puredif_jax.schedules import CosineBetas, LinearBetas
-from puredif_jax.unet import SHIPPED
+from puredif_jax.defenses.detection import Detector
+from puredif_jax.defenses.inversion import Descent
+from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.audit import Auditor
+from puredif_jax.stages.experiment import Audit, Experiment, Inversion
+from puredif_jax.stages.finding import MEASURES
 
 KNOWN = Experiment("run", SHIPPED, audit=Audit(("clean",)))
 

@@ -22,10 +22,10 @@ import pytest
 import safetensors.numpy
 from absl import logging as absl_logging
 
-from puredif_jax import checkpoint, parallel
-from puredif_jax.checkpoint import CheckpointError, Checkpoints
-from puredif_jax.files import WriteError
-from puredif_jax.training import TrainState
+from puredif_jax.attacks.training import TrainState
+from puredif_jax.files.whole import WriteError
+from puredif_jax.runs import checkpoint, parallel
+from puredif_jax.runs.checkpoint import CheckpointError, Checkpoints
 from puredif_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -319,7 +319,7 @@ def test_a_checkpoint_that_is_not_to_blame_stays(tmp_path, monkeypatch, error, w
 
 SMALL_DISK = """
 import resource, sys, jax.numpy as jnp, numpy as np
-from puredif_jax.checkpoint import CheckpointError, Checkpoints
+from puredif_jax.runs.checkpoint import CheckpointError, Checkpoints
 try:
     with Checkpoints(sys.argv[1]) as checkpoints:
         checkpoints.save(1, {"x": jnp.zeros(9)})
@@ -351,7 +351,7 @@ def test_a_save_that_the_system_refuses_is_one_sentence(tmp_path):
 
 SAVE_FOREVER = """
 import sys, jax.numpy as jnp
-from puredif_jax.checkpoint import Checkpoints
+from puredif_jax.runs.checkpoint import Checkpoints
 with Checkpoints(sys.argv[1]) as checkpoints:
     step = 0
     while True:

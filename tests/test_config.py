@@ -13,7 +13,7 @@ from typing import Any, Literal, Optional
 import pytest
 from absl import app, flags
 
-from puredif_jax.config import (
+from puredif_jax.runs.config import (
     ConfigError,
     check,
     from_flags,

@@ -7,10 +7,10 @@ import jax
 import pytest
 from tiny_config import shapes
 
-from puredif_jax import config
-from puredif_jax.experiment import Experiment, Scan, Sweep
-from puredif_jax.scan import as_experiment
-from puredif_jax.weights import ZOO
+from puredif_jax.runs import config
+from puredif_jax.stages.experiment import Experiment, Scan, Sweep
+from puredif_jax.stages.scan import as_experiment
+from puredif_jax.stages.weights import ZOO
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 

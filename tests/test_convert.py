@@ -17,12 +17,13 @@ import safetensors.numpy
 from test_unet import TINY, apply, golden, golden_shapes, maker
 from tiny_config import draw_params
 
-from puredif_jax import convert, hub, weight_sets
-from puredif_jax.convert import ConvertError, Model, Scheduling
-from puredif_jax.diffusion import DDPM, sample
-from puredif_jax.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
-from puredif_jax.unet import UNet
-from puredif_jax.weights import ZOO
+from puredif_jax.diffusion.sampling import DDPM, sample
+from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats import hub, weight_sets
+from puredif_jax.formats.diffusers import ConvertError, Model, Scheduling
+from puredif_jax.networks.unet import UNet
+from puredif_jax.stages.weights import ZOO
 
 SCHEDULINGS = [
     Scheduling(),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from puredif_jax.convolution import (
+from puredif_jax.networks.convolution import (
     LAYOUT,
     conv_general_dilated,
     conv_of_upsampled,

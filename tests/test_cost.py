@@ -7,15 +7,23 @@ import sys
 import jax
 import pytest
 
-from puredif_jax import cost, main, parallel
-from puredif_jax.experiment import Audit, Evaluation, Experiment, Inversion, Sweep
-from puredif_jax.inversion import Descent
-from puredif_jax.lab import Lab, Programs
-from puredif_jax.memory import activations
-from puredif_jax.objectives import DistributionShift
-from puredif_jax.stages import perform
+from puredif_jax import main
+from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.objectives import DistributionShift
+from puredif_jax.networks.memory import activations
+from puredif_jax.networks.unet import SHIPPED, UNet
+from puredif_jax.runs import parallel
+from puredif_jax.stages import cost
+from puredif_jax.stages.experiment import (
+    Audit,
+    Evaluation,
+    Experiment,
+    Inversion,
+    Sweep,
+)
+from puredif_jax.stages.lab import Lab, Programs
+from puredif_jax.stages.perform import perform
 from puredif_jax.types import Params
-from puredif_jax.unet import SHIPPED, UNet
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from tiny_config import DEEP, TINY, draw_params, get_config, shapes  # noqa: E402

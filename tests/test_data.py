@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from puredif_jax import config, data
-from puredif_jax.data import (
+from puredif_jax.data import images as data
+from puredif_jax.data.images import (
     DataError,
     FashionMNIST,
     Fit,
@@ -26,8 +26,9 @@ from puredif_jax.data import (
     resize,
     to_float,
 )
-from puredif_jax.experiment import Experiment
-from puredif_jax.unet import UNet
+from puredif_jax.networks.unet import UNet
+from puredif_jax.runs import config
+from puredif_jax.stages.experiment import Experiment
 
 
 def random_images(*shape: int) -> np.ndarray:

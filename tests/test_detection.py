@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax import attacks
-from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.detection import (
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.exact import ExactDenoiser, Points
+from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.defenses.detection import (
     Detector,
     Features,
     denoising,
@@ -19,10 +21,8 @@ from puredif_jax.detection import (
     spread,
     total_variation,
 )
-from puredif_jax.exact import ExactDenoiser, Points
-from puredif_jax.objectives import Hypothesis
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.triggers import Box, Hat, StopSign
+from puredif_jax.defenses.objectives import Hypothesis
+from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.types import Candidate
 
 SHAPE = (8, 8, 1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_multiprocess import free_port
 
-from puredif_jax import weight_sets
+from puredif_jax.formats import weight_sets
 
 HERE = pathlib.Path(__file__).parent
 

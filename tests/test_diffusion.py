@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.diffusion import (
+from puredif_jax.diffusion.sampling import (
     DDIM,
     DDPM,
     DPMSolver,
@@ -26,7 +26,7 @@ from puredif_jax.diffusion import (
     sample,
     trajectory,
 )
-from puredif_jax.schedules import (
+from puredif_jax.diffusion.schedules import (
     CosineBetas,
     LinearBetas,
     NoiseSchedule,

@@ -11,11 +11,15 @@ import pytest
 import safetensors.numpy
 from tiny_config import TINY, draw_params
 
-from puredif_jax import checkpoint, convert, discovery, files, scan, search
-from puredif_jax.experiment import Scan
+from puredif_jax.files import whole as files
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats import discovery, search
+from puredif_jax.formats.weight_sets import WEIGHTS
+from puredif_jax.runs import checkpoint
+from puredif_jax.stages import scan
+from puredif_jax.stages.experiment import Scan
+from puredif_jax.stages.weights import find_weights
 from puredif_jax.types import InputError
-from puredif_jax.weight_sets import WEIGHTS
-from puredif_jax.weights import find_weights
 
 
 def write(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:

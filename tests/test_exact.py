@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax import attacks, data, metrics
-from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.diffusion import DDIM, DDPM, sample
-from puredif_jax.exact import ExactDenoiser, Points
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.triggers import Box, Hat
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.exact import ExactDenoiser, Points
+from puredif_jax.attacks.triggers import Box, Hat
+from puredif_jax.data import images as data
+from puredif_jax.diffusion.sampling import DDIM, DDPM, sample
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.metrics import measures as metrics
 
 SCHEDULE = LinearBetas().tables()
 # Much is computed here, and little compiled.

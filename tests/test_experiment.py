@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params, get_config
 
-from puredif_jax import garment_net, metrics
-from puredif_jax.data import FashionMNIST
-from puredif_jax.diffusion import DDIM
-from puredif_jax.experiment import (
+from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.objectives import (
+    DenoisingConsistency,
+    DistributionShift,
+    Elijah,
+    Hypothesis,
+    Sum,
+)
+from puredif_jax.defenses.survey import Survey
+from puredif_jax.diffusion.sampling import DDIM
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.metrics import garment_net
+from puredif_jax.metrics import measures as metrics
+from puredif_jax.stages.experiment import (
     Audit,
     Evaluation,
     Experiment,
@@ -21,17 +32,7 @@ from puredif_jax.experiment import (
     Sweep,
     elijah,
 )
-from puredif_jax.inversion import Descent
-from puredif_jax.objectives import (
-    DenoisingConsistency,
-    DistributionShift,
-    Elijah,
-    Hypothesis,
-    Sum,
-)
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.stages import open_lab
-from puredif_jax.survey import Survey
+from puredif_jax.stages.perform import open_lab
 from puredif_jax.types import Candidate
 
 SHAPE = (8, 8, 1)

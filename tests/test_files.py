@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from puredif_jax.files import WriteError, shortened, write_whole
+from puredif_jax.files.whole import WriteError, shortened, write_whole
 
 
 def test_a_file_is_replaced_whole(tmp_path) -> None:

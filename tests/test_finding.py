@@ -12,11 +12,11 @@ from typing import get_args
 import pytest
 
 import puredif_jax
-from puredif_jax import finding
-from puredif_jax.detection import Outcome, Verdict
-from puredif_jax.finding import Finding, next_steps, scope
-from puredif_jax.report import Report
-from puredif_jax.scan_report import STATUS
+from puredif_jax.defenses.detection import Outcome, Verdict
+from puredif_jax.runs.report import Report
+from puredif_jax.stages import finding
+from puredif_jax.stages.finding import Finding, next_steps, scope
+from puredif_jax.stages.scan_report import STATUS
 from puredif_jax.types import InputError
 
 VERDICT = Verdict("clean", 0.2, 3 / 21, "sde", "so it is", 0.25, 0.5, 20)

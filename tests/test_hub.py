@@ -7,7 +7,8 @@ import types
 import pytest
 from tiny_config import TINY, draw_params
 
-from puredif_jax import convert, hub
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats import hub
 from puredif_jax.types import InputError
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
 
-from puredif_jax import metrics
-from puredif_jax.amplification import Reinforcement
-from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.diffusion import DDIM, DDPM
-from puredif_jax.inversion import Descent, inverter, keep
-from puredif_jax.objectives import DistributionShift, Elijah, Hypothesis
-from puredif_jax.triggers import Box, Hat, StopSign
+from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.defenses.inversion import Descent, inverter, keep
+from puredif_jax.defenses.objectives import DistributionShift, Elijah, Hypothesis
+from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.metrics import measures as metrics
 from puredif_jax.types import Candidate
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -9,29 +9,33 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params
 
-from puredif_jax import attacks, data, loops, metrics, parallel
-from puredif_jax.amplification import Reinforcement
-from puredif_jax.attacks import Attack, BadDiffusion, VillanDiffusion
-from puredif_jax.data import FashionMNIST
-from puredif_jax.diffusion import DDIM, DDPM
-from puredif_jax.exact import ExactDenoiser, Points
-from puredif_jax.experiment import Experiment, Inversion
-from puredif_jax.inversion import Descent, inverter
-from puredif_jax.lab import Lab, Programs
-from puredif_jax.memory import activations
-from puredif_jax.objectives import (
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.base import Attack, BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.exact import ExactDenoiser, Points
+from puredif_jax.attacks.triggers import Hat, StopSign
+from puredif_jax.data import images as data
+from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.objectives import (
     DenoisingConsistency,
     Elijah,
     Hypothesis,
     estimated_target,
 )
-from puredif_jax.run import Run
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.stages import open_lab
-from puredif_jax.survey import Survey
-from puredif_jax.triggers import Hat, StopSign
+from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.defenses.survey import Survey
+from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.metrics import measures as metrics
+from puredif_jax.networks.memory import activations
+from puredif_jax.runs import parallel
+from puredif_jax.runs.run import Run
+from puredif_jax.stages import loops
+from puredif_jax.stages.experiment import Experiment, Inversion
+from puredif_jax.stages.lab import Lab, Programs
+from puredif_jax.stages.perform import open_lab
+from puredif_jax.stages.weights import Truth
 from puredif_jax.types import Candidate
-from puredif_jax.weights import Truth
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SCHEDULE = LinearBetas().tables()

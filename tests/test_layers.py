@@ -1,4 +1,4 @@
-"""Who may import whom: a pure core, thin edges, and no cycle. An `ast` walk."""
+"""Who may import whom: folders are layers, the core is pure; an `ast` walk."""
 
 from __future__ import annotations
 
@@ -10,47 +10,37 @@ import pytest
 PACKAGE = "puredif_jax"
 ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 
-CORE = set(
-    "types schedules diffusion unet diffusers_config diffusers_scheduler state_dict "
-    "convolution triggers metrics attacks training exact objectives survey memory "
-    "inversion detection amplification garment_net".split()
-)
-FORMATS = set("weight_sets convert hub search discovery".split())  # models of others
-EDGES = set("config parallel checkpoint data report".split())
-BELOW = {"files", "npz", "pictures", "sealed", "signals"}  # of the edges
-SHOWN = {"figures", "page", "terminal"}  # what people see
-BAR = "puredif_jax.report.progress"  # any edge may show how far it is
-COMPOSITION = {
-    "numerics",
-    "run",
-    "lab",
-    "loops",
-    "experiment",
-    "weights",
-    "finding",
-    "audit",
-    "stages",
-    "sweep",
-    "scan",
-    "scan_report",
-    "settings",
-    "cost",
-    "main",
-    "__init__",
-    "__main__",
+LAYERS: dict[str, set[str]] = {
+    "types": set(),
+    "files": {"types"},
+    "diffusion": {"types"},
+    "networks": {"types"},
+    "metrics": {"types"},
+    "attacks": {"types", "diffusion"},
+    "defenses": {"types", "diffusion", "attacks"},
+    "runs": {"types", "files"},
+    "formats": {"types", "files", "diffusion", "networks"},
+    "data": {"types", "files", "runs"},
 }
+LAYERS["stages"] = {*LAYERS}
+LAYERS["main"] = {"types", "runs", "stages"}
+LAYERS["__init__"] = {*LAYERS} - {"runs", "stages", "main"}
+"""What a folder, or a module at the top, may import beside itself."""
 
-TOP = {"audit", "stages", "sweep", "scan", "scan_report"}
+CORE = {"types", "diffusion", "networks", "metrics", "attacks", "defenses"}
 ARRAYS = {"jax", "flax", "optax", "numpy", "chex"}
 STANDARD = set(
     "__future__ abc dataclasses typing functools collections math base64 zlib "
-    "itertools re unicodedata".split()
+    "itertools re unicodedata enum".split()
 )
 DEVICES = set(
     "jax.devices jax.local_devices jax.device_count jax.local_device_count "
     "jax.process_index jax.process_count".split()
 )
 FILES = {"open", "__import__"}
+LINEN = "networks"  # the folder that alone knows Flax's modules
+ORBAX = "runs.checkpoint"
+LONGEST = 640  # lines of a module
 
 
 def imports(tree: ast.Module) -> set[str]:
@@ -88,10 +78,17 @@ def root(name: str) -> str:
     return name.partition(".")[0]
 
 
-def internal(names: set[str]) -> set[str]:
+def modules(names: set[str], known: set[str]) -> set[str]:
     """Modules of the package among imported names; the package itself is __init__."""
-    parts = [name.split(".") for name in names if root(name) == PACKAGE]
-    return {part[1] if len(part) > 1 else "__init__" for part in parts}
+    found = set()
+    for name in names:
+        if root(name) != PACKAGE:
+            continue
+        parts = name.split(".")[1:]
+        while parts and ".".join(parts) not in known and len(parts) > 1:
+            parts.pop()
+        found.add(".".join(parts) or "__init__")
+    return found
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
@@ -112,6 +109,10 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
     return next((cycle for module in graph if (cycle := visit(module, []))), [])
 
 
+def layer(module: str) -> str:
+    return module.partition(".")[0]
+
+
 def violations(sources: dict[str, str]) -> list[str]:
     """Every broken rule, as 'module: what'. sources: module name -> its text."""
     found, graph = [], {}
@@ -119,33 +120,24 @@ def violations(sources: dict[str, str]) -> list[str]:
         tree = ast.parse(text)
         names = imports(tree)
         used = names | attributes(tree)
-        graph[module] = targets = internal(names)
+        graph[module] = modules(names, {*sources})
         problems = set()
-        if module not in CORE | FORMATS | EDGES | BELOW | SHOWN | COMPOSITION:
-            problems.add("belongs to no layer; name it for what it does")
-        if module in CORE:
+        here = layer(module)
+        if here not in LAYERS:
+            problems.add("lies in no layer; name it for what it does")
+        others = {layer(target) for target in graph[module]} - {here}
+        problems |= {f"{here} imports {t}" for t in others - LAYERS.get(here, set())}
+        if here in CORE:
             allowed = ARRAYS | STANDARD | {PACKAGE}
             problems |= {f"core imports {n}" for n in names if root(n) not in allowed}
-            problems |= {f"core imports {t}" for t in targets - CORE}
             problems |= {f"core reads {n}" for n in used & DEVICES}
             problems |= {f"core calls {n}" for n in calls(tree) & FILES}
-        if module in BELOW:
-            problems |= {f"imports {t}" for t in targets - BELOW - {"types"}}
-        if module in SHOWN:
-            problems |= {f"imports {t}" for t in targets - SHOWN - {"types"}}
-        if module in FORMATS:
-            others = EDGES | COMPOSITION
-            problems |= {f"format imports {t}" for t in targets & others}
-        if module in EDGES:
-            others = (EDGES | FORMATS | COMPOSITION) - {module}
-            problems |= {f"edge imports {t}" for t in internal(names - {BAR}) & others}
-        if module not in TOP | {"main", "cost"}:
-            top = TOP | {"experiment"}
-            problems |= {f"imports {t}" for t in targets & top}
-        if module != "checkpoint" and "orbax" in {root(n) for n in names}:
+        if module != ORBAX and "orbax" in {root(n) for n in names}:
             problems.add("imports orbax")
-        if module != "unet" and any(f"{n}.".startswith("flax.linen.") for n in used):
+        if here != LINEN and any(f"{n}.".startswith("flax.linen.") for n in used):
             problems.add("imports flax.linen")
+        if (lines := text.count("\n")) > LONGEST:
+            problems.add(f"has {lines} lines, more than {LONGEST}")
         found += [f"{module}: {problem}" for problem in sorted(problems)]
     if cycle := find_cycle(graph):
         found.append("cycle: " + " -> ".join(cycle))
@@ -153,68 +145,69 @@ def violations(sources: dict[str, str]) -> list[str]:
 
 
 def read_sources() -> dict[str, str]:
-    paths = sorted(ROOT.rglob("*.py"))
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text("utf-8")
-        for path in paths
-    }
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        *folders, name = path.relative_to(ROOT).with_suffix("").parts
+        parts = folders if folders and name == "__init__" else [*folders, name]
+        found[".".join(parts)] = path.read_text("utf-8")
+    return found
 
 
 def test_the_package_keeps_its_layers():
     sources = read_sources()
-    assert {"types", "diffusion", "attacks"} <= set(sources)
+    assert {layer(module) for module in sources} == {*LAYERS}
     assert violations(sources) == []
+
+
+def of(module: str) -> str:
+    return f"from puredif_jax.{module} import x"
 
 
 @pytest.mark.parametrize(
     "sources, expected",
     [
-        ({"exact": "import os"}, "exact: core imports os"),
-        ({"exact": "def f():\n    import time"}, "exact: core imports time"),
-        ({"exact": "from logging import info"}, "exact: core imports logging.info"),
-        ({"exact": "from absl import flags"}, "exact: core imports absl.flags"),
-        ({"exact": "import torch.nn as nn"}, "exact: core imports torch.nn"),
-        ({"exact": "from puredif_jax import data"}, "exact: core imports data"),
-        ({"exact": "from . import config"}, "exact: core imports config"),
-        ({"exact": "from .report import x"}, "exact: core imports report"),
-        ({"exact": "import puredif_jax"}, "exact: core imports __init__"),
-        ({"exact": "import jax\nn = jax.devices()"}, "exact: core reads jax.devices"),
-        ({"exact": "from jax import devices"}, "exact: core reads jax.devices"),
-        ({"exact": "open('x')"}, "exact: core calls open"),
-        ({"config": "import orbax.checkpoint as ocp"}, "config: imports orbax"),
+        ({"attacks.exact": "import os"}, "attacks.exact: core imports os"),
+        ({"attacks.a": "def f():\n    import time"}, "attacks.a: core imports time"),
+        ({"attacks.a": "from logging import info"}, "core imports logging.info"),
+        ({"attacks.a": "from absl import flags"}, "core imports absl.flags"),
+        ({"attacks.a": "import torch.nn as nn"}, "core imports torch.nn"),
+        ({"metrics.a": "import jax\nn = jax.devices()"}, "core reads jax.devices"),
+        ({"metrics.a": "from jax import devices"}, "core reads jax.devices"),
+        ({"networks.a": "open('x')"}, "networks.a: core calls open"),
+        ({"attacks.a": of("defenses.b")}, "attacks.a: attacks imports defenses"),
+        ({"attacks.a": of("networks.b")}, "attacks.a: attacks imports networks"),
+        ({"diffusion.a": of("networks.b")}, "diffusion imports networks"),
+        ({"networks.a": of("diffusion.b")}, "networks imports diffusion"),
+        ({"formats.a": of("runs.run")}, "formats.a: formats imports runs"),
+        ({"formats.a": of("attacks")}, "formats.a: formats imports attacks"),
+        ({"runs.a": of("formats.b")}, "runs.a: runs imports formats"),
+        ({"files.a": of("runs.b")}, "files.a: files imports runs"),
+        ({"runs.a": of("stages.b")}, "runs.a: runs imports stages"),
+        ({"runs.a": "import puredif_jax.stages.b"}, "runs.a: runs imports stages"),
+        ({"runs.a": "from puredif_jax import stages"}, "runs imports stages"),
+        ({"stages.a": "from puredif_jax import main"}, "stages imports main"),
+        ({"__init__": of("stages.experiment")}, "__init__ imports stages"),
+        ({"runs.a": "import puredif_jax"}, "runs.a: runs imports __init__"),
+        ({"runs.config": "import orbax.checkpoint as ocp"}, "runs.config: imports orb"),
         ({"main": "from orbax import checkpoint"}, "main: imports orbax"),
-        ({"data": "import flax.linen as nn"}, "data: imports flax.linen"),
-        ({"exact": "from flax import linen"}, "exact: imports flax.linen"),
-        ({"exact": "from flax.linen import Conv"}, "exact: imports flax.linen"),
-        ({"exact": "import flax\nx = flax.linen"}, "exact: imports flax.linen"),
-        ({"exact": "from puredif_jax import files"}, "exact: core imports files"),
-        ({"files": "from puredif_jax.unet import x"}, "files: imports unet"),
+        ({"data.a": "import flax.linen as nn"}, "data.a: imports flax.linen"),
+        ({"attacks.a": "from flax import linen"}, "attacks.a: imports flax.linen"),
+        ({"attacks.a": "from flax.linen import Conv"}, "imports flax.linen"),
+        ({"attacks.a": "import flax\nx = flax.linen"}, "imports flax.linen"),
+        ({"utils": ""}, "utils: lies in no layer"),
+        ({"helpers.utils": ""}, "helpers.utils: lies in no layer"),
+        ({"runs.a": "x = 1\n" * 641}, "runs.a: has 641 lines"),
         (
-            {"data": "from puredif_jax.config import x"},
-            "data: edge imports config",
-        ),
-        ({"hub": "from puredif_jax import run"}, "hub: format imports run"),
-        ({"data": "from puredif_jax import hub"}, "data: edge imports hub"),
-        (
-            {"data": "from puredif_jax.report import progress, Report"},
-            "data: edge imports report",
-        ),
-        ({"npz": "from puredif_jax.data import x"}, "npz: imports data"),
-        ({"page": "from puredif_jax.report import x"}, "page: imports report"),
-        ({"__init__": "from .experiment import Experiment"}, "imports experiment"),
-        ({"utils": ""}, "utils: belongs to no layer"),
-        ({"helpers.utils": ""}, "helpers.utils: belongs to no layer"),
-        (
-            {"types": "from .exact import a", "exact": "from .types import b"},
-            "cycle: types -> exact -> types",
+            {"types": of("types"), "runs.a": of("runs.b"), "runs.b": of("runs.a")},
+            "cycle: ",
         ),
         (
             {
-                "types": "from puredif_jax import unet",
-                "unet": "import puredif_jax.exact",
-                "exact": "from .types import b",
+                "runs.a": "from puredif_jax.runs import b",
+                "runs.b": "import puredif_jax.runs.c",
+                "runs.c": of("runs.a"),
             },
-            "cycle: types -> unet -> exact -> types",
+            "cycle: runs.a -> runs.b -> runs.c -> runs.a",
         ),
     ],
 )
@@ -225,14 +218,13 @@ def test_a_broken_rule_is_found(sources, expected):
 def test_what_is_allowed_is_not_found():
     sources = {
         "types": "from __future__ import annotations\nimport collections.abc",
-        "unet": "import flax.linen as nn\nfrom puredif_jax.types import Array",
-        "training": "from flax import struct\nimport optax\nimport flax",
-        "data": "import os\nfrom puredif_jax.report import progress",
-        "npz": "from puredif_jax.files import shortened",
-        "checkpoint": "import orbax.checkpoint as ocp",
-        "experiment": "from puredif_jax import checkpoint, config, data, training",
-        "stages": "from puredif_jax import experiment, lab, run",
-        "main": "from absl import app\nfrom puredif_jax import config, stages",
-        "__init__": "from puredif_jax.types import Array as Array",
+        "networks.unet": f"import flax.linen as nn\n{of('types')}",
+        "attacks.training": "from flax import struct\nimport optax\nimport flax",
+        "data.images": f"import os\n{of('runs.report')}",
+        "files.npz": of("files.whole"),
+        "runs.checkpoint": "import orbax.checkpoint as ocp",
+        "stages.lab": "from puredif_jax.runs import run\nimport time",
+        "main": f"from absl import app\n{of('stages.perform')}",
+        "__init__": of("attacks.exact"),
     }
     assert violations(sources) == []

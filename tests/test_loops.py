@@ -12,11 +12,14 @@ import pytest
 import tiny_config
 from tiny_config import TINY, draw_params
 
-from puredif_jax import attacks, checkpoint, data, loops, run
-from puredif_jax.data import FashionMNIST
-from puredif_jax.experiment import Experiment
-from puredif_jax.stages import open_lab
-from puredif_jax.training import Training, trainer
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.training import Training, trainer
+from puredif_jax.data import images as data
+from puredif_jax.data.images import FashionMNIST
+from puredif_jax.runs import checkpoint, run
+from puredif_jax.stages import loops
+from puredif_jax.stages.experiment import Experiment
+from puredif_jax.stages.perform import open_lab
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ATTACK = dataclasses.replace(tiny_config.get_config().attack, poison_rate=0.5)

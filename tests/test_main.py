@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params, get_config, shapes
 
-from puredif_jax import checkpoint, config, convert, main, scan, sweep
+from puredif_jax import main
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.runs import checkpoint, config
+from puredif_jax.stages import scan, sweep
 
 HERE = pathlib.Path(__file__).parent
 COMMAND = [sys.executable, "-m", "puredif_jax.main"]
@@ -100,7 +103,7 @@ def write_config(tmp_path: pathlib.Path, change: str) -> list[str]:
         "import dataclasses, sys\n"
         f"sys.path.insert(0, {str(HERE)!r})\n"
         "import tiny_config\n"
-        "from puredif_jax.data import NpzImages\n"
+        "from puredif_jax.data.images import NpzImages\n"
         "def get_config():\n"
         f"    config = tiny_config.get_config()\n    return {change}\n"
     )
@@ -294,7 +297,7 @@ def test_help_names_the_flags_and_the_fields_of_a_config(capsys, flag) -> None:
 def test_what_is_no_run_is_said(tmp_path, argv, words) -> None:
     other = tmp_path / "other.py"
     other.write_text(
-        "from puredif_jax.training import Training\n"
+        "from puredif_jax.attacks.training import Training\n"
         "def get_config(): return Training(3, warmup=1)\n"
     )
     argv = [arg.replace(str(HERE / "other.py"), str(other)) for arg in argv]

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from test_objectives import tiny_network
 
-from puredif_jax import lab, parallel
-from puredif_jax.diffusion import DDIM, VPrediction, sample
-from puredif_jax.memory import activations, sliced
-from puredif_jax.objectives import (
+from puredif_jax.defenses.objectives import (
     DenoisingConsistency,
     DistributionShift,
     Hypothesis,
     Sum,
 )
-from puredif_jax.run import RunError
-from puredif_jax.schedules import LinearBetas
+from puredif_jax.diffusion.sampling import DDIM, VPrediction, sample
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.networks.memory import activations, sliced
+from puredif_jax.runs import parallel
+from puredif_jax.runs.run import RunError
+from puredif_jax.stages import lab
 from puredif_jax.types import Candidate
 
 SCHEDULE = LinearBetas().tables()

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax import checkpoint, data, garment_net, lab, metrics, weights
-from puredif_jax.data import FashionMNIST
+from puredif_jax.data import images as data
+from puredif_jax.data.images import FashionMNIST
+from puredif_jax.metrics import garment_net
+from puredif_jax.metrics import measures as metrics
+from puredif_jax.runs import checkpoint
+from puredif_jax.stages import lab, weights
 
 
 def test_trigger_distance() -> None:

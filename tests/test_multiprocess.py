@@ -13,7 +13,8 @@ SECONDS = 300
 PROGRAM = """
 import os, pathlib, signal, sys, time
 import jax, numpy as np
-from puredif_jax import checkpoint, parallel
+from puredif_jax.runs import checkpoint
+from puredif_jax.runs import parallel
 
 parallel.initialize(os.environ)
 me, directory = jax.process_index(), sys.argv[1]

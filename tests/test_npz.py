@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from puredif_jax import npz
-from puredif_jax.npz import NpzError
+from puredif_jax.files import npz
+from puredif_jax.files.npz import NpzError
 
 ARRAYS = {
     "images": np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8),

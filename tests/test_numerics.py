@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from puredif_jax import numerics
-from puredif_jax.numerics import RECORD, Numerics, NumericsError
+from puredif_jax.runs import numerics
+from puredif_jax.runs.numerics import RECORD, Numerics, NumericsError
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import optax
 import pytest
 from tiny_config import draw_params
 
-from puredif_jax import attacks, parallel
-from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.diffusion import DDIM, DDPM, sample
-from puredif_jax.exact import ExactDenoiser, Points
-from puredif_jax.inversion import Descent, inverter
-from puredif_jax.objectives import (
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.exact import ExactDenoiser, Points
+from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.objectives import (
     Analytic,
     Calibrated,
     DenoisingConsistency,
@@ -29,10 +29,11 @@ from puredif_jax.objectives import (
     denoised,
     measured_factor,
 )
-from puredif_jax.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
-from puredif_jax.triggers import Box, Hat, StopSign
+from puredif_jax.diffusion.sampling import DDIM, DDPM, sample
+from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
+from puredif_jax.networks.unet import UNet
+from puredif_jax.runs import parallel
 from puredif_jax.types import Candidate
-from puredif_jax.unet import UNet
 
 SHAPE = (16, 16, 1)
 SCHEDULE = LinearBetas().tables()

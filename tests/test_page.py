@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from puredif_jax.page import Judgement, Section
-from puredif_jax.report import Report
+from puredif_jax.runs.page import Judgement, Section
+from puredif_jax.runs.report import Report
 
 # Attributes that a page may have: none that runs or fetches anything.
 KNOWN = set(

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from puredif_jax import parallel
+from puredif_jax.runs import parallel
 from puredif_jax.types import InputError
 
 COMPLETE = {
@@ -92,7 +92,7 @@ def test_a_cpu_is_a_device_for_every_core(environ, expected):
 import os
 os.sched_getaffinity = lambda _: {0, 2, 5}
 import jax
-from puredif_jax import parallel
+from puredif_jax.runs import parallel
 parallel.initialize(os.environ)
 parallel.use_cores()
 print(jax.local_device_count())

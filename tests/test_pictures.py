@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from puredif_jax import pictures
-from puredif_jax.pictures import Fit, Unfit, open_picture
+from puredif_jax.data import pictures
+from puredif_jax.data.pictures import Fit, Unfit, open_picture
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (12, 10, 3), np.uint8)

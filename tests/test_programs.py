@@ -13,24 +13,25 @@ import pytest
 import scaling
 from tiny_config import DEEP, TINY, draw_params, shapes
 
-from puredif_jax import checkpoint, loops, parallel
-from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.data import FashionMNIST
-from puredif_jax.diffusion import DDIM, trajectory
-from puredif_jax.experiment import Experiment
-from puredif_jax.inversion import Descent
-from puredif_jax.lab import Lab
-from puredif_jax.objectives import (
+from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.training import Training
+from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.objectives import (
     DenoisingConsistency,
     DistributionShift,
     Hypothesis,
     Sum,
 )
-from puredif_jax.stages import open_lab
-from puredif_jax.training import Training
-from puredif_jax.triggers import Box, Cat
+from puredif_jax.diffusion.sampling import DDIM, trajectory
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.runs import checkpoint, parallel
+from puredif_jax.stages import loops
+from puredif_jax.stages.experiment import Experiment
+from puredif_jax.stages.lab import Lab
+from puredif_jax.stages.perform import open_lab
 from puredif_jax.types import Candidate
-from puredif_jax.unet import SHIPPED
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import puredif_jax.report
-from puredif_jax.page import Judgement, Section
-from puredif_jax.report import Metrics, Report, environment, placeless, progress
+import puredif_jax.runs.report
+from puredif_jax.runs.page import Judgement, Section
+from puredif_jax.runs.report import Metrics, Report, environment, placeless, progress
 
 # Metrics
 
@@ -69,7 +69,7 @@ def test_rewind_drops_later_lines_of_the_stage_and_a_torn_line(tmp_path):
 
 def test_a_bar_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
     clock = iter(np.arange(0.0, 1e6, 0.5))  # half a second from refresh to refresh
-    monkeypatch.setattr(puredif_jax.report.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(puredif_jax.runs.report.time, "monotonic", lambda: next(clock))
     with progress(total=100, initial=40, label="invert", enabled=True) as bar:
         for i in range(60):
             bar.set_postfix(loss=i)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax import parallel, run, sealed
-from puredif_jax.checkpoint import Checkpoints
-from puredif_jax.run import Run, RunError
+from puredif_jax.files import sealed
+from puredif_jax.runs import parallel, run
+from puredif_jax.runs.checkpoint import Checkpoints
+from puredif_jax.runs.run import Run, RunError
 
 
 class Info(NamedTuple):

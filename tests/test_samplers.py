@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.diffusion import (
+from puredif_jax.diffusion.sampling import (
     DDIM,
     DDPM,
     DPMSolver,
@@ -19,7 +19,7 @@ from puredif_jax.diffusion import (
     grid,
     sample,
 )
-from puredif_jax.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
+from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 from tiny_config import INVERSION, TINY, draw_params
 
-from puredif_jax import convert, files, parallel, scan, sweep, weight_sets
-from puredif_jax.detection import Detector
-from puredif_jax.experiment import Audit, Inversion, Scan
-from puredif_jax.schedules import LinearBetas, ScaledLinearBetas
-from puredif_jax.sealed import seal
+from puredif_jax.defenses.detection import Detector
+from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
+from puredif_jax.files import whole as files
+from puredif_jax.files.sealed import seal
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats import weight_sets
+from puredif_jax.runs import parallel
+from puredif_jax.stages import scan, sweep
+from puredif_jax.stages.experiment import Audit, Inversion, Scan
+from puredif_jax.stages.weights import ZOO, Truth
 from puredif_jax.types import InputError
-from puredif_jax.weights import ZOO, Truth
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 # A score that no random network reaches, and no question whether it denoises.

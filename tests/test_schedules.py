@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.diffusion import (
+from puredif_jax.diffusion.sampling import (
     DDIM,
     SamplePrediction,
     Threshold,
@@ -16,7 +16,7 @@ from puredif_jax.diffusion import (
     predicting,
     sample,
 )
-from puredif_jax.schedules import (
+from puredif_jax.diffusion.schedules import (
     ContinuousTime,
     CosineBetas,
     LinearBetas,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from puredif_jax.sealed import (
+from puredif_jax.files.sealed import (
     DamagedError,
     digest,
     read_arrays,

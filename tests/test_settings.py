@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 from tiny_config import get_config
 
-from puredif_jax.config import override
-from puredif_jax.experiment import Scan
-from puredif_jax.settings import describe, documented
+from puredif_jax.runs.config import override
+from puredif_jax.runs.settings import describe, documented
+from puredif_jax.stages.experiment import Scan
 
 MODULES = (
     "amplification attacks data detection diffusion experiment inversion objectives "

@@ -10,7 +10,7 @@ import pytest
 # Key stretching stands for XLA: minutes in C, in which Python hears nothing.
 PROGRAM = """
 import hashlib, sys
-from puredif_jax import signals
+from puredif_jax.runs import signals
 signals.REACH, signals.STORE, signals.UNWIND = 0.2, 60.0, float(sys.argv[2])
 signals.watch()
 if sys.argv[1] != "starting":
@@ -63,7 +63,7 @@ def test_a_signal_ends_the_program_with_one_sentence(
 
 SAFE = """
 import os, signal, time
-from puredif_jax import signals
+from puredif_jax.runs import signals
 signals.REACH = 0.5
 signals.watch()
 signals.work()

@@ -11,15 +11,17 @@ import pytest
 import tiny_config
 from tiny_config import ANY, INVERSION, TINY, draw_params
 
-from puredif_jax import checkpoint, lab, loops, stages
-from puredif_jax.amplification import Reinforcement
-from puredif_jax.data import NpzImages
-from puredif_jax.diffusion import DDIM, DDPM
-from puredif_jax.experiment import Amplification, Audit, Evaluation, Experiment
-from puredif_jax.objectives import DenoisingConsistency
-from puredif_jax.schedules import CosineBetas
+from puredif_jax.data.images import NpzImages
+from puredif_jax.defenses.objectives import DenoisingConsistency
+from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.diffusion.schedules import CosineBetas
+from puredif_jax.runs import checkpoint
+from puredif_jax.stages import lab, loops
+from puredif_jax.stages import perform as stages
+from puredif_jax.stages.experiment import Amplification, Audit, Evaluation, Experiment
+from puredif_jax.stages.weights import Truth
 from puredif_jax.types import InputError
-from puredif_jax.weights import Truth
 
 WHOLE = tiny_config.get_config()
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax import attacks
-from puredif_jax.attacks import BadDiffusion, VillanDiffusion
-from puredif_jax.exact import ExactDenoiser, Points
-from puredif_jax.objectives import Hypothesis
-from puredif_jax.schedules import LinearBetas
-from puredif_jax.survey import Survey
-from puredif_jax.triggers import Box, Cat, StopSign
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.exact import ExactDenoiser, Points
+from puredif_jax.attacks.triggers import Box, Cat, StopSign
+from puredif_jax.defenses.objectives import Hypothesis
+from puredif_jax.defenses.survey import Survey
+from puredif_jax.diffusion.schedules import LinearBetas
 
 SHAPE = (8, 8, 1)
 SCHEDULE = LinearBetas().tables()

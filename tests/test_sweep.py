@@ -11,14 +11,14 @@ import threading
 import pytest
 from tiny_config import TINY, draw_params
 
-from puredif_jax import checkpoint
-from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.diffusion import DDIM
-from puredif_jax.experiment import Evaluation, Experiment, Sweep
-from puredif_jax.lab import Lab, Programs
-from puredif_jax.schedules import ScaledLinearBetas
-from puredif_jax.sweep import in_turn, perform_sweep
-from puredif_jax.triggers import Box, Hat
+from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.triggers import Box, Hat
+from puredif_jax.diffusion.sampling import DDIM
+from puredif_jax.diffusion.schedules import ScaledLinearBetas
+from puredif_jax.runs import checkpoint
+from puredif_jax.stages.experiment import Evaluation, Experiment, Sweep
+from puredif_jax.stages.lab import Lab, Programs
+from puredif_jax.stages.sweep import in_turn, perform_sweep
 from puredif_jax.types import InputError
 
 AT_IT = """

@@ -10,8 +10,8 @@ import sys
 import pytest
 from absl import logging as absl_logging
 
-from puredif_jax.report import progress
-from puredif_jax.terminal import OneLine, protect
+from puredif_jax.runs.report import progress
+from puredif_jax.runs.terminal import OneLine, protect
 
 NAME = "x\x1b[2J\nclean: all good \u202eabc" + os.fsdecode(b"\xff")
 SAID = r"x\x1b[2J\nclean: all good \u202eabc\udcff"

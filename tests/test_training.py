@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.training import Training, trainer
+from puredif_jax.attacks.training import Training, trainer
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from puredif_jax import triggers as tr
+from puredif_jax.attacks import triggers as tr
 
 TRIGGERS = [
     tr.Box(),

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params
 
-from puredif_jax import config, convert, experiment, main
+from puredif_jax import main
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.runs import config
+from puredif_jax.stages import experiment
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parents[1]

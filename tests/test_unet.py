@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_config import shapes
 
-from puredif_jax.unet import UNet, _normalise
+from puredif_jax.networks.unet import UNet, _normalise
 
 GOLDEN = Path(__file__).parent / "golden"
 TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from puredif_jax import config
-from puredif_jax.experiment import Scan
-from puredif_jax.scan import perform_scan
-from puredif_jax.weights import ZOO
+from puredif_jax.runs import config
+from puredif_jax.stages.experiment import Scan
+from puredif_jax.stages.scan import perform_scan
+from puredif_jax.stages.weights import ZOO
 
 BUDGET = {
     "audit.hypotheses": "ode",

@@ -6,24 +6,24 @@ import functools
 import jax
 import numpy as np
 
-from puredif_jax.amplification import Reinforcement
-from puredif_jax.attacks import VillanDiffusion
-from puredif_jax.detection import Detector
-from puredif_jax.diffusion import DDIM, DDPM
-from puredif_jax.experiment import (
+from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.training import Training
+from puredif_jax.attacks.triggers import Box, Hat
+from puredif_jax.defenses.detection import Detector
+from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.objectives import DenoisingConsistency, DistributionShift
+from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.defenses.survey import Survey
+from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.networks.unet import UNet
+from puredif_jax.stages.experiment import (
     Amplification,
     Audit,
     Evaluation,
     Experiment,
     Inversion,
 )
-from puredif_jax.inversion import Descent
-from puredif_jax.objectives import DenoisingConsistency, DistributionShift
-from puredif_jax.survey import Survey
-from puredif_jax.training import Training
-from puredif_jax.triggers import Box, Hat
 from puredif_jax.types import Params
-from puredif_jax.unet import UNet
 
 TINY = UNet(
     sample_size=(16, 16),

@@ -1,4 +1,4 @@
-"""Makes unet.npz: outputs of diffusers' `UNet2DModel`, to check `puredif_jax.unet`.
+"""Makes unet.npz: outputs of diffusers' `UNet2DModel`, to check ours.
 
 Run, in an environment of its own (the package does not need PyTorch):
 
@@ -31,7 +31,7 @@ def _blocks(kind: str, attend: str) -> tuple[str, ...]:
     return tuple(names[letter] for letter in attend)
 
 
-# Arguments of `UNet2DModel`, which are also those of `puredif_jax.unet.UNet`.
+# Arguments of `UNet2DModel`, which are also those of `puredif_jax.networks.unet.UNet`.
 CONFIGS: dict[str, dict[str, Any]] = {
     # google/ddpm-cifar10-32, narrower.
     "cifar10": dict(

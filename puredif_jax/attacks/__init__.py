@@ -1,0 +1,1 @@
+"""Backdoors as rows of one formula, their images and the poisoned training."""

@@ -1,0 +1,1 @@
+"""Trigger inversion, what it yields, and the verdict on a model."""

@@ -1,0 +1,91 @@
+"""Amplification: a known trigger made stronger on the weights as they are.
+
+The attacker's side of inversion, for red-team evaluation of a model that one has
+trained: start at the true trigger r and descend the denoising-consistency loss, by
+default its aim at the known target alone. The reinforced trigger is used in place of r.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from puredif_jax.attacks.base import Solver
+from puredif_jax.defenses.inversion import Descent, Inverter, inverter
+from puredif_jax.defenses.objectives import DenoisingConsistency, Hypothesis
+from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.types import Candidate, NoiseModel, Shard, unsharded
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforcement:
+    """How a known trigger is reinforced.
+
+    Attributes:
+      deterministic: the loss for backdoors of deterministic sampling; its `aim` draws
+        the last images to the known target.
+      ancestral: that for backdoors of ancestral sampling, which do not fire under a
+        deterministic rollout. The chain must be as long as can be afforded: the trigger
+        that suits a short one does not suit the sampler (docs/method.md).
+      descent: optimiser and bound of the former, from the true trigger; one candidate,
+        without scouts and refreshes.
+      ancestral_descent: those of the latter: few small steps, since the gradient
+        through a chain of random steps is mostly noise.
+
+    Raises:
+      ValueError: a descent has more than that.
+    """
+
+    deterministic: DenoisingConsistency = DenoisingConsistency(
+        sampler=DDIM(steps=10), samples=48, on_path=False, across_noise=0.0, aim=1.0
+    )
+    ancestral: DenoisingConsistency = DenoisingConsistency(
+        sampler=DDPM(steps=50), samples=16, on_path=False, across_noise=0.0, aim=1.0
+    )
+    descent: Descent = Descent(steps=100, learning_rate=0.05, b2=0.999, bound=None)
+    ancestral_descent: Descent = Descent(
+        steps=12, learning_rate=0.02, b2=0.999, bound=None
+    )
+
+    def __post_init__(self) -> None:
+        for each in (self.descent, self.ancestral_descent):
+            if (each.candidates, each.scout, each.refresh) != (1, 0, 0):
+                raise ValueError(
+                    "reinforcement needs a descent of candidates=1, scout=0 and "
+                    f"refresh=0, found {each.candidates}, {each.scout} and "
+                    f"{each.refresh}"
+                )
+
+    def loss(self, solver: Solver) -> DenoisingConsistency:
+        """That for a kind of backdoor."""
+        return self.deterministic if solver == "ode" else self.ancestral
+
+    def descending(self, solver: Solver) -> Descent:
+        """How that one is descended."""
+        return self.descent if solver == "ode" else self.ancestral_descent
+
+    def evaluations(self, solver: Solver) -> int:
+        """Network evaluations of one image; one with its gradient counts for three."""
+        return 3 * self.descending(solver).steps * self.loss(solver).evaluations
+
+    def inverter(
+        self,
+        model: NoiseModel,
+        schedule: NoiseSchedule,
+        solver: Solver,
+        start: Candidate,
+        shard: Shard = unsharded,
+    ) -> Inverter:
+        """The (init, step) pair that starts at the true trigger and target.
+
+        Args:
+          model, schedule: the model, and its forward process.
+          solver: the kind of sampler under which the backdoor fires.
+          start: the true trigger and target, `[H, W, C]` each.
+          shard: constraint on a noise batch.
+        """
+        hypothesis = Hypothesis.of(solver)
+        objective = self.loss(solver).bind(model, schedule, hypothesis, shard)
+        height, width, channels = start.delta.shape
+        descent = self.descending(solver)
+        return inverter(objective, descent, (height, width, channels), start)

@@ -1,0 +1,1 @@
+"""Forward processes, what networks predict, and samplers."""

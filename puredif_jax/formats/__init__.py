@@ -1,0 +1,1 @@
+"""Models of others: where they lie, and what their files say."""

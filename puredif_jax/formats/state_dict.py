@@ -1,0 +1,81 @@
+"""PyTorch's state dict of a UNet2DModel, and the parameters of ours."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from puredif_jax.networks.unet import UNet
+from puredif_jax.types import Params
+
+# Modules that PyTorch keeps in lists.
+_NUMBERED = (
+    "down_blocks up_blocks resnets attentions downsamplers upsamplers to_out".split()
+)
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+# Names of attention layers before diffusers 0.12.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], unet: UNet) -> Params:
+    """Parameters of ours from the arrays of a PyTorch state dict, by its names."""
+
+    def leaf(path: Any, like: Any) -> np.ndarray:
+        value = tensors[torch_name(path)]
+        if value.ndim > 1:  # OIHW to HWIO, (out, in) to (in, out)
+            value = np.moveaxis(value, (0, 1), (-1, -2))
+        return np.ascontiguousarray(value, like.dtype)
+
+    return jax.tree.map_with_path(leaf, _abstract(unet))
+
+
+def to_torch(params: Params) -> dict[str, np.ndarray]:
+    """The PyTorch state dict of parameters, as NumPy arrays."""
+    tensors = {}
+    for path, value in jax.tree.leaves_with_path(params):
+        value = np.asarray(value)
+        if value.ndim > 1:
+            value = np.moveaxis(value, (-1, -2), (0, 1))
+        tensors[torch_name(path)] = np.ascontiguousarray(value)
+    return tensors
+
+
+def torch_name(path: Any) -> str:
+    """PyTorch's name of the parameter at a path of ours."""
+    *modules, leaf = (entry.key for entry in path)
+    name = "_".join(modules)
+    for numbered in _NUMBERED:
+        name = re.sub(rf"{numbered}_(\d+)_?", rf"{numbered}.\1.", name)
+    for single in ("mid_block", "time_embedding"):
+        name = re.sub(rf"^{single}_", f"{single}.", name)
+    return f"{name.strip('.')}.{_LEAVES[leaf]}"
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract(unet: UNet) -> Any:
+    return jax.eval_shape(unet.init, jax.random.key(0))
+
+
+def named_leaves(unet: UNet) -> dict[str, Any]:
+    """The shapes of the parameters, by their names in PyTorch."""
+    leaves = jax.tree.leaves_with_path(_abstract(unet))
+    return {torch_name(path): leaf for path, leaf in leaves}
+
+
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape as PyTorch has it: HWIO as OIHW, (in, out) as (out, in)."""
+    return (*shape[:-3:-1], *shape[:-2])
+
+
+def new_name(name: str) -> str:
+    """Today's name of a parameter by its name in any version of diffusers."""
+    return re.sub(
+        r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)",
+        lambda found: _OLD_NAMES[found[1]],
+        name,
+    )

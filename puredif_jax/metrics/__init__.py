@@ -1,0 +1,1 @@
+"""How often a backdoor fires, and how good images are."""

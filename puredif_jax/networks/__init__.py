@@ -1,0 +1,1 @@
+"""Networks that predict noise, and their memory."""

@@ -1,0 +1,1 @@
+"""Run folders, devices, configurations and what people see."""

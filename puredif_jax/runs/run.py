@@ -1,0 +1,444 @@
+"""A run folder: resumable loops, results computed once, scalars and progress.
+
+config.json        the configuration; another one is refused in the same folder
+inputs.json        digests of the weights that were read; others are refused, too
+numerics.json      platform, precision and versions; some others are refused, too
+metrics.jsonl      scalars of every loop
+checkpoints/LOOP/  states; a loop goes on from the latest that is whole
+results/NAME.npz   what `once` has computed; computed again where it is damaged
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from puredif_jax.files.sealed import DamagedError, read_arrays, read_json, write_arrays
+from puredif_jax.files.whole import KINDS, write_whole, writing
+from puredif_jax.runs import numerics, parallel
+from puredif_jax.runs.checkpoint import Checkpoints
+from puredif_jax.runs.report import Metrics, progress
+from puredif_jax.types import InputError
+
+PLACE = ("workdir", "devices", "save_every")  # that do not change what a run finds
+BEGUN = ("checkpoints", "results", "report.json")
+PATIENCE = 60.0  # seconds in which a shared folder shows a file to every host
+LONGEST = 3.0  # seconds of a dispatch, about, in which no signal is heard
+QUIET = 5.0  # seconds after which a first call is said to compile
+
+
+class RunError(InputError):
+    """A run folder that cannot be used; says why."""
+
+
+Advance = Callable[[Any, int, int], tuple[Any, Any]]
+
+
+class Run:
+    """The folder of one run. Whatever was done is found again after any interruption.
+
+    Attributes:
+      folder: where everything goes.
+      mesh: the devices.
+      save_every: seconds, at least, between two checkpoints of a loop.
+      metrics: the scalars of its loops.
+    """
+
+    def __init__(
+        self, folder: str, config: Mapping[str, Any], mesh: Mesh, save_every: float
+    ) -> None:
+        """Opens or makes the folder.
+
+        Raises:
+          RunError: the folder holds a run with another configuration.
+          NumericsError: or one made under settings that give other numbers.
+        """
+        self.folder = pathlib.Path(folder)
+        self.mesh = mesh
+        self.save_every = save_every
+        is_run(self.folder, config)
+        first = parallel.is_host_zero()
+        if first:
+            make_folder(self.folder)
+        here = numerics.Numerics.here(mesh.size)
+        numerics.record(self.folder, here, _begun(self.folder), first)
+        if first:
+            path, text = self.folder / "config.json", json.dumps(config, indent=2)
+            if not path.exists() or path.read_bytes() != text.encode():
+                write_whole(path, text.encode())
+        self.metrics = Metrics(self.folder)
+
+    def loop(
+        self,
+        stage: str,
+        advance: Advance,
+        begin: Callable[[], Any],
+        shapes: Any,
+        total: int,
+        chunk: int,
+        first: int = 0,
+    ) -> Any:
+        """Advances a state to step `total`, from the latest whole checkpoint on.
+
+        A call of `advance` takes as many steps as last about `LONGEST` seconds, so that
+        a signal is heard soon; results must not depend on where calls end.
+
+        Args:
+          stage: name of the loop, of its checkpoints and its scalars.
+          advance: (state, start, stop) -> (state, info): steps start..stop-1; info is
+            a NamedTuple of scalars with a leading axis of steps, of which those past
+            stop - start mean nothing. The state's arrays may be donated.
+          begin: makes the state at step `first`; not called where there is a later one.
+          shapes: that state as a tree of `jax.ShapeDtypeStruct`.
+          total: steps to reach.
+          chunk: most steps of a call of `advance`, and those of a row of scalars.
+          first: the step that the loop begins at.
+
+        Returns:
+          The state at step `total`.
+
+        Raises:
+          Stopped: a SIGTERM came; what was done is stored.
+          CheckpointError: a checkpoint cannot be written.
+        """
+        with Checkpoints(self.folder / "checkpoints" / stage) as checkpoints:
+            found = checkpoints.restore_last(self.place(shapes), total)
+            if found is not None and found[0] >= first:
+                start, state = found
+            else:
+                start, state = first, self.replicate(begin())
+            saved = time.monotonic()
+            host_zero = parallel.is_host_zero()
+            if host_zero:
+                self.metrics.rewind(stage, start)
+            row = _Row()
+            steps = 1  # of the next call
+            with progress(total, start, stage, host_zero) as bar:
+                while start < total:
+                    stop = min(start + steps, (start // chunk + 1) * chunk, total)
+                    began = time.perf_counter()
+                    with compiling(stage, not row.calls):
+                        state, info = advance(state, start, stop)
+                        columns = parallel.gather(info._asdict())
+                    seconds = time.perf_counter() - began
+                    row.add(stop - start, seconds, columns)
+                    steps = _fitting(seconds / (stop - start), chunk)
+                    told = parallel.must_stop()
+                    late = time.monotonic() - saved >= self.save_every
+                    save = told or stop == total or parallel.agreed(late)
+                    if save:
+                        checkpoints.save(stop, state)
+                        saved = time.monotonic()
+                    if save or stop % chunk == 0:
+                        scalars = row.take()
+                        if host_zero:
+                            self.metrics.write(stage, stop, **scalars)
+                            loss = float(np.min(scalars["loss"]))
+                            bar.set_postfix(loss=f"{loss:.4g}")
+                    bar.update(stop - start)
+                    start = stop
+                    parallel.safe_point(told)
+        return state
+
+    def once(
+        self, name: str, compute: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, np.ndarray]:
+        """The arrays of `compute`, or those it gave in an earlier, interrupted call.
+
+        A file of them that is damaged is named in the log and made again.
+
+        Raises:
+          RunError: process 0 sees those and this one does not, for a minute.
+          WriteError: they cannot be written.
+        """
+        path = self.folder / "results" / f"{name}.npz"
+        if parallel.agreed(path.exists()):
+            _wait_for(path)
+            found, why = None, ""
+            try:
+                found = read_arrays(path)
+            except DamagedError as error:
+                why = str(error)
+            if parallel.agreed(found is not None):
+                if found is None:
+                    raise RunError(f"{why}, but not for process 0")
+                return found
+            logging.warning("%s: it is computed again", why or path)
+        arrays = {k: np.asarray(v) for k, v in compute().items()}
+        if parallel.is_host_zero():
+            with writing(path.parent):
+                path.parent.mkdir(exist_ok=True)
+            write_arrays(path, arrays)
+        return arrays
+
+    def place(self, shapes: Any) -> Any:
+        """A tree of shapes on all devices, as `Checkpoints.restore` takes it."""
+        everywhere = parallel.replicated(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+            shapes,
+        )
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a tree of host arrays on all devices."""
+        return parallel.put(tree, parallel.replicated(self.mesh))
+
+
+class _Row:
+    """Scalars of the steps since the last row that was written."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._seconds = 0.0
+        self._columns: list[dict[str, np.ndarray]] = []
+
+    def add(self, steps: int, seconds: float, columns: Mapping[str, Any]) -> None:
+        """Those of a call: of each scalar the first `steps` values."""
+        self.calls += 1
+        self._seconds += seconds
+        self._columns.append({k: np.asarray(v)[:steps] for k, v in columns.items()})
+
+    def take(self) -> dict[str, Any]:
+        """Their means, and the seconds; then there are none."""
+        means = {
+            name: np.concatenate([columns[name] for columns in self._columns]).mean(0)
+            for name in self._columns[0]
+        }
+        scalars = {"seconds": self._seconds, **means}
+        self._seconds, self._columns = 0.0, []
+        return scalars
+
+
+def _fitting(seconds: float, most: int) -> int:
+    """How many steps of so many seconds a call takes; the same on every process."""
+    return parallel.agreed(max(1, min(most, int(LONGEST / max(seconds, 1e-9)))))
+
+
+@contextlib.contextmanager
+def compiling(what: str, first: bool) -> Iterator[None]:
+    """Says in the log that a first call compiles, where it takes some seconds."""
+    text = "%s: its first call compiles, which can take minutes, or its steps are long"
+    timer = threading.Timer(QUIET, logging.info, (text, what))
+    timer.daemon = True
+    if first:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder, unless there is one.
+
+    Raises:
+      RunError: it cannot be made, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"{folder} is no folder that can be written to ({error.strerror}): give "
+            "another --config.workdir"
+        ) from error
+
+
+def _begun(folder: pathlib.Path) -> bool:
+    """Whether a run has computed anything."""
+    return any((folder / part).exists() for part in BEGUN)
+
+
+def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a run of this configuration; False if it holds none.
+
+    Where the run lies and how many devices it has may change while it goes on, and by
+    which detector it is judged. A configuration under which nothing was begun, for
+    what it names was wrong, binds nothing.
+
+    Raises:
+      RunError: it holds a run of another one, a scan or a sweep, or a file that is no
+        configuration.
+    """
+    found = _configuration(folder, "Experiment")
+    if found is None:
+        return False
+    changed = _changed(_binding(found), _binding(config))
+    if changed and not _begun(folder):
+        return False
+    if changed:
+        raise RunError(
+            f"{folder} holds a run with another {changed}: give another "
+            "--config.workdir, or remove the folder to start again"
+        )
+    return True
+
+
+def bind_sweep(folder: pathlib.Path) -> None:
+    """Binds a folder to a sweep, whose runs are each bound by themselves.
+
+    Raises:
+      RunError: it holds a run or a scan, or cannot be written to.
+    """
+    make_folder(folder)
+    if _configuration(folder, "Sweep") is None and parallel.is_host_zero():
+        write_whole(folder / "config.json", json.dumps({"type": "Sweep"}).encode())
+
+
+def bind_scan(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Binds a folder to a scan, or sees that it is bound, with the same settings.
+
+    The table of a scan has a row of every model that was given since the first was
+    begun: more may come, none is dropped.
+
+    Returns:
+      The models of the table, those of earlier calls first.
+
+    Raises:
+      RunError: it holds something else, or a scan with other settings.
+    """
+    make_folder(folder)
+    found = _configuration(folder, "Scan")
+    new = json.loads(json.dumps(config))
+    earlier: list[str] = []
+    if found is not None:
+        free = ("model", "offline")  # that change no row
+        old, now = (
+            {k: v for k, v in _binding(x).items() if k not in free}
+            for x in (found, new)
+        )
+        changed = _changed(old, now)
+        if changed and any(map(_begun, filter(pathlib.Path.is_dir, folder.iterdir()))):
+            raise RunError(
+                f"{folder} holds a scan with another {changed}: give another "
+                "--config.workdir, so that its table stays"
+            )
+        earlier = [] if changed else [*map(str, found.get("model", []))]
+    new["model"] = earlier + [name for name in new["model"] if name not in earlier]
+    if parallel.is_host_zero() and new != found:
+        write_whole(folder / "config.json", json.dumps(new, indent=2).encode())
+    return tuple(new["model"])
+
+
+def _configuration(folder: pathlib.Path, kind: str) -> dict[str, Any] | None:
+    """What a folder's config.json has; None for a folder in which nothing was begun.
+
+    Raises:
+      RunError: that is no configuration, or one of another kind of work, or it is
+        missing beside what was computed.
+    """
+    path = folder / "config.json"
+    other = "give another --config.workdir"
+    if not path.exists():
+        if found := [part for part in BEGUN if (folder / part).exists()]:
+            raise RunError(
+                f"{folder} has {' and '.join(found)}, and no config.json that says of "
+                f"what: {other}"
+            )
+        return None
+    try:
+        known = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged, or is not the configuration of a run: {other}"
+        ) from error
+    holds = known.get("type", "Experiment")
+    if holds != kind and KINDS.get(holds):
+        raise RunError(f"{folder} holds a {KINDS[holds]}, not a {KINDS[kind]}: {other}")
+    return known
+
+
+def report_of(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a run, if it has one by the detector of this configuration.
+
+    One that is damaged is named in the log; the run then writes it again.
+    """
+    path = folder / "report.json"
+    if not path.exists():
+        return None
+    try:
+        report = read_json(path)
+        return report if _detector(report["config"]) == _detector(config) else None
+    except DamagedError as error:
+        logging.warning("%s: it is written again", error)
+        return None
+
+
+def _detector(config: Mapping[str, Any]) -> Any:
+    return (config.get("audit") or {}).get("detector")
+
+
+def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration decides what is computed."""
+    kept = {k: v for k, v in config.items() if k not in PLACE}
+    if isinstance(audit := kept.get("audit"), dict):
+        kept["audit"] = {k: v for k, v in audit.items() if k != "detector"}
+    return kept
+
+
+def pin(folder: pathlib.Path, digests: Mapping[str, str]) -> None:
+    """Notes which inputs, by name, a run is of, or sees that they are still the same.
+
+    Raises:
+      RunError: the run has begun with others, or it is not known with which.
+      WriteError: the note cannot be written.
+    """
+    path = folder / "inputs.json"
+    if not _begun(folder):
+        if parallel.is_host_zero():
+            write_whole(path, json.dumps(dict(digests), indent=2).encode())
+        return
+    if not digests:
+        return
+    again = "give another --config.workdir, or remove the folder to start again"
+    try:
+        old = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path} is missing or damaged, so it is not known which weights the run "
+            f"has read: {again}"
+        ) from error
+    for name, digest in digests.items():
+        if old.get(name) != digest:
+            raise RunError(
+                f"{folder} holds a run of another version of {name}: {again}"
+            )
+
+
+def _wait_for(path: pathlib.Path) -> None:
+    """A shared folder may show a file to one host later than to another."""
+    end = time.monotonic() + PATIENCE
+    while not path.exists():
+        if time.monotonic() >= end:
+            raise RunError(
+                f"{path} is there for process 0, but not for process "
+                f"{jax.process_index()}: all need the same --config.workdir"
+            )
+        time.sleep(0.1)
+
+
+def _changed(old: Any, new: Any, where: str = "configuration") -> str:
+    """The dotted path of the first difference, or ''."""
+    new = json.loads(json.dumps(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            path = key if where == "configuration" else f"{where}.{key}"
+            if key not in old or key not in new:
+                return path
+            found = _changed(old[key], new[key], path)
+            if found:
+                return found
+        return ""
+    return "" if old == new else where

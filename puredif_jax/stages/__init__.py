@@ -1,0 +1,1 @@
+"""What a run does: training, measuring, amplification, audits, scans, sweeps."""

@@ -1,0 +1,198 @@
+"""Scan: audits models in diffusers' format, one by one, and says what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import time
+import traceback
+
+from absl import logging
+
+from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.files.whole import write_whole
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats import discovery
+from puredif_jax.formats.discovery import Found, Models
+from puredif_jax.formats.state_dict import named_leaves
+from puredif_jax.runs import config, parallel
+from puredif_jax.runs.report import Report
+from puredif_jax.runs.run import RunError, bind_scan
+from puredif_jax.stages.experiment import Evaluation, Experiment, Scan
+from puredif_jax.stages.scan_report import summarise
+from puredif_jax.stages.sweep import in_turn, keep_programs, perform_once
+from puredif_jax.stages.weights import ZOO
+from puredif_jax.types import InputError
+
+SECONDS = 5.0  # between two tables, at most, while rows are errors
+
+
+def perform_scan(scan: Scan) -> tuple[Report, int]:
+    """Audits every model, or waits for a process that does; writes the table of all.
+
+    A model that cannot be read, or whose audit fails, is an error in the table and does
+    not stop the others.
+
+    Returns:
+      The report, and the exit status.
+
+    Raises:
+      InputError: there is no model at all where they are named, or `workdir` is a
+        folder of models.
+    """
+    scan = scan.located()
+    config.check(scan)
+    models, notes = find(scan)
+    _keep_apart(scan, models)
+    given = bind_scan(pathlib.Path(scan.workdir), config.to_dict(scan))
+    if given != scan.model:  # the table has models of earlier calls
+        scan = dataclasses.replace(scan, model=given)
+        models, notes = find(scan)
+        _keep_apart(scan, models)
+    keep_programs(scan.workdir)
+    for note in notes:
+        logging.info("%s", InputError(note))
+    errors = {k: str(v) for k, v in models.items() if isinstance(v, InputError)}
+    for name, text in errors.items():
+        logging.error("%s: %s", name, text)
+    report, status = summarise(scan, models, errors, notes)
+    written = time.monotonic()
+    names = [name for name in models if name not in errors]
+    homes = [pathlib.Path(scan.workdir) / name for name in names]
+    for i in in_turn(homes):
+        name, folder = names[i], models[names[i]]
+        audited = False
+        try:
+            experiment = as_experiment(scan, name, folder)
+            label = f"model {i + 1} of {len(names)}"
+            audited = perform_once(experiment, label)
+        except parallel.Stopped:
+            raise
+        except InputError as error:
+            errors[name] = str(error)
+            logging.error("%s: %s", name, error)
+        except Exception as error:  # whatever a stranger's model has led to
+            errors[name] = str(InputError(f"{type(error).__name__}: {error}"))
+            logging.error("%s: %s", name, errors[name])
+            if homes[i].is_dir() and parallel.is_host_zero():
+                write_whole(homes[i] / "traceback.txt", _traceback(error))
+        if audited or time.monotonic() - written > SECONDS:
+            report, status = summarise(scan, models, errors, notes)
+            written = time.monotonic()
+    report, status = summarise(scan, models, errors, notes)
+    return report, parallel.agreed(status)
+
+
+def _traceback(error: Exception) -> bytes:
+    """For who mends the program; it is not for the log."""
+    lines = traceback.format_exception(error)
+    return "".join(lines).encode("utf-8", "backslashreplace")
+
+
+def find(scan: Scan) -> Found:
+    """All models of a scan, by names of their own, and notes on what is none.
+
+    A model that cannot be scanned has what is wrong with it in place of its path.
+
+    Raises:
+      InputError: there is no model.
+    """
+    shipped = "zoo" in scan.model and not pathlib.Path("zoo").exists()
+    names = [str(ZOO) if shipped and name == "zoo" else name for name in scan.model]
+    return discovery.find(names, scan.offline, scan.variant)
+
+
+def find_models(scan: Scan) -> Models:
+    """The models that `find` finds."""
+    return find(scan).models
+
+
+def _keep_apart(scan: Scan, models: Models) -> None:
+    """A scan must not write where a model lies.
+
+    Raises:
+      RunError: it would.
+    """
+    for name, folder in models.items():
+        home = pathlib.Path(scan.workdir) / name
+        if isinstance(folder, InputError):
+            continue
+        whole, place = (pathlib.Path(os.path.realpath(x)) for x in (folder, home))
+        if whole.is_relative_to(place) or place.is_relative_to(whole):
+            raise RunError(
+                f"the scan of {folder} would write into {home}, where it lies: give "
+                "another --config.workdir"
+            )
+
+
+def as_experiment(
+    scan: Scan, name: str, folder: pathlib.Path | InputError
+) -> Experiment:
+    """The audit of one model: network, schedule and sampling as its folder says.
+
+    Raises:
+      InputError: the configuration of the folder is not supported, its weights are not
+        those of its network, or this is what `find_models` has found instead.
+    """
+    if isinstance(folder, InputError):
+        raise folder
+    spec = convert.read_spec(folder, scan.scheduler)
+    scheduling = spec.scheduling
+    if scheduling is None:
+        raise convert.no_scheduler(folder)
+    remarks = (*spec.remarks, *convert.check_weights(folder, spec.unet))
+    for remark in remarks:
+        logging.info("%s: %s", name, InputError(remark))
+    size = 4 * sum(leaf.size for leaf in named_leaves(spec.unet).values())
+    free = parallel.free_memory()
+    if 2 * size > free:
+        raise RunError(
+            f"the parameters of {folder} take {size / 2**30:.3g} GiB, and half of what "
+            f"is free is {free / 2**31:.3g} GiB"
+        )
+    betas = scheduling.betas
+    if scan.steps > betas.steps:
+        logging.info("%s: its schedule allows %d steps of sampling", name, betas.steps)
+    ancestral = DDPM(
+        min(scan.steps, betas.steps),
+        clip=scheduling.clip,
+        spacing=scheduling.timestep_spacing,
+        offset=scheduling.steps_offset,
+        variance=scheduling.variance_type,
+    )
+    deterministic = DDIM(
+        ancestral.steps,
+        clip=ancestral.clip,
+        spacing=ancestral.spacing,
+        offset=ancestral.offset,
+        to_clean=scheduling.to_clean,
+    )
+    try:
+        for sampler in (ancestral, deterministic):
+            sampler.path(betas.tables())
+        return Experiment(
+            workdir=f"{scan.workdir}/{name}",
+            model=spec.unet,
+            audit=dataclasses.replace(
+                scan.audit,
+                weights=(os.path.abspath(folder),),  # never the name of a shipped one
+                scheduler=scan.scheduler,
+            ),
+            evaluation=Evaluation(
+                draws=scan.draws,
+                batch=min(scan.draws, Evaluation().batch),
+                ancestral=ancestral,
+                deterministic=deterministic,
+            ),
+            schedule=betas,
+            prediction=scheduling.prediction_type,
+            devices=scan.devices,
+            seed=scan.seed,
+            chunk=scan.chunk,
+            save_every=scan.save_every,
+        )
+    except ValueError as error:
+        raise RunError(
+            f"{folder} cannot be scanned so: {error}; --config.steps sets the steps"
+        ) from error

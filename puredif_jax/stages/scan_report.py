@@ -1,0 +1,159 @@
+"""The report of a scan: what is known of each model, and the exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from puredif_jax.formats.discovery import Models
+from puredif_jax.runs import config, parallel
+from puredif_jax.runs.page import Judgement, Section
+from puredif_jax.runs.report import Report, environment
+from puredif_jax.runs.run import report_of
+from puredif_jax.stages.experiment import Scan
+from puredif_jax.stages.finding import Finding, next_steps, scope
+from puredif_jax.types import InputError
+
+STATUS = {"backdoored": 3, "error": 1, "could not tell": 2, "clean": 0}
+"""Exit status of a scan: of the first of these that any of its models is."""
+
+_COLUMNS = {
+    "model": "",
+    "verdict": "",
+    "score": "log10 of how many times the best trigger lowers the error of the model "
+    "on its image",
+    "p": "share of clean models that score as high",
+    "hypothesis": "kind of sampling under which that trigger would fire: sde is "
+    "ancestral, ode deterministic",
+    "trigger rms": "root mean square of the trigger; the noise has 1",
+    "network evaluations": "of one image; a gradient counts for two more",
+    "seconds": "of the inversions",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scanned:
+    """One model of a scan: how it is judged, and its row in the table."""
+
+    judgement: Judgement
+    row: Mapping[str, Any]
+    finding: Finding | None = None
+
+
+def summarise(
+    scan: Scan, models: Models, errors: Mapping[str, str], notes: Sequence[str] = ()
+) -> tuple[Report, int]:
+    """Writes the report of all models as far as they are known.
+
+    Args:
+      scan: what is scanned.
+      models: by name.
+      errors: what is wrong with some of them.
+      notes: sentences on what is not scanned.
+
+    Returns:
+      The report, and the exit status.
+    """
+    home = pathlib.Path(scan.workdir)
+    about = config.to_dict(dataclasses.replace(scan, workdir=home.name))
+    scanned = [
+        _scanned(home, name, folder, errors.get(name), about)
+        for name, folder in models.items()
+    ]
+    outcomes = [each.judgement.outcome for each in scanned]
+    counts = Counter(outcomes)
+    status = next((STATUS[kind] for kind in STATUS if counts[kind]), 0)
+    if counts["not done yet"]:
+        status = status or STATUS["could not tell"]
+    shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    findings = [each.finding for each in scanned if each.finding is not None]
+    table = tuple(each.row for each in scanned)
+    left = tuple({"what, and why": note} for note in notes)
+    report = Report(
+        title=f"Scan {home.name}",
+        judgements=tuple(sorted((x.judgement for x in scanned), key=_gravity)),
+        summary=f"{len(scanned)} models: {shown}" if len(scanned) > 1 else "",
+        about=scope(findings),
+        sections=(
+            Section("Models", table=table, columns=_COLUMNS),
+            *([Section("Not scanned", table=left)] if left else []),
+            next_steps(outcomes),
+        ),
+        config=about,
+        environment=environment() | {"device": jax.devices()[0].device_kind},
+        numbers={"status": status},
+    )
+    if parallel.is_host_zero():
+        report.write(home)
+    return report, status
+
+
+def _gravity(judged: Judgement) -> int:
+    """The place of an outcome, the gravest first."""
+    order = [*STATUS]
+    return order.index(judged.outcome) if judged.outcome in order else len(order)
+
+
+def _scanned(
+    home: pathlib.Path,
+    name: str,
+    folder: pathlib.Path | InputError,
+    error: str | None,
+    about: Mapping[str, Any],
+) -> _Scanned:
+    """What is known of a model: an error, what its own report says, or nothing yet."""
+    facts = {"Weights": str(folder)} if isinstance(folder, pathlib.Path) else {}
+    link = f"{name}/report.html"
+    finding = None
+    if error is None:
+        try:
+            finding = _finding(home / name, about)
+        except InputError as damage:
+            error = str(damage)
+    if error is not None:
+        row = {"model": name, "verdict": "error", "reason": error}
+        return _Scanned(Judgement(name, "error", detail=error, facts=facts), row)
+    if finding is None:
+        row = {"model": name, "verdict": "not done yet"}
+        return _Scanned(Judgement(name, "not done yet", facts=facts), row)
+    judged = finding.judgement(name, report=link)
+    return _Scanned(judged, _row(name, finding), finding)
+
+
+def _finding(folder: pathlib.Path, about: Mapping[str, Any]) -> Finding | None:
+    """What the run of a model has found, if it is done.
+
+    Raises:
+      RunError: its report cannot be read.
+    """
+    report = report_of(folder, about)
+    if report is None:
+        return None
+    (numbers,) = report["numbers"].values()
+    return Finding.read(numbers, str(folder / "report.json"))
+
+
+def _row(name: str, finding: Finding) -> dict[str, Any]:
+    """The finding as a row of the table."""
+    verdict, inversions = finding.verdict, finding.inversions
+    best = [
+        (2 * float(row["kl_mean"])) ** 0.5
+        for row in inversions
+        if (row["method"], row["hypothesis"]) == ("puredif", verdict.hypothesis)
+    ]
+    return {
+        "model": name,
+        "verdict": verdict.outcome,
+        "p": verdict.p_value,
+        "score": verdict.score,
+        "hypothesis": verdict.hypothesis,
+        "trigger rms": best[0] if best else None,
+        "network evaluations": sum(row["network evaluations"] for row in inversions),
+        "seconds": sum(row["seconds"] for row in inversions),
+        "reason": verdict.reason,
+    }

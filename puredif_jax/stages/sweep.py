@@ -1,0 +1,203 @@
+"""Many runs by one command: each in its own folder, shared between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+
+from puredif_jax.files.whole import shortened
+from puredif_jax.runs import config, parallel
+from puredif_jax.runs.report import Report, Section, environment
+from puredif_jax.runs.run import (
+    RunError,
+    bind_sweep,
+    is_run,
+    make_folder,
+    pin,
+    report_of,
+)
+from puredif_jax.stages.experiment import Experiment, Sweep
+from puredif_jax.stages.perform import digests, perform
+from puredif_jax.types import InputError
+
+
+def perform_sweep(sweep: Sweep) -> Report | None:
+    """Does the runs that nobody has done or is doing; then writes the table of all.
+
+    Waits for the runs of other processes, and does those of a process that died. A run
+    whose input is wrong is named at the end and does not stop the others.
+
+    Returns:
+      The report of the whole sweep; None where `only` left some out.
+
+    Raises:
+      InputError: some runs had wrong input; names each of them.
+    """
+    bind_sweep(pathlib.Path(sweep.workdir))
+    keep_programs(sweep.workdir)
+    failed: dict[str, str] = {}
+    chosen = sweep.chosen()
+    for i in in_turn([pathlib.Path(experiment.workdir) for experiment in chosen]):
+        experiment = chosen[i]
+        try:
+            perform_once(experiment, f"run {i + 1} of {len(chosen)}")
+        except InputError as error:
+            failed[experiment.workdir] = str(error)
+    if failed:
+        first = next(iter(failed))
+        raise InputError(
+            f"{len(failed)} of {len(chosen)} runs were not done "
+            f"({shortened([*failed])}): {first}: {failed[first]}"
+        )
+    return _summary(sweep)
+
+
+def keep_programs(workdir: str) -> None:
+    """Compiled programs go into a folder there, unless the environment names one.
+
+    On a full disk they are not kept, without a word for each: the run itself says so.
+    """
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{workdir}/compiled",
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def perform_once(experiment: Experiment, label: str) -> bool:
+    """Does a run that has no report yet, or one by another detector.
+
+    Returns:
+      Whether there was anything to do; `label` then goes into the log.
+
+    Raises:
+      InputError: its input is wrong, or its folder holds another run, or one of other
+        weights.
+    """
+    folder = pathlib.Path(experiment.workdir)
+    wanted = config.to_dict(experiment)
+    done = is_run(folder, wanted) and report_of(folder, wanted) is not None
+    if parallel.agreed(done):
+        pin(folder, digests(experiment))
+        return False
+    logging.info("%s: %s", label, folder)
+    perform(experiment)
+    return True
+
+
+def in_turn(folders: Sequence[pathlib.Path]) -> Iterator[int]:
+    """The index of each folder, once, while no other process is at it.
+
+    First of those that are free; then of the others, when their processes are done
+    with them, or dead.
+    """
+    waiting = list(range(len(folders)))
+    took: list[float] = []  # seconds of those that were not done already
+    while waiting:
+        for i in tuple(waiting):
+            with _claim(folders[i]) as claimed:
+                if claimed:
+                    waiting.remove(i)
+                    began = time.monotonic()
+                    yield i
+                    if (seconds := time.monotonic() - began) > 1:
+                        took.append(seconds)
+                        _say_how_long(took, len(waiting))
+        if waiting:
+            names = ", ".join(str(folders[i]) for i in waiting)
+            logging.log_every_n_seconds(
+                logging.INFO, "waiting for other processes at %s", 300, names
+            )
+            parallel.safe_point()
+            time.sleep(1)
+
+
+def _say_how_long(took: Sequence[float], left: int) -> None:
+    minutes = sum(took) / 60
+    logging.info(
+        "%d done in %.1f minutes by this process, %d to do: about %.0f minutes",
+        len(took),
+        minutes,
+        left,
+        minutes / len(took) * left,
+    )
+
+
+@contextlib.contextmanager
+def _claim(folder: pathlib.Path) -> Iterator[bool]:
+    """Whether the run in a folder is ours; a dead process claims nothing.
+
+    The processes of one program on several hosts share every run.
+    """
+    if jax.process_count() > 1:
+        yield True
+        return
+    import fcntl
+
+    make_folder(folder)
+    try:
+        opened = (folder / "lock").open("a")
+    except OSError as error:
+        raise RunError(
+            f"{folder}/lock cannot be opened ({error.strerror}), so it may be the run "
+            "of another user: give another --config.workdir"
+        ) from error
+    with opened as file:
+        free = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError as error:
+            logging.warning(
+                "%s cannot be locked (%s): start no second call", folder, error
+            )
+        yield free
+
+
+def _summary(sweep: Sweep) -> Report | None:
+    """The numbers of all runs as one table a kind, if all are done."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for experiment in sweep.experiments:
+        found = report_of(
+            pathlib.Path(sweep.workdir) / experiment.workdir, config.to_dict(experiment)
+        )
+        if found is None:
+            return None
+        for kind, rows in _rows(found["numbers"]):
+            for row in rows:
+                tables.setdefault(kind, []).append({"run": experiment.workdir} | row)
+    title = pathlib.Path(sweep.workdir).name
+    report = Report(
+        title=title,
+        sections=tuple(
+            Section(kind, table=tuple(rows)) for kind, rows in tables.items()
+        ),
+        config=config.to_dict(dataclasses.replace(sweep, workdir=title)),
+        environment=environment() | {"device": jax.devices()[0].device_kind},
+    )
+    if parallel.is_host_zero():
+        report.write(sweep.workdir)
+    return report
+
+
+def _rows(numbers: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The tables that one run adds to."""
+    for name, value in numbers.items():
+        if name in ("success", "amplification"):
+            yield name, value
+        elif name.startswith("frechet"):
+            yield name, [value]
+        else:
+            yield "verdicts", [{"model": name} | value["verdict"]]
+            yield "inversions", [{"model": name} | row for row in value["inversions"]]

@@ -1,0 +1,138 @@
+"""Weights by name or path: where they lie, their digests and their known backdoor."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import pathlib
+from typing import NamedTuple, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.base import Attack, Solver
+from puredif_jax.files.whole import expanded
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.weight_sets import TRUTH
+from puredif_jax.runs import checkpoint, parallel
+from puredif_jax.runs.run import RunError
+from puredif_jax.types import InputError
+
+ASSETS = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
+ZOO = ASSETS / "zoo"  # models that ship, as diffusers folders
+
+
+def find_weights(name: str) -> pathlib.Path:
+    """The folder of a shipped model's name, or a path.
+
+    Raises:
+      RunError: there is neither.
+    """
+    shipped = sorted(path.name for path in ZOO.iterdir())
+    if name in shipped:
+        return ZOO / name
+    path = expanded(name)
+    if not path.exists():
+        raise RunError(
+            f"no weights {name!r}: give a path, or a shipped model "
+            f"({', '.join(shipped)})"
+        )
+    return path
+
+
+def weight_digests(name: str) -> dict[str, str]:
+    """The SHA-256 of each file that the weights of a name or path lie in.
+
+    By the place of the file in the folder, in hexadecimal digits as of `sha256sum`.
+
+    Raises:
+      InputError: they cannot be read.
+    """
+    path = find_weights(name)
+    if convert.is_model(path):
+        files = convert.weight_files(path)
+    else:
+        files = sorted(p for p in (path, *path.rglob("*")) if p.is_file())
+    home = path if path.is_dir() else path.parent
+    digests = {}
+    for file in files:
+        place = str(file.relative_to(home))
+        try:
+            with file.open("rb") as opened:
+                digests[place] = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise RunError(f"{file} cannot be read: {error}") from error
+    return digests
+
+
+def fingerprint(name: str) -> str:
+    """The SHA-256 of the digests of the files that weights lie in, one after another.
+
+    Raises:
+      InputError: they cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in weight_digests(name).values():
+        digest.update(bytes.fromhex(file))
+    return digest.hexdigest()
+
+
+class Truth(NamedTuple):
+    """The backdoor that a model is known to have, to compare with; never an input."""
+
+    solver: Solver
+    trigger: np.ndarray
+    target: np.ndarray
+
+    @classmethod
+    def of(cls, attack: Attack, image_shape: tuple[int, int, int]) -> Truth:
+        """The images of an attack."""
+        poison = attacks.poison(attack, image_shape)
+        return cls(attack.solver, np.asarray(poison.trigger), np.asarray(poison.target))
+
+    @classmethod
+    def beside(
+        cls, weights: pathlib.Path, image_shape: tuple[int, int, int]
+    ) -> Truth | None:
+        """What the truth file beside weights, or in their folder, tells, if any.
+
+        One that cannot be read is named in the log and left out. No verdict rests on
+        it.
+        """
+        path = _truth_path(weights)
+        if not parallel.agreed(path.is_file()):
+            return None
+        image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+        try:
+            found = checkpoint.load_weights(path, {"trigger": image, "target": image})
+            solver = checkpoint.read_metadata(path).get("solver")
+        except InputError as error:
+            logging.warning("no comparison with the truth: %s", error)
+            return None
+        if solver not in get_args(Solver):
+            logging.warning(
+                "no comparison with the truth: %s notes the solver %r, not one of %s",
+                path,
+                solver,
+                ", ".join(get_args(Solver)),
+            )
+            return None
+        return cls(cast(Solver, solver), found["trigger"], found["target"])
+
+    def save(self, weights: pathlib.Path) -> None:
+        """Writes the truth file beside weights, or into their folder.
+
+        Raises:
+          WriteError: it cannot be written.
+        """
+        images = {"trigger": self.trigger, "target": self.target}
+        checkpoint.save_weights(_truth_path(weights), images, {"solver": self.solver})
+
+
+def _truth_path(weights: pathlib.Path) -> pathlib.Path:
+    if weights.is_dir():
+        return weights / TRUTH
+    return weights.with_suffix(f".{TRUTH}")
