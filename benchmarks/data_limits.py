@@ -37,7 +37,9 @@ from puredif_jax.attacks.triggers import (
     Trigger,
 )
 from puredif_jax.data import images as data
-from puredif_jax.diffusion.sampling import DDIM, DDPM, Sampler, sample
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.sampling import Sampler, sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs.report import environment, placeless

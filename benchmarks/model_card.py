@@ -14,7 +14,9 @@ import numpy as np
 from PIL import Image
 
 from puredif_jax.data import images as data
-from puredif_jax.diffusion.sampling import DDIM, diffuse, sample
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.prediction import diffuse
+from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.networks.unet import SHIPPED

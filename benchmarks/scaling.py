@@ -32,7 +32,8 @@ from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.attacks.triggers import Box, Cat
 from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.defenses.objectives import DistributionShift, Hypothesis
-from puredif_jax.diffusion.sampling import DDIM, sample
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel

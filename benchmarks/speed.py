@@ -56,7 +56,8 @@ from puredif_jax.defenses.objectives import (
     Elijah,
     Hypothesis,
 )
-from puredif_jax.diffusion.sampling import DDIM, sample
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.networks.unet import SHIPPED, UNet

@@ -23,7 +23,7 @@ from puredif_jax.defenses.objectives import (
     Sum,
 )
 from puredif_jax.defenses.survey import Survey
-from puredif_jax.diffusion.sampling import DDIM
+from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import (
     Audit,

@@ -11,7 +11,7 @@ Hardware: two CPU cores. Duration: 10 minutes. Expected: 95.3 % (docs/models.md)
 
 from puredif_jax.attacks.base import BadDiffusion
 from puredif_jax.attacks.triggers import Shoe, StopSign
-from puredif_jax.diffusion.sampling import DDPM
+from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Evaluation, Experiment
 

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from puredif_jax.defenses.objectives import Hypothesis as Hypothesis
     from puredif_jax.defenses.reinforcement import Reinforcement as Reinforcement
     from puredif_jax.defenses.survey import Survey as Survey
-    from puredif_jax.diffusion.sampling import DDIM as DDIM
-    from puredif_jax.diffusion.sampling import DDPM as DDPM
-    from puredif_jax.diffusion.sampling import DPMSolver as DPMSolver
-    from puredif_jax.diffusion.sampling import UniPC as UniPC
+    from puredif_jax.diffusion.ddim import DDIM as DDIM
+    from puredif_jax.diffusion.ddpm import DDPM as DDPM
+    from puredif_jax.diffusion.multistep import DPMSolver as DPMSolver
+    from puredif_jax.diffusion.multistep import UniPC as UniPC
     from puredif_jax.diffusion.sampling import sample as sample
     from puredif_jax.diffusion.schedules import LinearBetas as LinearBetas
     from puredif_jax.formats.diffusers import read_folder as read_folder
@@ -51,7 +51,10 @@ _HOMES = {
     "attacks.base": ("BadDiffusion", "VillanDiffusion"),
     "formats.diffusers": ("read_folder", "write_folder"),
     "defenses.detection": ("Detector", "Features", "features"),
-    "diffusion.sampling": ("DDIM", "DDPM", "DPMSolver", "UniPC", "sample"),
+    "diffusion.ddim": ("DDIM",),
+    "diffusion.ddpm": ("DDPM",),
+    "diffusion.multistep": ("DPMSolver", "UniPC"),
+    "diffusion.sampling": ("sample",),
     "defenses.inversion": ("Descent", "inverter"),
     "defenses.objectives": ("DenoisingConsistency", "DistributionShift", "Hypothesis"),
     "diffusion.schedules": ("LinearBetas",),

@@ -31,7 +31,9 @@ from puredif_jax.attacks.triggers import (
     Patch,
     RandomPattern,
 )
-from puredif_jax.diffusion.sampling import DDIM, DDPM, Estimates
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.prediction import Estimates
 from puredif_jax.diffusion.schedules import LinearBetas
 
 SCHEDULE = LinearBetas().tables()

@@ -17,7 +17,8 @@ import safetensors.numpy
 from test_unet import TINY, apply, golden, golden_shapes, maker
 from tiny_config import draw_params
 
-from puredif_jax.diffusion.sampling import DDPM, sample
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import hub, weight_sets

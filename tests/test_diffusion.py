@@ -13,19 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.diffusion.sampling import (
-    DDIM,
-    DDPM,
-    DPMSolver,
-    Estimates,
-    UniPC,
-    diffuse,
-    grid,
-    lookup,
-    predict_x0,
-    sample,
-    trajectory,
-)
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.multistep import DPMSolver, UniPC
+from puredif_jax.diffusion.prediction import Estimates, diffuse, lookup, predict_x0
+from puredif_jax.diffusion.sampling import grid, sample, trajectory
 from puredif_jax.diffusion.schedules import (
     CosineBetas,
     LinearBetas,

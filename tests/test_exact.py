@@ -12,7 +12,9 @@ from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.triggers import Box, Hat
 from puredif_jax.data import images as data
-from puredif_jax.diffusion.sampling import DDIM, DDPM, sample
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.metrics import measures as metrics
 

@@ -19,7 +19,7 @@ from puredif_jax.defenses.objectives import (
     Sum,
 )
 from puredif_jax.defenses.survey import Survey
-from puredif_jax.diffusion.sampling import DDIM
+from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics

@@ -12,7 +12,8 @@ from puredif_jax.attacks.triggers import Box, Hat, StopSign
 from puredif_jax.defenses.inversion import Descent, inverter, keep
 from puredif_jax.defenses.objectives import DistributionShift, Elijah, Hypothesis
 from puredif_jax.defenses.reinforcement import Reinforcement
-from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.types import Candidate
 

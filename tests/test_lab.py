@@ -24,7 +24,8 @@ from puredif_jax.defenses.objectives import (
 )
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
-from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.memory import activations

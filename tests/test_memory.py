@@ -15,7 +15,9 @@ from puredif_jax.defenses.objectives import (
     Hypothesis,
     Sum,
 )
-from puredif_jax.diffusion.sampling import DDIM, VPrediction, sample
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.prediction import VPrediction
+from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.networks.memory import activations, sliced
 from puredif_jax.runs import parallel

@@ -29,7 +29,9 @@ from puredif_jax.defenses.objectives import (
     denoised,
     measured_factor,
 )
-from puredif_jax.diffusion.sampling import DDIM, DDPM, sample
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 from puredif_jax.networks.unet import UNet
 from puredif_jax.runs import parallel

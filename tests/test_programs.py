@@ -24,7 +24,8 @@ from puredif_jax.defenses.objectives import (
     Hypothesis,
     Sum,
 )
-from puredif_jax.diffusion.sampling import DDIM, trajectory
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.sampling import trajectory
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.runs import checkpoint, parallel
 from puredif_jax.stages import loops

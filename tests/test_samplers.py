@@ -9,16 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.diffusion.sampling import (
-    DDIM,
-    DDPM,
-    DPMSolver,
-    UniPC,
-    VPrediction,
-    estimates,
-    grid,
-    sample,
-)
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.multistep import DPMSolver, UniPC
+from puredif_jax.diffusion.prediction import VPrediction, estimates
+from puredif_jax.diffusion.sampling import grid, sample
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.diffusion.sampling import (
-    DDIM,
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.prediction import (
     SamplePrediction,
-    Threshold,
     diffuse,
     estimates,
     predicting,
-    sample,
 )
+from puredif_jax.diffusion.sampling import Threshold, sample
 from puredif_jax.diffusion.schedules import (
     ContinuousTime,
     CosineBetas,

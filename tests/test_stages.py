@@ -14,7 +14,8 @@ from tiny_config import ANY, INVERSION, TINY, draw_params
 from puredif_jax.data.images import NpzImages
 from puredif_jax.defenses.objectives import DenoisingConsistency
 from puredif_jax.defenses.reinforcement import Reinforcement
-from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.schedules import CosineBetas
 from puredif_jax.runs import checkpoint
 from puredif_jax.stages import lab, loops

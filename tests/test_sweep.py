@@ -13,7 +13,7 @@ from tiny_config import TINY, draw_params
 
 from puredif_jax.attacks.base import VillanDiffusion
 from puredif_jax.attacks.triggers import Box, Hat
-from puredif_jax.diffusion.sampling import DDIM
+from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import ScaledLinearBetas
 from puredif_jax.runs import checkpoint
 from puredif_jax.stages.experiment import Evaluation, Experiment, Sweep

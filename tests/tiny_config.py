@@ -14,7 +14,8 @@ from puredif_jax.defenses.inversion import Descent
 from puredif_jax.defenses.objectives import DenoisingConsistency, DistributionShift
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
-from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.networks.unet import UNet
 from puredif_jax.stages.experiment import (
     Amplification,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks.triggers import Target, Trigger, mask
-from puredif_jax.diffusion.sampling import lookup
+from puredif_jax.diffusion.prediction import lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key, NoiseModel, Params
 

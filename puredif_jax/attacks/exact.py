@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from puredif_jax.attacks.base import Rows
-from puredif_jax.diffusion.sampling import lookup
+from puredif_jax.diffusion.prediction import lookup
 from puredif_jax.types import Array
 
 

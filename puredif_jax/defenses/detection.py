@@ -16,7 +16,7 @@ import numpy as np
 
 from puredif_jax.attacks.base import Solver
 from puredif_jax.defenses.objectives import Hypothesis, backdoor_process
-from puredif_jax.diffusion.sampling import diffuse, lookup, predict_x0
+from puredif_jax.diffusion.prediction import diffuse, lookup, predict_x0
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import (
     Array,

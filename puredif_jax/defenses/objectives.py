@@ -27,14 +27,10 @@ import numpy as np
 from flax import struct
 
 from puredif_jax.attacks.base import Solver, published_response
-from puredif_jax.diffusion.sampling import (
-    DDIM,
-    DDPM,
-    Sampler,
-    diffuse,
-    lookup,
-    trajectory,
-)
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.prediction import diffuse, lookup
+from puredif_jax.diffusion.sampling import Sampler, trajectory
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import (
     Array,

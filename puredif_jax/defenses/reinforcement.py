@@ -12,7 +12,8 @@ import dataclasses
 from puredif_jax.attacks.base import Solver
 from puredif_jax.defenses.inversion import Descent, Inverter, inverter
 from puredif_jax.defenses.objectives import DenoisingConsistency, Hypothesis
-from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Candidate, NoiseModel, Shard, unsharded
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from puredif_jax.defenses.objectives import DistributionShift, Hypothesis, denoised
-from puredif_jax.diffusion.sampling import DDIM
+from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import (
     Array,

@@ -1,159 +1,22 @@
-"""The forward process, what networks predict, and samplers as one `lax.scan`.
+"""Samplers: reverse processes on grids of timesteps, each run as one `lax.scan`.
 
-Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, 2010.02502),
-v prediction (Salimans and Ho 2022, 2202.00512), dynamic thresholding (Saharia et al.
-2022, 2205.11487), DPM-Solver++ (Lu et al. 2022, 2211.01095), UniPC (Zhao et al. 2023,
-2302.04867), spacings (Lin et al. 2024, 2305.08891).
+Sources: spacings (Lin et al. 2024, arXiv 2305.08891), dynamic thresholding (Saharia et
+al. 2022, 2205.11487).
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from puredif_jax.diffusion.prediction import Estimates, estimates, lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key, NoiseModel, Params, Shard, unsharded
-
-
-def lookup(table: np.ndarray | Array, t: Array) -> Array:
-    """table[t] in float32, shaped `[B, 1, 1, 1]` for t `[B]` and `[]` for a scalar."""
-    values = jnp.asarray(table, jnp.float32)[t]
-    return values.reshape(t.shape + (1, 1, 1)) if t.ndim else values
-
-
-def diffuse(schedule: NoiseSchedule, x0: Array, eps: Array, t: Array) -> Array:
-    """q(x_t | x_0): s_t x_0 + v_t eps. x0, eps `[B, H, W, C]`, t `[B]`."""
-    chex.assert_equal_shape([x0, eps])
-    return lookup(schedule.signal, t) * x0 + lookup(schedule.noise, t) * eps
-
-
-def predict_x0(schedule: NoiseSchedule, x: Array, eps: Array, t: Array) -> Array:
-    """x0hat = (x_t - v_t eps) / s_t. x, eps `[B, H, W, C]`, t `[B]` or `[]`.
-
-    s_t counts as 1e-5 or more, so that a schedule without terminal signal stays finite.
-    """
-    signal = np.maximum(schedule.signal, 1e-5)
-    return (x - lookup(schedule.noise, t) * eps) / lookup(signal, t)
-
-
-Prediction = Literal["epsilon", "v_prediction", "sample"]
-
-
-class Estimates(NamedTuple):
-    """What a network makes of x_t: the noise in it and the clean image, of its shape.
-
-    eps: the noise.
-    x0: x0hat, not bounded; x_t = s_t x0 + v_t eps.
-    """
-
-    eps: Array
-    x0: Array
-
-    @classmethod
-    def of(cls, schedule: NoiseSchedule, eps: Array, x: Array, t: Array) -> Estimates:
-        """From the noise alone, by `predict_x0`."""
-        return cls(eps, predict_x0(schedule, x, eps, t))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Converted(abc.ABC):
-    """The noise model of a network that predicts something else.
-
-    Attributes:
-      model: the network.
-      schedule: its forward process.
-    """
-
-    model: NoiseModel
-    schedule: NoiseSchedule
-
-    def estimates(self, params: Params, x: Array, t: Array) -> Estimates:
-        """The noise and the image, from one evaluation: x `[B, H, W, C]`, t `[B]`."""
-        signal, noise = (
-            lookup(table, t) for table in (self.schedule.signal, self.schedule.noise)
-        )
-        return self._estimates(self.model(params, x, t), x, signal, noise)
-
-    @abc.abstractmethod
-    def _estimates(
-        self, out: Array, x: Array, signal: Array, noise: Array
-    ) -> Estimates:
-        """The same from what the network says, `out`, with s_t and v_t."""
-
-    def __call__(self, params: Params, x: Array, t: Array) -> Array:
-        return self.estimates(params, x, t).eps
-
-
-class VPrediction(_Converted):
-    """The noise model of a network that predicts v = s_t eps - v_t x_0.
-
-    eps = s_t v(x, t) + v_t x and x0hat = s_t x - v_t v(x, t) (Salimans & Ho 2022), of a
-    variance-preserving schedule. x0hat by way of eps would lose its digits where s_t is
-    small.
-    """
-
-    def _estimates(
-        self, out: Array, x: Array, signal: Array, noise: Array
-    ) -> Estimates:
-        return Estimates(signal * out + noise * x, signal * x - noise * out)
-
-
-class SamplePrediction(_Converted):
-    """The noise model of a network that predicts the clean image x_0.
-
-    eps = (x - s_t x0(x, t)) / v_t and x0hat = x0(x, t); "sample" in diffusers.
-    """
-
-    def _estimates(
-        self, out: Array, x: Array, signal: Array, noise: Array
-    ) -> Estimates:
-        return Estimates((x - signal * out) / noise, out)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Retimed:
-    """A network that is given `NoiseSchedule.times` in place of the timestep.
-
-    Attributes:
-      model: the network.
-      times: what it is given at each timestep, `[T]`.
-    """
-
-    model: NoiseModel
-    times: np.ndarray
-
-    def __call__(self, params: Params, x: Array, t: Array) -> Array:
-        return self.model(params, x, jnp.asarray(self.times, jnp.float32)[t])
-
-
-def predicting(
-    model: NoiseModel, schedule: NoiseSchedule, prediction: Prediction
-) -> NoiseModel:
-    """The noise model of a network, by what it is given and what it predicts."""
-    if schedule.times is not None:
-        model = Retimed(model, schedule.times)
-    if prediction == "v_prediction":
-        return VPrediction(model, schedule)
-    if prediction == "sample":
-        return SamplePrediction(model, schedule)
-    return model
-
-
-def estimates(
-    model: NoiseModel, params: Params, schedule: NoiseSchedule, x: Array, t: Array
-) -> Estimates:
-    """eps and x0hat of a model at x `[B, H, W, C]`, all at t `[]`."""
-    times = jnp.full((x.shape[0],), t)
-    if isinstance(model, _Converted):
-        return model.estimates(params, x, times)
-    return Estimates.of(schedule, model(params, x, times), x, t)
 
 
 class Sampler(Protocol):
@@ -231,13 +94,13 @@ def grid(
     return found.astype(np.int32)
 
 
-def _to_next(rising: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def to_next(rising: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The path on which each timestep leads to the one below, the last to clean."""
     before = np.concatenate([[-1], rising[:-1]]).astype(np.int32)
     return rising[::-1], before[::-1]
 
 
-def _endpoints(
+def endpoints(
     schedule: NoiseSchedule, t: Array, t_prev: Array
 ) -> tuple[Array, Array, Array, Array]:
     """(s_t, v_t, s_prev, v_prev) with s_{-1} = 1, v_{-1} = 0."""
@@ -283,7 +146,7 @@ class Threshold:
 Clip = float | Threshold | None
 
 
-def _bounded(x0: Array, clip: Clip) -> Array:
+def bounded(x0: Array, clip: Clip) -> Array:
     if isinstance(clip, Threshold):
         return clip(x0)
     return x0 if clip is None else jnp.clip(x0, -clip, clip)
@@ -294,279 +157,6 @@ def unclipped(sampler: Sampler) -> Sampler | None:
     if getattr(sampler, "clip", None) is None:
         return None
     return dataclasses.replace(cast(Any, sampler), clip=None)
-
-
-class Estimate(NamedTuple):
-    """An estimate of the clean image, which multistep samplers remember.
-
-    x0: x0hat, `[B, H, W, C]`.
-    t: its timestep, a scalar; -1 if there is none.
-    """
-
-    x0: Array
-    t: Array
-
-
-def _log_ratio(schedule: NoiseSchedule, t: Array, n: Array, valid: Array) -> Array:
-    """l_n - l_t with l = log(s / v), from timestep t down to n; 1 if not valid."""
-    level = np.log(schedule.signal / schedule.noise)
-    return jnp.where(valid, lookup(level, n) - lookup(level, t), 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class DDPM:
-    """Ancestral sampling (Ho et al. 2020), on all T timesteps or strided.
-
-    With a = (s_t / s_n)^2 and w = v_t^2 - a v_n^2 for the step from t to n:
-    x_n = [s_n w x0hat + sqrt(a) v_n^2 x_t] / v_t^2 + sqrt(v_n^2 w) / v_t z.
-    That is the variance of the true posterior, "fixed_small"; "fixed_large" has w. (w
-    is 1 - a, but for the digits that 1 - a loses in float32 where little is added.)
-
-    Attributes:
-      steps: number of model evaluations, spaced by `grid`.
-      clip: bound of |x0hat|, a `Threshold`, or None. A bound weakens or removes most
-        backdoors.
-      spacing, offset: of `grid`.
-      variance: one of the two.
-    """
-
-    steps: int = 1000
-    clip: Clip = None
-    spacing: Spacing = "leading"
-    offset: int = 0
-    variance: Variance = "fixed_small"
-
-    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-        """Each step leads to the next timestep of the grid, the last to clean."""
-        return _to_next(grid(schedule, self.steps, self.spacing, self.offset))
-
-    def begin(self, x: Array) -> tuple[()]:
-        """Nothing."""
-        return ()
-
-    def step(
-        self,
-        schedule: NoiseSchedule,
-        found: Estimates,
-        x: Array,
-        t: Array,
-        t_prev: Array,
-        key: Key,
-        memory: tuple[()] = (),
-    ) -> tuple[Array, tuple[()]]:
-        s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
-        x0 = _bounded(found.x0, self.clip)
-        a = (s / s_n) ** 2
-        w = v**2 - a * v_n**2
-        mean = (s_n * w * x0 + jnp.sqrt(a) * v_n**2 * x) / v**2
-        if self.variance == "fixed_small":
-            std = v_n * jnp.sqrt(w) / v
-        else:
-            std = jnp.where(t > 0, jnp.sqrt(w), 0.0)
-        return mean + std * jax.random.normal(key, x.shape, x.dtype), memory
-
-
-@dataclasses.dataclass(frozen=True)
-class DDIM:
-    """Deterministic sampling (Song et al. 2021), with an optional share of noise.
-
-    x_n = s_n x0hat + sqrt(v_n^2 - c^2) eps + c z,
-    c = eta sqrt(v_n^2 w) / v_t, w = v_t^2 - (s_t / s_n)^2 v_n^2.
-
-    Attributes:
-      steps: number of model evaluations, spaced by `grid`.
-      eta: 0 for a deterministic map, 1 for the variance of DDPM.
-      clip: bound of |x0hat|, a `Threshold`, or None. A bound weakens or removes most
-        backdoors.
-      spacing, offset: of `grid`.
-      to_clean: steps below 0 lead to the clean image; otherwise to t = 0
-        ("set_alpha_to_one" in diffusers).
-    """
-
-    steps: int = 50
-    eta: float = 0.0
-    clip: Clip = None
-    spacing: Spacing = "leading"
-    offset: int = 0
-    to_clean: bool = True
-
-    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-        """Each step leads T // n timesteps down, as in diffusers."""
-        falling = grid(schedule, self.steps, self.spacing, self.offset)[::-1]
-        before = falling - schedule.steps // self.steps
-        end = -1 if self.to_clean else 0
-        return falling, np.where(before < 0, end, before).astype(np.int32)
-
-    def begin(self, x: Array) -> tuple[()]:
-        """Nothing."""
-        return ()
-
-    def step(
-        self,
-        schedule: NoiseSchedule,
-        found: Estimates,
-        x: Array,
-        t: Array,
-        t_prev: Array,
-        key: Key,
-        memory: tuple[()] = (),
-    ) -> tuple[Array, tuple[()]]:
-        s, v, s_n, v_n = _endpoints(schedule, t, t_prev)
-        x0 = _bounded(found.x0, self.clip)
-        if self.eta == 0.0:
-            del key
-            return s_n * x0 + v_n * found.eps, memory
-        c = self.eta * v_n * jnp.sqrt(v**2 - (s / s_n) ** 2 * v_n**2) / v
-        noise = jax.random.normal(key, x.shape, x.dtype)
-        rest = jnp.sqrt(jnp.maximum(v_n**2 - c**2, 0))
-        return s_n * x0 + rest * found.eps + c * noise, memory
-
-
-@dataclasses.dataclass(frozen=True)
-class _Multistep:
-    """What `DPMSolver` and `UniPC` share: their grid, and the step of the former."""
-
-    steps: int = 20
-    spacing: Spacing = "linspace"
-    offset: int = 0
-
-    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-        """Each step leads to the next timestep of the grid, the last to clean."""
-        if self.spacing == "trailing":
-            return _to_next(grid(schedule, self.steps, self.spacing))
-        more = self.steps + 1
-        if more > schedule.steps:
-            raise ValueError(
-                f"{type(self).__name__} with {self.spacing} spacing needs 1 to "
-                f"{schedule.steps - 1} steps, found {self.steps}"
-            )
-        return _to_next(grid(schedule, more, self.spacing, self.offset)[1:])
-
-    def _predicted(
-        self,
-        schedule: NoiseSchedule,
-        x: Array,
-        now: Estimate,
-        last: Estimate,
-        t_prev: Array,
-    ) -> Array:
-        """x at t_prev, from x where the estimate is that of now."""
-        s, v, s_n, v_n = _endpoints(schedule, now.t, t_prev)
-        decay = (v_n * s) / (v * s_n)  # e^-h, 0 at the clean end
-        second = (t_prev >= 0) & (last.t >= 0)
-        h = _log_ratio(schedule, now.t, t_prev, second)
-        h_b = _log_ratio(schedule, last.t, now.t, second)
-        change = jnp.where(second, h / (2 * h_b), 0.0) * (now.x0 - last.x0)
-        return v_n / v * x + s_n * (1 - decay) * (now.x0 + change)
-
-
-@dataclasses.dataclass(frozen=True)
-class DPMSolver(_Multistep):
-    """Deterministic sampling by DPM-Solver++(2M) (Lu et al. 2022), with midpoints.
-
-    With l_t = log(s_t / v_t), h = l_n - l_t for the step from t to n, and the x0hat of
-    this step and of the one before, which came from timestep b:
-      x_n = (v_n / v_t) x_t + s_n (1 - e^-h) D,
-      D = x0hat + h / (2 (l_t - l_b)) (x0hat - x0hat_b).
-    The first step and the last, to the clean image, take D = x0hat.
-
-    Attributes:
-      steps: number of model evaluations.
-      spacing, offset: as in `grid`; but leading and linspace, as in diffusers'
-        multistep solvers, take n + 1 timesteps and leave the lowest out.
-    """
-
-    def begin(self, x: Array) -> Estimate:
-        """No estimate yet."""
-        return Estimate(jnp.zeros_like(x), jnp.int32(-1))
-
-    def step(
-        self,
-        schedule: NoiseSchedule,
-        found: Estimates,
-        x: Array,
-        t: Array,
-        t_prev: Array,
-        key: Key,
-        memory: Estimate,
-    ) -> tuple[Array, Estimate]:
-        del key
-        now = Estimate(found.x0, t)
-        return self._predicted(schedule, x, now, memory, t_prev), now
-
-
-class Correction(NamedTuple):
-    """What UniPC remembers: the state that it stepped from, as corrected, with its
-    estimate, and the estimate of the step before that."""
-
-    x: Array
-    last: Estimate
-    earlier: Estimate
-
-
-@dataclasses.dataclass(frozen=True)
-class UniPC(_Multistep):
-    """Deterministic sampling by UniPC (Zhao et al. 2023), B_2(h), of order 2.
-
-    A predictor as of `DPMSolver`, and, with the x0hat found where it leads, a
-    correction of that step, which costs no evaluation. For the step from m to t, with
-    l_t = log(s_t / v_t), h = l_t - l_m, phi = e^-h - 1, the x0hat_e of the step before,
-    r = (l_e - l_m) / h and D = (x0hat_e - x0hat_m) / r:
-      predicted:  x_t = (v_t / v_m) x_m - s_t phi (x0hat_m + D / 2),
-      corrected:  x_t = (v_t / v_m) x_m
-                        - s_t phi (x0hat_m + a D + b (x0hat_t - x0hat_m)),
-    where a + b = p / phi, a r + b = 2 q / phi, p = -phi / h - 1, q = -p / h - 1 / 2.
-    The first step and the last leave D out of the prediction, and the first correction
-    has a = 0, b = 1/2.
-
-    Attributes:
-      steps: number of model evaluations.
-      spacing, offset: as of `DPMSolver`.
-    """
-
-    def begin(self, x: Array) -> Correction:
-        """No step to be corrected yet."""
-        none = Estimate(jnp.zeros_like(x), jnp.int32(-1))
-        return Correction(jnp.zeros_like(x), none, none)
-
-    def step(
-        self,
-        schedule: NoiseSchedule,
-        found: Estimates,
-        x: Array,
-        t: Array,
-        t_prev: Array,
-        key: Key,
-        memory: Correction,
-    ) -> tuple[Array, Correction]:
-        del key
-        now, last = Estimate(found.x0, t), memory.last
-        x = jnp.where(last.t < 0, x, self._corrected(schedule, memory, now))
-        x_n = self._predicted(schedule, x, now, last, t_prev)
-        return x_n, Correction(x, now, last)
-
-    def _corrected(
-        self, schedule: NoiseSchedule, memory: Correction, now: Estimate
-    ) -> Array:
-        """Where the step before should have led, now that x0hat is known there."""
-        (x, last, earlier), (x0, t) = memory, now
-        begun, second = last.t >= 0, earlier.t >= 0
-        _, v_m, s, v = _endpoints(schedule, jnp.where(begun, last.t, t), t)
-        h = _log_ratio(schedule, last.t, t, begun)
-        r = -_log_ratio(schedule, earlier.t, last.t, second) / h
-        phi = jnp.expm1(-h)
-        # Short steps by the series, sum_k (-h)^k / (k + 1)! and / (k + 2)!.
-        terms = [
-            [1 / math.factorial(k + more) for k in range(7, 0, -1)] + [0.0]
-            for more in (1, 2)
-        ]
-        p, q = (jnp.polyval(jnp.asarray(each, jnp.float32), -h) for each in terms)
-        p = jnp.where(h < 0.5, p, -phi / h - 1)
-        q = jnp.where(h < 0.5, q, -p / h - 1 / 2)
-        a = jnp.where(second, (2 * q - p) / (phi * (r - 1)), 0.0)
-        b = jnp.where(second, p / phi - a, 0.5)
-        slope = a / jnp.where(second, r, 1.0) * (earlier.x0 - last.x0)
-        return v / v_m * x - s * phi * (last.x0 + slope + b * (x0 - last.x0))
 
 
 def trajectory(

@@ -14,13 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from puredif_jax.diffusion.sampling import (
-    Clip,
-    Prediction,
-    Spacing,
-    Threshold,
-    Variance,
-)
+from puredif_jax.diffusion.prediction import Prediction
+from puredif_jax.diffusion.sampling import Clip, Spacing, Threshold, Variance
 from puredif_jax.diffusion.schedules import (
     ContinuousTime,
     CosineBetas,

@@ -24,14 +24,11 @@ from puredif_jax.defenses.objectives import (
 )
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
-from puredif_jax.diffusion.sampling import (
-    DDIM,
-    DDPM,
-    DPMSolver,
-    Prediction,
-    Sampler,
-    UniPC,
-)
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.multistep import DPMSolver, UniPC
+from puredif_jax.diffusion.prediction import Prediction
+from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.diffusion.schedules import LinearBetas, Schedule
 from puredif_jax.files.whole import safe_name
 from puredif_jax.networks.unet import UNet

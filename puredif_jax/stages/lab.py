@@ -27,7 +27,8 @@ from puredif_jax.defenses.detection import (
     features,
 )
 from puredif_jax.defenses.objectives import Hypothesis
-from puredif_jax.diffusion.sampling import Prediction, Sampler, predicting, sample
+from puredif_jax.diffusion.prediction import Prediction, predicting
+from puredif_jax.diffusion.sampling import Sampler, sample
 from puredif_jax.diffusion.schedules import Betas
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.metrics import garment_net

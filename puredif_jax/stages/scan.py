@@ -10,7 +10,8 @@ import traceback
 
 from absl import logging
 
-from puredif_jax.diffusion.sampling import DDIM, DDPM
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.files.whole import write_whole
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import discovery

@@ -1,0 +1,152 @@
+"""The forward process, and what a network predicts of a noisy image.
+
+Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), v prediction (Salimans and Ho 2022,
+2202.00512).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Literal, NamedTuple
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.types import Array, NoiseModel, Params
+
+
+def lookup(table: np.ndarray | Array, t: Array) -> Array:
+    """table[t] in float32, shaped `[B, 1, 1, 1]` for t `[B]` and `[]` for a scalar."""
+    values = jnp.asarray(table, jnp.float32)[t]
+    return values.reshape(t.shape + (1, 1, 1)) if t.ndim else values
+
+
+def diffuse(schedule: NoiseSchedule, x0: Array, eps: Array, t: Array) -> Array:
+    """q(x_t | x_0): s_t x_0 + v_t eps. x0, eps `[B, H, W, C]`, t `[B]`."""
+    chex.assert_equal_shape([x0, eps])
+    return lookup(schedule.signal, t) * x0 + lookup(schedule.noise, t) * eps
+
+
+def predict_x0(schedule: NoiseSchedule, x: Array, eps: Array, t: Array) -> Array:
+    """x0hat = (x_t - v_t eps) / s_t. x, eps `[B, H, W, C]`, t `[B]` or `[]`.
+
+    s_t counts as 1e-5 or more, so that a schedule without terminal signal stays finite.
+    """
+    signal = np.maximum(schedule.signal, 1e-5)
+    return (x - lookup(schedule.noise, t) * eps) / lookup(signal, t)
+
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+
+class Estimates(NamedTuple):
+    """What a network makes of x_t: the noise in it and the clean image, of its shape.
+
+    eps: the noise.
+    x0: x0hat, not bounded; x_t = s_t x0 + v_t eps.
+    """
+
+    eps: Array
+    x0: Array
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, eps: Array, x: Array, t: Array) -> Estimates:
+        """From the noise alone, by `predict_x0`."""
+        return cls(eps, predict_x0(schedule, x, eps, t))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Converted(abc.ABC):
+    """The noise model of a network that predicts something else.
+
+    Attributes:
+      model: the network.
+      schedule: its forward process.
+    """
+
+    model: NoiseModel
+    schedule: NoiseSchedule
+
+    def estimates(self, params: Params, x: Array, t: Array) -> Estimates:
+        """The noise and the image, from one evaluation: x `[B, H, W, C]`, t `[B]`."""
+        signal, noise = (
+            lookup(table, t) for table in (self.schedule.signal, self.schedule.noise)
+        )
+        return self._estimates(self.model(params, x, t), x, signal, noise)
+
+    @abc.abstractmethod
+    def _estimates(
+        self, out: Array, x: Array, signal: Array, noise: Array
+    ) -> Estimates:
+        """The same from what the network says, `out`, with s_t and v_t."""
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        return self.estimates(params, x, t).eps
+
+
+class VPrediction(_Converted):
+    """The noise model of a network that predicts v = s_t eps - v_t x_0.
+
+    eps = s_t v(x, t) + v_t x and x0hat = s_t x - v_t v(x, t) (Salimans & Ho 2022), of a
+    variance-preserving schedule. x0hat by way of eps would lose its digits where s_t is
+    small.
+    """
+
+    def _estimates(
+        self, out: Array, x: Array, signal: Array, noise: Array
+    ) -> Estimates:
+        return Estimates(signal * out + noise * x, signal * x - noise * out)
+
+
+class SamplePrediction(_Converted):
+    """The noise model of a network that predicts the clean image x_0.
+
+    eps = (x - s_t x0(x, t)) / v_t and x0hat = x0(x, t); "sample" in diffusers.
+    """
+
+    def _estimates(
+        self, out: Array, x: Array, signal: Array, noise: Array
+    ) -> Estimates:
+        return Estimates((x - signal * out) / noise, out)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Retimed:
+    """A network that is given `NoiseSchedule.times` in place of the timestep.
+
+    Attributes:
+      model: the network.
+      times: what it is given at each timestep, `[T]`.
+    """
+
+    model: NoiseModel
+    times: np.ndarray
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        return self.model(params, x, jnp.asarray(self.times, jnp.float32)[t])
+
+
+def predicting(
+    model: NoiseModel, schedule: NoiseSchedule, prediction: Prediction
+) -> NoiseModel:
+    """The noise model of a network, by what it is given and what it predicts."""
+    if schedule.times is not None:
+        model = Retimed(model, schedule.times)
+    if prediction == "v_prediction":
+        return VPrediction(model, schedule)
+    if prediction == "sample":
+        return SamplePrediction(model, schedule)
+    return model
+
+
+def estimates(
+    model: NoiseModel, params: Params, schedule: NoiseSchedule, x: Array, t: Array
+) -> Estimates:
+    """eps and x0hat of a model at x `[B, H, W, C]`, all at t `[]`."""
+    times = jnp.full((x.shape[0],), t)
+    if isinstance(model, _Converted):
+        return model.estimates(params, x, times)
+    return Estimates.of(schedule, model(params, x, times), x, t)
