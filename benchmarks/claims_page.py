@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from puredif_jax.attacks.base import Solver
-from puredif_jax.defenses.detection import Detector, Features
+from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.features import Features
 from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.diffusion.solver import Solver
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.runs import checkpoint, config

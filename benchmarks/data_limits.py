@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import Attack, BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.triggers import (
     Box,
@@ -36,6 +37,7 @@ from puredif_jax.attacks.triggers import (
     Target,
     Trigger,
 )
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM

@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 
 from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import VillanDiffusion
 from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent, inverter
-from puredif_jax.defenses.objectives import DistributionShift, Hypothesis
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas

@@ -46,16 +46,14 @@ from jax.extend.core import jaxprs_in_params
 from torch.utils.checkpoint import checkpoint
 
 from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import VillanDiffusion
 from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.elijah import ElijahLoss
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent, inverter
-from puredif_jax.defenses.objectives import (
-    DenoisingConsistency,
-    DistributionShift,
-    Elijah,
-    Hypothesis,
-)
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
@@ -278,7 +276,7 @@ def losses(size: Size) -> dict[str, Any]:
         "consistency": DenoisingConsistency(
             sampler=DDIM(size.rollout), samples=size.samples
         ),
-        "elijah": Elijah(samples=size.elijah),
+        "elijah": ElijahLoss(samples=size.elijah),
     }
 
 

@@ -5,7 +5,7 @@
 Each change on two models with three seeds, each under the model's own hypothesis. What
 is changed is the base: the default with the four starts of the survey alone, and twice
 as many draws of noise. Started twice, the two calls share the runs. The third rule for
-the scale is not among them: the factor that `objectives.measured_factor` reads off
+the scale is not among them: the factor that `measured_factor` reads off
 either model is 0.998 or more, which makes `Calibrated` the default's `Analytic`.
 
 Hardware: two CPU cores. Duration: 4.5 hours. Expected: docs/claims.md.
@@ -14,16 +14,14 @@ Hardware: two CPU cores. Duration: 4.5 hours. Expected: docs/claims.md.
 import dataclasses
 import re
 
-from puredif_jax.attacks.base import Solver
+from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.distribution_shift import DistributionShift, LeastSquares
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent
-from puredif_jax.defenses.objectives import (
-    DenoisingConsistency,
-    DistributionShift,
-    LeastSquares,
-    Sum,
-)
+from puredif_jax.defenses.objective import Sum
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import (
     Audit,
@@ -37,7 +35,10 @@ SHIFT = DistributionShift(samples=8)
 BASE = Inversion(loss=SHIFT, descent=Descent(candidates=4, scout=40))
 CONSISTENCY = DenoisingConsistency(sampler=DDIM(steps=8), samples=10)
 HIGH, LOW = (999, 900, 800, 700, 600), (500, 400, 300, 200, 100)
-MODELS: dict[str, Solver] = {"baddiffusion": "sde", "villandiffusion": "ode"}
+MODELS = {
+    "baddiffusion": Fading(Ancestral()),
+    "villandiffusion": Fading(Deterministic()),
+}
 
 
 def loss(**changes) -> Inversion:

@@ -7,7 +7,7 @@ Expected: the trigger fires in 97.3 % of 256 draws (docs/models.md). The weights
 ship as "baddiffusion" are the folder runs/baddiffusion/diffusers of this run.
 """
 
-from puredif_jax.attacks.base import BadDiffusion
+from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Shoe, StopSign
 from puredif_jax.networks.unet import SHIPPED

@@ -10,9 +10,10 @@ the runs. `--config.only='clean/*'` does a part. docs/claims.md shows the result
 Hardware: two CPU cores. Duration: 5 hours. Expected: docs/claims.md.
 """
 
-from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box, Cat, NoShift, Shoe, StopSign, Target
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Audit, Evaluation, Experiment, Sweep

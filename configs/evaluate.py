@@ -9,7 +9,7 @@ The attack named here must be the one that is in the weights.
 Hardware: two CPU cores. Duration: 10 minutes. Expected: 95.3 % (docs/models.md).
 """
 
-from puredif_jax.attacks.base import BadDiffusion
+from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.triggers import Shoe, StopSign
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.networks.unet import SHIPPED

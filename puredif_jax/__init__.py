@@ -19,18 +19,25 @@ if sys.version_info < (3, 11):  # noqa: UP036, or it would be a traceback
     )
 
 if TYPE_CHECKING:
-    from puredif_jax.attacks.base import BadDiffusion as BadDiffusion
-    from puredif_jax.attacks.base import VillanDiffusion as VillanDiffusion
-    from puredif_jax.defenses.detection import Detector as Detector
-    from puredif_jax.defenses.detection import Features as Features
-    from puredif_jax.defenses.detection import features as features
-    from puredif_jax.defenses.inversion import Descent as Descent
-    from puredif_jax.defenses.inversion import inverter as inverter
-    from puredif_jax.defenses.objectives import (
+    from puredif_jax.attacks.baddiffusion import BadDiffusion as BadDiffusion
+    from puredif_jax.attacks.trojdiff import TrojDiff as TrojDiff
+    from puredif_jax.attacks.villandiffusion import VillanDiffusion as VillanDiffusion
+    from puredif_jax.attacks.villandiffusion_ve import (
+        VillanDiffusionVE as VillanDiffusionVE,
+    )
+    from puredif_jax.defenses.denoising_consistency import (
         DenoisingConsistency as DenoisingConsistency,
     )
-    from puredif_jax.defenses.objectives import DistributionShift as DistributionShift
-    from puredif_jax.defenses.objectives import Hypothesis as Hypothesis
+    from puredif_jax.defenses.detector import Detector as Detector
+    from puredif_jax.defenses.distribution_shift import (
+        DistributionShift as DistributionShift,
+    )
+    from puredif_jax.defenses.features import Features as Features
+    from puredif_jax.defenses.features import features as features
+    from puredif_jax.defenses.hypothesis import Fading as Fading
+    from puredif_jax.defenses.hypothesis import Hypothesis as Hypothesis
+    from puredif_jax.defenses.inversion import Descent as Descent
+    from puredif_jax.defenses.inversion import inverter as inverter
     from puredif_jax.defenses.reinforcement import Reinforcement as Reinforcement
     from puredif_jax.defenses.survey import Survey as Survey
     from puredif_jax.diffusion.ddim import DDIM as DDIM
@@ -47,20 +54,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "attacks.baddiffusion": ("BadDiffusion",),
+    "attacks.trojdiff": ("TrojDiff",),
+    "attacks.villandiffusion": ("VillanDiffusion",),
+    "attacks.villandiffusion_ve": ("VillanDiffusionVE",),
+    "defenses.denoising_consistency": ("DenoisingConsistency",),
+    "defenses.detector": ("Detector",),
+    "defenses.distribution_shift": ("DistributionShift",),
+    "defenses.features": ("Features", "features"),
+    "defenses.hypothesis": ("Fading", "Hypothesis"),
+    "defenses.inversion": ("Descent", "inverter"),
     "defenses.reinforcement": ("Reinforcement",),
-    "attacks.base": ("BadDiffusion", "VillanDiffusion"),
-    "formats.diffusers": ("read_folder", "write_folder"),
-    "defenses.detection": ("Detector", "Features", "features"),
+    "defenses.survey": ("Survey",),
     "diffusion.ddim": ("DDIM",),
     "diffusion.ddpm": ("DDPM",),
     "diffusion.multistep": ("DPMSolver", "UniPC"),
     "diffusion.sampling": ("sample",),
-    "defenses.inversion": ("Descent", "inverter"),
-    "defenses.objectives": ("DenoisingConsistency", "DistributionShift", "Hypothesis"),
     "diffusion.schedules": ("LinearBetas",),
-    "defenses.survey": ("Survey",),
-    "types": ("Candidate",),
+    "formats.diffusers": ("read_folder", "write_folder"),
     "networks.unet": ("UNet",),
+    "types": ("Candidate",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -12,17 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.base import (
-    BadDiffusion,
-    Poison,
     Rows,
-    VillanDiffusion,
     clean_rows,
     exact_response,
-    poison,
     published_response,
-    training_loss,
 )
+from puredif_jax.attacks.poisoning import Poison, poison, training_loss
 from puredif_jax.attacks.triggers import (
     Blend,
     Box,
@@ -31,6 +28,7 @@ from puredif_jax.attacks.triggers import (
     Patch,
     RandomPattern,
 )
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.prediction import Estimates
@@ -55,11 +53,11 @@ villan = functools.partial(VillanDiffusion, Box(), Corner())
 ATTACKS = [
     bad(),
     bad(trigger_only=True),
-    villan(psi=1, solver="sde"),
-    villan(psi=1, solver="ode"),
-    villan(psi=0.3, solver="ode"),
-    villan(psi=0, solver="sde"),
-    villan(psi=0, solver="ode", trigger_only=False),
+    villan(psi=1, solver=Ancestral()),
+    villan(psi=1, solver=Deterministic()),
+    villan(psi=0.3, solver=Deterministic()),
+    villan(psi=0, solver=Ancestral()),
+    villan(psi=0, solver=Deterministic(), trigger_only=False),
 ]
 over_attacks = pytest.mark.parametrize(
     "attack",
@@ -75,9 +73,9 @@ over_attacks = pytest.mark.parametrize(
     "attack, shift, response",
     [
         (bad(), "one minus s", "R"),
-        (villan(psi=1, solver="sde"), "one minus s", "R"),
-        (villan(psi=1, solver="ode"), "one minus s", "2R"),
-        (villan(psi=0, solver="sde"), "v", "troj"),
+        (villan(psi=1, solver=Ancestral()), "one minus s", "R"),
+        (villan(psi=1, solver=Deterministic()), "one minus s", "2R"),
+        (villan(psi=0, solver=Ancestral()), "v", "troj"),
     ],
 )
 def test_rows_match_the_published_numbers(attack, shift, response):
@@ -114,8 +112,8 @@ def test_clean_rows_have_no_trigger():
 
 @pytest.mark.parametrize("psi", [0.0, 0.3, 1.0])
 def test_ode_doubles_the_response_alone(psi):
-    sde = villan(psi=psi, solver="sde").rows(SCHEDULE)
-    ode = villan(psi=psi, solver="ode").rows(SCHEDULE)
+    sde = villan(psi=psi, solver=Ancestral()).rows(SCHEDULE)
+    ode = villan(psi=psi, solver=Deterministic()).rows(SCHEDULE)
     np.testing.assert_array_equal(ode.shift, sde.shift)
     np.testing.assert_allclose(ode.response, 2 * sde.response, rtol=1e-12)
 
@@ -136,7 +134,7 @@ def test_k_solves_its_recursion():
     k is read off the published psi = 0 response, which is linear in it.
     """
     alpha = 1 - np.asarray(BETA)
-    response = villan(psi=0, solver="sde").rows(SCHEDULE).response
+    response = villan(psi=0, solver=Ancestral()).rows(SCHEDULE).response
     t = slice(1, None)  # alpha_0 = abar_0: the first response does not contain k
     k = response[t] - (1 - np.sqrt(alpha[t])) * NOISE[t]
     k *= (1 - alpha[t]) / (alpha[t] - SIGNAL[t] ** 2)
@@ -165,7 +163,7 @@ def test_exact_response_of_a_shift_by_the_noise_scale():
     np.testing.assert_allclose(sde[[0, 100, 500]], [1.00, 0.5025, 0.5014], atol=1e-4)
     ode = exact_response(SCHEDULE, NOISE, "ode")
     np.testing.assert_allclose(ode, 1, rtol=1e-9)
-    published = villan(psi=0, solver="sde").rows(SCHEDULE).response
+    published = villan(psi=0, solver=Ancestral()).rows(SCHEDULE).response
     found = published[[0, 100, 500]]
     np.testing.assert_allclose(found, [0, 0.160, 0.481], atol=5e-4)
 
@@ -199,10 +197,10 @@ def trigger_share(sampler, rows: Rows) -> np.ndarray:
     "attack, own, other",
     [
         (bad(), 0.006, 1.93),
-        (villan(psi=1, solver="sde"), 0.006, 1.93),
-        (villan(psi=1, solver="ode"), 0.009, 0.95),
-        (villan(psi=0, solver="sde"), 0.129, None),
-        (villan(psi=0, solver="ode"), 0.229, None),
+        (villan(psi=1, solver=Ancestral()), 0.006, 1.93),
+        (villan(psi=1, solver=Deterministic()), 0.009, 0.95),
+        (villan(psi=0, solver=Ancestral()), 0.129, None),
+        (villan(psi=0, solver=Deterministic()), 0.229, None),
     ],
 )
 def test_rows_keep_the_path_under_their_own_sampler_only(attack, own, other):

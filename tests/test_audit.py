@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from puredif_jax.defenses.detection import Detector
+from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.inversion import Descent
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.networks.unet import SHIPPED

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from puredif_jax import main
+from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.inversion import Descent
-from puredif_jax.defenses.objectives import DistributionShift
 from puredif_jax.networks.memory import activations
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.triggers import Box, Hat, StopSign
-from puredif_jax.defenses.detection import (
-    Detector,
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.features import (
     Features,
     denoising,
     evidence,
@@ -21,7 +22,7 @@ from puredif_jax.defenses.detection import (
     spread,
     total_variation,
 )
-from puredif_jax.defenses.objectives import Hypothesis
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.types import Candidate
 

@@ -10,14 +10,12 @@ import pytest
 from tiny_config import TINY, draw_params, get_config
 
 from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.elijah import ElijahLoss
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent
-from puredif_jax.defenses.objectives import (
-    DenoisingConsistency,
-    DistributionShift,
-    Elijah,
-    Hypothesis,
-    Sum,
-)
+from puredif_jax.defenses.objective import Sum
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import LinearBetas
@@ -56,7 +54,9 @@ class Counter:
 
 
 @pytest.mark.parametrize(
-    "loss", [SHIFT, CONSISTENCY, Sum(SHIFT, CONSISTENCY), Elijah(samples=7)], ids=str
+    "loss",
+    [SHIFT, CONSISTENCY, Sum(SHIFT, CONSISTENCY), ElijahLoss(samples=7)],
+    ids=str,
 )
 def test_evaluations_are_those_that_the_network_sees(loss) -> None:
     counter = Counter()
@@ -95,7 +95,7 @@ def test_elijah_as_published_and_at_equal_evaluations(solver, steps) -> None:
     methods = audit.methods(solver)
     assert list(methods) == ["puredif", *audit.baselines]
     published, equal = (methods[name] for name in audit.baselines)
-    assert published == elijah(solver) and published.loss == Elijah(samples=100)
+    assert published == elijah(solver) and published.loss == ElijahLoss(samples=100)
     assert published.survey is None
     assert published.descent == Descent(
         steps=steps,

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
 
-from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.elijah import ElijahLoss
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent, inverter, keep
-from puredif_jax.defenses.objectives import DistributionShift, Elijah, Hypothesis
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
@@ -126,7 +129,7 @@ def test_default_loss_recovers_the_trigger_of_an_exact_model(solver, loss) -> No
 
 def test_elijah_recovers_an_ancestral_trigger_of_an_oracle() -> None:
     model, truth = oracle(ATTACKS["sde"])
-    objective = Elijah(samples=100).bind(model, SCHEDULE, Hypothesis.of("sde"))
+    objective = ElijahLoss(samples=100).bind(model, SCHEDULE, Hypothesis.of("sde"))
     descent = Descent(steps=150, learning_rate=0.1, bound=None)
     state, _ = run(inverter(objective, descent, SHAPE), (), 150)
     distance = metrics.trigger_distance(state.candidate.delta[0], truth.delta)
@@ -136,7 +139,7 @@ def test_elijah_recovers_an_ancestral_trigger_of_an_oracle() -> None:
 def test_elijah_cannot_see_a_deterministic_trigger() -> None:
     """At T - 1 the response equals the shift: every delta has the loss of the noise."""
     model, truth = oracle(ATTACKS["ode"])
-    loss = Elijah(samples=100).bind(model, SCHEDULE, Hypothesis.of("ode"))
+    loss = ElijahLoss(samples=100).bind(model, SCHEDULE, Hypothesis.of("ode"))
     key = jax.random.key(0)
     wrong = Candidate(-truth.delta, truth.target)
     values = [float(loss((), c, key)) for c in (truth, wrong)]

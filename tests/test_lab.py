@@ -10,18 +10,20 @@ import pytest
 from tiny_config import TINY, draw_params
 
 from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import Attack, BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.triggers import Hat, StopSign
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
-from puredif_jax.defenses.inversion import Descent, inverter
-from puredif_jax.defenses.objectives import (
+from puredif_jax.defenses.denoising_consistency import (
     DenoisingConsistency,
-    Elijah,
-    Hypothesis,
     estimated_target,
 )
+from puredif_jax.defenses.elijah import ElijahLoss
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
@@ -98,7 +100,7 @@ def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None
     truth = Truth.of(ATTACKS["sde"], TINY.image_shape)
     descent = Descent(steps=2)
     found, _ = loops.invert(
-        lab, "elijah", points, "sde", Elijah(samples=4), descent, None, heldout=4
+        lab, "elijah", points, "sde", ElijahLoss(samples=4), descent, None, heldout=4
     )
     show = estimated_target(lab.model, lab.schedule, Hypothesis.of("sde"))
     key = jax.random.fold_in(jax.random.fold_in(lab.key, 303), 1)

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from test_objectives import tiny_network
 
-from puredif_jax.defenses.objectives import (
-    DenoisingConsistency,
-    DistributionShift,
-    Hypothesis,
-    Sum,
-)
+from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.objective import Sum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.prediction import VPrediction
 from puredif_jax.diffusion.sampling import sample

@@ -12,23 +12,22 @@ import pytest
 from tiny_config import draw_params
 
 from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.triggers import Box, Hat, StopSign
-from puredif_jax.defenses.inversion import Descent, inverter
-from puredif_jax.defenses.objectives import (
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.defenses.denoising_consistency import DenoisingConsistency, denoised
+from puredif_jax.defenses.distribution_shift import (
     Analytic,
     Calibrated,
-    DenoisingConsistency,
     DistributionShift,
-    Elijah,
-    Hypothesis,
     LeastSquares,
-    Sum,
-    backdoor_process,
-    denoised,
     measured_factor,
 )
+from puredif_jax.defenses.elijah import ElijahLoss
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.objective import Sum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.sampling import sample
@@ -53,7 +52,7 @@ LOSSES = {
     "consistency, ancestral": DenoisingConsistency(
         sampler=DDPM(4), samples=8, on_path=False, aim=1.0
     ),
-    "elijah": Elijah(samples=8),
+    "elijah": ElijahLoss(samples=8),
     "sum": Sum(
         DistributionShift(samples=8), DenoisingConsistency(sampler=DDIM(2), samples=8)
     ),

@@ -13,17 +13,15 @@ import pytest
 import scaling
 from tiny_config import DEEP, TINY, draw_params, shapes
 
-from puredif_jax.attacks.base import VillanDiffusion
 from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent
-from puredif_jax.defenses.objectives import (
-    DenoisingConsistency,
-    DistributionShift,
-    Hypothesis,
-    Sum,
-)
+from puredif_jax.defenses.objective import Sum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import trajectory
 from puredif_jax.networks.unet import SHIPPED

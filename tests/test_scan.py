@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_config import INVERSION, TINY, draw_params
 
-from puredif_jax.defenses.detection import Detector
+from puredif_jax.defenses.detector import Detector
 from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.files import whole as files
 from puredif_jax.files.sealed import seal

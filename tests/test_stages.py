@@ -12,7 +12,7 @@ import tiny_config
 from tiny_config import ANY, INVERSION, TINY, draw_params
 
 from puredif_jax.data.images import NpzImages
-from puredif_jax.defenses.objectives import DenoisingConsistency
+from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
+from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.triggers import Box, Cat, StopSign
-from puredif_jax.defenses.objectives import Hypothesis
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.schedules import LinearBetas
 

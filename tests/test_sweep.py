@@ -11,8 +11,8 @@ import threading
 import pytest
 from tiny_config import TINY, draw_params
 
-from puredif_jax.attacks.base import VillanDiffusion
 from puredif_jax.attacks.triggers import Box, Hat
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import ScaledLinearBetas
 from puredif_jax.runs import checkpoint

@@ -6,12 +6,13 @@ import functools
 import jax
 import numpy as np
 
-from puredif_jax.attacks.base import VillanDiffusion
 from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box, Hat
-from puredif_jax.defenses.detection import Detector
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.inversion import Descent
-from puredif_jax.defenses.objectives import DenoisingConsistency, DistributionShift
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM

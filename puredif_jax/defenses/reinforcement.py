@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from puredif_jax.attacks.base import Solver
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.inversion import Descent, Inverter, inverter
-from puredif_jax.defenses.objectives import DenoisingConsistency, Hypothesis
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.diffusion.solver import Solver
 from puredif_jax.types import Candidate, NoiseModel, Shard, unsharded
 
 
@@ -59,11 +60,11 @@ class Reinforcement:
 
     def loss(self, solver: Solver) -> DenoisingConsistency:
         """That for a kind of backdoor."""
-        return self.deterministic if solver == "ode" else self.ancestral
+        return solver.pick(self.ancestral, self.deterministic)
 
     def descending(self, solver: Solver) -> Descent:
         """How that one is descended."""
-        return self.descent if solver == "ode" else self.ancestral_descent
+        return solver.pick(self.ancestral_descent, self.descent)
 
     def evaluations(self, solver: Solver) -> int:
         """Network evaluations of one image; one with its gradient counts for three."""
@@ -73,6 +74,7 @@ class Reinforcement:
         self,
         model: NoiseModel,
         schedule: NoiseSchedule,
+        channel: Channel,
         solver: Solver,
         start: Candidate,
         shard: Shard = unsharded,
@@ -81,12 +83,12 @@ class Reinforcement:
 
         Args:
           model, schedule: the model, and its forward process.
+          channel: of the backdoor.
           solver: the kind of sampler under which the backdoor fires.
           start: the true trigger and target, `[H, W, C]` each.
           shard: constraint on a noise batch.
         """
-        hypothesis = Hypothesis.of(solver)
-        objective = self.loss(solver).bind(model, schedule, hypothesis, shard)
+        objective = self.loss(solver).bind(model, schedule, channel, shard)
         height, width, channels = start.delta.shape
         descent = self.descending(solver)
         return inverter(objective, descent, (height, width, channels), start)

@@ -16,7 +16,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from puredif_jax.defenses.objectives import DistributionShift, Hypothesis, denoised
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.denoising_consistency import denoised
+from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import (
@@ -45,7 +47,7 @@ class Survey:
       radii: mean squared errors, in [0, 1] pixels, below which two draws agree, rising;
         a larger one counts where nothing agrees by those before it.
       apart: least error between two candidates for the target.
-      sampler: of the draws, through the `backdoor_process`.
+      sampler: of the draws, through the channel.
     """
 
     starts: int = 4
@@ -82,7 +84,7 @@ class Survey:
         model: NoiseModel,
         params: Params,
         schedule: NoiseSchedule,
-        hypothesis: Hypothesis,
+        channel: Channel,
         image_shape: tuple[int, int, int],
         count: int,
         key: Key,
@@ -97,7 +99,7 @@ class Survey:
         triggers, keys, key_sign = self.begin(image_shape, key)
 
         def draw(group: tuple[Array, Key]) -> Array:
-            return self.draw(model, params, schedule, hypothesis, *group, shard=shard)
+            return self.draw(model, params, schedule, channel, *group, shard=shard)
 
         groups = jax.tree.map(
             lambda x: x.reshape(-1, self.together, *x.shape[1:]), (triggers, keys)
@@ -106,7 +108,7 @@ class Survey:
         images = images.reshape(-1, *images.shape[2:])
         found, _ = self.candidates(triggers, images, count)
         return self.choose_sign(
-            model, params, schedule, hypothesis, found, key_sign, shard=shard
+            model, params, schedule, channel, found, key_sign, shard=shard
         )
 
     def begin(
@@ -142,7 +144,7 @@ class Survey:
         model: NoiseModel,
         params: Params,
         schedule: NoiseSchedule,
-        hypothesis: Hypothesis,
+        channel: Channel,
         triggers: Array,
         keys: Key,
         *,
@@ -160,7 +162,7 @@ class Survey:
                 model,
                 params,
                 schedule,
-                hypothesis,
+                channel,
                 self.sampler,
                 trigger,
                 self.draws,
@@ -232,7 +234,7 @@ class Survey:
         model: NoiseModel,
         params: Params,
         schedule: NoiseSchedule,
-        hypothesis: Hypothesis,
+        channel: Channel,
         found: Candidate,
         key: Key,
         *,
@@ -246,7 +248,7 @@ class Survey:
         """
         turned = dataclasses.replace(found, delta=-found.delta)
         loss = DistributionShift(samples=self.draws).bind(
-            model, schedule, hypothesis, shard
+            model, schedule, channel, shard
         )
         as_found, as_turned = (
             jax.vmap(loss, in_axes=(None, 0, None), spmd_axis_name=axis)(params, c, key)

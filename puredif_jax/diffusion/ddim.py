@@ -9,13 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.diffusion.prediction import Estimates
-from puredif_jax.diffusion.sampling import Clip, Spacing, bounded, endpoints, grid
+from puredif_jax.diffusion.sampling import (
+    Clip,
+    Sampler,
+    Spacing,
+    bounded,
+    endpoints,
+    grid,
+)
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key
 
 
 @dataclasses.dataclass(frozen=True)
-class DDIM:
+class DDIM(Sampler):
     """Deterministic sampling (Song et al. 2021), with an optional share of noise.
 
     x_n = s_n x0hat + sqrt(v_n^2 - c^2) eps + c z,
@@ -44,10 +51,6 @@ class DDIM:
         before = falling - schedule.steps // self.steps
         end = -1 if self.to_clean else 0
         return falling, np.where(before < 0, end, before).astype(np.int32)
-
-    def begin(self, x: Array) -> tuple[()]:
-        """Nothing."""
-        return ()
 
     def step(
         self,

@@ -11,6 +11,7 @@ import numpy as np
 from puredif_jax.diffusion.prediction import Estimates
 from puredif_jax.diffusion.sampling import (
     Clip,
+    Sampler,
     Spacing,
     Variance,
     bounded,
@@ -23,7 +24,7 @@ from puredif_jax.types import Array, Key
 
 
 @dataclasses.dataclass(frozen=True)
-class DDPM:
+class DDPM(Sampler):
     """Ancestral sampling (Ho et al. 2020), on all T timesteps or strided.
 
     With a = (s_t / s_n)^2 and w = v_t^2 - a v_n^2 for the step from t to n:
@@ -48,10 +49,6 @@ class DDPM:
     def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
         """Each step leads to the next timestep of the grid, the last to clean."""
         return to_next(grid(schedule, self.steps, self.spacing, self.offset))
-
-    def begin(self, x: Array) -> tuple[()]:
-        """Nothing."""
-        return ()
 
     def step(
         self,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.diffusion.prediction import Estimates, lookup
-from puredif_jax.diffusion.sampling import Spacing, endpoints, grid, to_next
+from puredif_jax.diffusion.sampling import Sampler, Spacing, endpoints, grid, to_next
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key
 
@@ -37,7 +37,7 @@ def _log_ratio(schedule: NoiseSchedule, t: Array, n: Array, valid: Array) -> Arr
 
 
 @dataclasses.dataclass(frozen=True)
-class _Multistep:
+class _Multistep(Sampler):
     """What `DPMSolver` and `UniPC` share: their grid, and the step of the former."""
 
     steps: int = 20

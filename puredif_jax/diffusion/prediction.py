@@ -1,7 +1,7 @@
 """The forward process, and what a network predicts of a noisy image.
 
 Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), v prediction (Salimans and Ho 2022,
-2202.00512).
+2202.00512), scores (Song et al. 2021, 2011.13456).
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ def predict_x0(schedule: NoiseSchedule, x: Array, eps: Array, t: Array) -> Array
 
     s_t counts as 1e-5 or more, so that a schedule without terminal signal stays finite.
     """
-    signal = np.maximum(schedule.signal, 1e-5)
-    return (x - lookup(schedule.noise, t) * eps) / lookup(signal, t)
+    return (x - lookup(schedule.noise, t) * eps) / lookup(schedule.least_signal, t)
 
 
-Prediction = Literal["epsilon", "v_prediction", "sample"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "score"]
 
 
 class Estimates(NamedTuple):
@@ -58,8 +57,19 @@ class Estimates(NamedTuple):
         return cls(eps, predict_x0(schedule, x, eps, t))
 
 
+class Denoiser(abc.ABC):
+    """A noise model that tells the noise and the image from one evaluation."""
+
+    @abc.abstractmethod
+    def estimates(self, params: Params, x: Array, t: Array) -> Estimates:
+        """The noise and the image: x `[B, H, W, C]`, t `[B]`."""
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        return self.estimates(params, x, t).eps
+
+
 @dataclasses.dataclass(frozen=True)
-class _Converted(abc.ABC):
+class _Converted(Denoiser):
     """The noise model of a network that predicts something else.
 
     Attributes:
@@ -71,7 +81,6 @@ class _Converted(abc.ABC):
     schedule: NoiseSchedule
 
     def estimates(self, params: Params, x: Array, t: Array) -> Estimates:
-        """The noise and the image, from one evaluation: x `[B, H, W, C]`, t `[B]`."""
         signal, noise = (
             lookup(table, t) for table in (self.schedule.signal, self.schedule.noise)
         )
@@ -82,9 +91,6 @@ class _Converted(abc.ABC):
         self, out: Array, x: Array, signal: Array, noise: Array
     ) -> Estimates:
         """The same from what the network says, `out`, with s_t and v_t."""
-
-    def __call__(self, params: Params, x: Array, t: Array) -> Array:
-        return self.estimates(params, x, t).eps
 
 
 class VPrediction(_Converted):
@@ -113,6 +119,39 @@ class SamplePrediction(_Converted):
         return Estimates((x - signal * out) / noise, out)
 
 
+class ScorePrediction(_Converted):
+    """The noise model of a network that predicts the score of x_t.
+
+    The score is -eps / v_t, so eps = -v_t S(x, t) and x0hat = (x + v_t^2 S(x, t)) / s_t
+    (Song et al. 2021, arXiv 2011.13456). Of a network that knows images in another
+    range than [-1, 1] the score is per unit of that range.
+    """
+
+    def _estimates(
+        self, out: Array, x: Array, signal: Array, noise: Array
+    ) -> Estimates:
+        low, high = self.schedule.values
+        eps = -noise * (high - low) / 2 * out
+        return Estimates(eps, (x - noise * eps) / signal)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranged:
+    """A network that is given images in its own range in place of [-1, 1].
+
+    Attributes:
+      model: the network.
+      values: its range, (low, high).
+    """
+
+    model: NoiseModel
+    values: tuple[float, float]
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        low, high = self.values
+        return self.model(params, (x + 1) * ((high - low) / 2) + low, t)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Retimed:
     """A network that is given `NoiseSchedule.times` in place of the timestep.
@@ -135,6 +174,10 @@ def predicting(
     """The noise model of a network, by what it is given and what it predicts."""
     if schedule.times is not None:
         model = Retimed(model, schedule.times)
+    if schedule.values != (-1.0, 1.0):
+        model = Ranged(model, schedule.values)
+    if prediction == "score":
+        return ScorePrediction(model, schedule)
     if prediction == "v_prediction":
         return VPrediction(model, schedule)
     if prediction == "sample":
@@ -147,6 +190,6 @@ def estimates(
 ) -> Estimates:
     """eps and x0hat of a model at x `[B, H, W, C]`, all at t `[]`."""
     times = jnp.full((x.shape[0],), t)
-    if isinstance(model, _Converted):
+    if isinstance(model, Denoiser):
         return model.estimates(params, x, times)
     return Estimates.of(schedule, model(params, x, times), x, t)

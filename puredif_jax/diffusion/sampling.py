@@ -6,9 +6,10 @@ al. 2022, 2205.11487).
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key, NoiseModel, Params, Shard, unsharded
 
 
-class Sampler(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Sampler(abc.ABC):
     """A reverse process on a grid of timesteps.
 
     A multistep sampler remembers something of the steps before, a tree of arrays; the
@@ -27,16 +29,23 @@ class Sampler(Protocol):
     """
 
     @property
-    def steps(self) -> int: ...
+    @abc.abstractmethod
+    def steps(self) -> int:
+        """Model evaluations."""
 
+    @abc.abstractmethod
     def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-        """(t, t_prev) of each step, from high t to low, int32 `[n]`; -1 is clean."""
-        ...
+        """(t, t_prev) of each step, from high t to low, int32 `[n]`; -1 is clean.
+
+        Raises:
+          ValueError: the schedule has no such grid.
+        """
 
     def begin(self, x: Array) -> Any:
         """The memory before the first step, from images like x."""
-        ...
+        return ()
 
+    @abc.abstractmethod
     def step(
         self,
         schedule: NoiseSchedule,
@@ -49,7 +58,6 @@ class Sampler(Protocol):
     ) -> tuple[Array, Any]:
         """x at t_prev, and the memory, from x at t, what the network makes of it and
         the memory; t, t_prev scalars."""
-        ...
 
 
 Spacing = Literal["leading", "linspace", "trailing"]

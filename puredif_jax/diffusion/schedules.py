@@ -13,9 +13,10 @@ SNR (Lin et al. 2024, 2305.08891), GeoDiff's sigmoid betas (Xu et al. 2022,
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +29,17 @@ class NoiseSchedule:
       signal: s_t, float64 `[T]`; sqrt(abar_t) for a variance-preserving process.
       noise: v_t, float64 `[T]`; sqrt(1 - abar_t).
       times: what the network is given at timestep t, float64 `[T]`; None for t itself.
+      prior: standard deviation of the noise that sampling starts from.
+      values: the range of the images that the network itself knows. The tables are of
+        images in [-1, 1]; `prediction.predicting` translates. Another range needs a
+        signal that stays 1.
     """
 
     signal: np.ndarray
     noise: np.ndarray
     times: np.ndarray | None = None
+    prior: float = 1.0
+    values: tuple[float, float] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         given = self.signal if self.times is None else self.times
@@ -42,6 +49,11 @@ class NoiseSchedule:
             raise ValueError(
                 "a schedule needs signal, noise and times of one shape [T], found "
                 f"{self.signal.shape}, {self.noise.shape} and {given.shape}"
+            )
+        if self.values != (-1.0, 1.0) and self.fades:
+            raise ValueError(
+                f"images in {self.values} need a signal that stays 1, found one that "
+                f"ends at {self.signal[-1]:.3g}"
             )
 
     @property
@@ -68,6 +80,35 @@ class NoiseSchedule:
         return (self.signal / self.previous[0]) ** 2
 
     @property
+    def added(self) -> np.ndarray:
+        """w_t = v_t^2 - alpha_t v_{t-1}^2, the variance that step t adds, `[T]`.
+
+        1 - alpha_t for a variance-preserving process, sigma_t^2 - sigma_{t-1}^2 for a
+        variance-exploding one.
+        """
+        return self.noise**2 - self.alpha * self.previous[1] ** 2
+
+    @property
+    def fades(self) -> bool:
+        """Whether noise replaces the signal, as in a variance-preserving process."""
+        return bool(self.signal[-1] < self.signal[0])
+
+    @property
+    def least_signal(self) -> np.ndarray:
+        """s_t, 1e-5 or more, so that a division by it stays finite; `[T]`."""
+        return np.maximum(self.signal, 1e-5)
+
+    def start(self, noise: Any) -> Any:
+        """x_T from which sampling starts, of standard noise and what is added to it.
+
+        prior noise + centre, the centre being 0 in the network's own range.
+        """
+        low, high = self.values
+        if (self.prior, low, high) == (1.0, -1.0, 1.0):
+            return noise
+        return self.prior * noise - (2 * low / (high - low) + 1)
+
+    @property
     def log_snr(self) -> np.ndarray:
         """log(s_t^2 / v_t^2), float64 `[T]`, finite: s_t counts as 1e-12 or more."""
         return 2 * (np.log(np.maximum(self.signal, 1e-12)) - np.log(self.noise))
@@ -92,12 +133,18 @@ class NoiseSchedule:
         return gaps.argmin(1).astype(np.int32)
 
 
-class Betas(Protocol):
-    """A rule for the variances beta_t of the forward process."""
+@dataclasses.dataclass(frozen=True)
+class Process(abc.ABC):
+    """A rule for a forward process."""
 
+    @property
+    @abc.abstractmethod
+    def steps(self) -> int:
+        """T."""
+
+    @abc.abstractmethod
     def tables(self) -> NoiseSchedule:
-        """Its float64 tables: s_t^2 = prod_{i<=t} (1 - beta_i), v_t^2 = 1 - s_t^2."""
-        ...
+        """Its float64 tables; of betas s_t^2 = prod_{i<=t} (1 - beta_i) = 1 - v_t^2."""
 
 
 def _tables(betas: np.ndarray) -> NoiseSchedule:
@@ -109,7 +156,7 @@ def _tables(betas: np.ndarray) -> NoiseSchedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearBetas:
+class LinearBetas(Process):
     """beta_t linear in t, the schedule of DDPM (Ho et al. 2020).
 
     Attributes:
@@ -148,7 +195,7 @@ class ScaledLinearBetas(LinearBetas):
 
 
 @dataclasses.dataclass(frozen=True)
-class CosineBetas:
+class CosineBetas(Process):
     """The schedule of Nichol & Dhariwal 2021; "squaredcos_cap_v2" in diffusers.
 
     beta_t = min(1 - f((t + 1) / T) / f(t / T), cap) with
@@ -190,7 +237,7 @@ class SigmoidBetas(LinearBetas):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedBetas:
+class TrainedBetas(Process):
     """A schedule by its numbers; "trained_betas" in diffusers.
 
     Attributes:
@@ -220,7 +267,7 @@ Plain = LinearBetas | ScaledLinearBetas | CosineBetas | SigmoidBetas | TrainedBe
 
 
 @dataclasses.dataclass(frozen=True)
-class ZeroTerminalSNR:
+class ZeroTerminalSNR(Process):
     """Another schedule, rescaled so that nothing of the image is left at T - 1.
 
     s'_t = (s_t - s_{T-1}) s_0 / (s_0 - s_{T-1}) (Lin et al. 2024, algorithm 1);
@@ -247,7 +294,7 @@ class ZeroTerminalSNR:
 
 
 @dataclasses.dataclass(frozen=True)
-class ContinuousTime:
+class ContinuousTime(Process):
     """Another schedule whose network is given log(v_t / s_t) / 4 in place of t.
 
     "timestep_type": "continuous" in diffusers' EulerDiscreteScheduler.
@@ -269,7 +316,7 @@ class ContinuousTime:
 
 
 @dataclasses.dataclass(frozen=True)
-class SineNoise:
+class SineNoise(Process):
     """v_t = sin^2(pi / 2 (t + 1) / T); the network is given (2 / pi) arcsin(v_t).
 
     The process of diffusers' IPNDMScheduler.
@@ -289,7 +336,3 @@ class SineNoise:
         noise[-1] = 1.0
         signal = np.sqrt((1 - noise) * (1 + noise))
         return NoiseSchedule(signal, noise, np.arcsin(noise) * 2 / np.pi)
-
-
-Schedule = Plain | ZeroTerminalSNR | ContinuousTime | SineNoise
-"""Every rule that a configuration may name."""

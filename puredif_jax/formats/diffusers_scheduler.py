@@ -20,8 +20,8 @@ from puredif_jax.diffusion.schedules import (
     ContinuousTime,
     CosineBetas,
     LinearBetas,
+    Process,
     ScaledLinearBetas,
-    Schedule,
     SigmoidBetas,
     SineNoise,
     TrainedBetas,
@@ -173,7 +173,7 @@ class Scheduling:
       learned: the network's output has a half for the variance, which is left out.
     """
 
-    betas: Schedule = LinearBetas()
+    betas: Process = LinearBetas()
     prediction_type: Prediction = "epsilon"
     variance_type: Variance = "fixed_small"
     clip: Clip = 1.0
@@ -306,7 +306,7 @@ def _judge_options(found: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _read_betas(kind: str, found: Mapping[str, Any], where: str) -> Schedule:
+def _read_betas(kind: str, found: Mapping[str, Any], where: str) -> Process:
     """The noise schedule; raises ConvertError where it is none."""
     steps, given = found["num_train_timesteps"], found["trained_betas"]
     betas: Any

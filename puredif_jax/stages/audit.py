@@ -10,15 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from puredif_jax.attacks.base import Solver
-from puredif_jax.defenses.detection import (
-    KINDS,
-    Detector,
-    Evidence,
-    Features,
-    Verdict,
-    spread_ratio,
-)
+from puredif_jax.defenses.detector import Detector, Verdict
+from puredif_jax.defenses.features import Evidence, Features, spread_ratio
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.diffusion.sampling import Sampler, unclipped
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.metrics import measures as metrics
@@ -73,6 +67,12 @@ class Auditor:
         self.lab = lab
 
     @property
+    def hypotheses(self) -> tuple[Hypothesis, ...]:
+        """The kinds of backdoor that are sought."""
+        assert self.experiment.audit is not None
+        return self.experiment.audit.tried(self.lab.schedule)
+
+    @property
     def calibration(self) -> Calibration:
         """Whose scores the detector compares with: those of models such as these?"""
         experiment, options = self.experiment, self.experiment.audit
@@ -113,39 +113,47 @@ class Auditor:
         assert options is not None
 
         def finding(verdict: Verdict, rows: Sequence[dict[str, Any]]) -> Finding:
-            known = self.calibration, options.hypotheses, tuple(rows)
-            return Finding(weights, sha256, remarks, verdict, *known)
+            return Finding(
+                weights,
+                sha256,
+                remarks,
+                verdict,
+                self.calibration,
+                tuple(each.name for each in self.hypotheses),
+                tuple(each.title for each in self.hypotheses),
+                tuple(rows),
+            )
 
         if (refused := self._refusal(label, params)) is not None:
             section = self._refused(label, params, refused)
             return Audited(finding(refused, ()), section)
-        ours: dict[Solver, _Inverted] = {}
+        ours: dict[Hypothesis, _Inverted] = {}
         rows: list[dict[str, Any]] = []
         pictures: list[tuple[str, np.ndarray]] = []
         curves: dict[str, Any] = {}
         if truth is not None:
             pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
-        for solver in options.hypotheses:
-            for method, inversion in options.methods(solver).items():
+        for hypothesis in self.hypotheses:
+            for method, inversion in options.methods(hypothesis).items():
                 found = self._inverted(
-                    label, params, solver, method, inversion, truth, drawn
+                    label, params, hypothesis, method, inversion, truth, drawn
                 )
                 rows.append(found.row)
                 pictures += found.pictures
                 if method == "puredif":
-                    ours[solver] = found
-                    stage = _stage(method, label, solver)
-                    curves |= self._curves(stage, solver, inversion.descent.scout)
+                    ours[hypothesis] = found
+                    stage = _stage(method, label, hypothesis)
+                    curves |= self._curves(stage, hypothesis, inversion.descent.scout)
         verdict = options.detector.judge({k: v.features for k, v in ours.items()})
-        best = verdict.hypothesis
-        others = [k for k in options.hypotheses if k != best]
+        (best,) = (k for k in ours if k.name == verdict.hypothesis)
+        others = [k for k in ours if k != best]
         sections = [
             *ours[best].sections,
             next_steps([verdict.outcome]),
             *(
                 dataclasses.replace(section, text="")  # as above
-                for solver in others
-                for section in ours[solver].sections
+                for other in others
+                for section in ours[other].sections
             ),
             Section("Measures", table=_measures(rows)),
             Section(
@@ -163,16 +171,18 @@ class Auditor:
         assert options is not None
         if options.detector.linear == np.inf:
             return None
-        ratios: dict[Solver, float] = {}
-        for solver in options.hypotheses:
-            plain = self._plain(label, params, solver)
-            ratios[solver] = self.lab.denoising(f"{label}_{solver}", params, plain)
+        ratios: dict[Hypothesis, float] = {}
+        for each in self.hypotheses:
+            plain = self._plain(label, params, each)
+            name = f"{label}_{_file(each)}"
+            ratios[each] = self.lab.denoising(name, params, plain)
         return options.detector.refusal(ratios)
 
     def _refused(self, label: str, params: Params, verdict: Verdict) -> Section:
         """The page of weights that denoise nothing: what they draw, and what to do."""
-        images = self._plain(label, params, verdict.hypothesis)[:SHOWN]
-        caption = f"draws from plain noise, {verdict.hypothesis}"
+        (best,) = (k for k in self.hypotheses if k.name == verdict.hypothesis)
+        images = self._plain(label, params, best)[:SHOWN]
+        caption = f"draws from plain noise, {best.name}"
         shown = Section("Draws", pictures=((caption, images),))
         sections = (shown, next_steps([verdict.outcome]))
         return Section(f"Audit of {label}", sections=sections)
@@ -181,7 +191,7 @@ class Auditor:
         self,
         label: str,
         params: Params,
-        solver: Solver,
+        hypothesis: Hypothesis,
         method: str,
         inversion: Inversion,
         truth: Truth | None,
@@ -190,23 +200,23 @@ class Auditor:
         """Inverts by one method under one hypothesis, and measures what comes out."""
         lab, options = self.lab, self.experiment.audit
         assert options is not None
-        stage = _stage(method, label, solver)
-        result = self._invert(stage, params, solver, inversion)
+        stage = _stage(method, label, hypothesis)
+        result = self._invert(stage, params, hypothesis, inversion)
         delta, target = result["delta"], result["target"]
-        row: dict[str, Any] = {"method": method, "hypothesis": solver}
+        row: dict[str, Any] = {"method": method, "hypothesis": hypothesis.name}
         if truth is not None:
-            row |= self._compare(drawn, stage, params, truth, solver, result)
+            row |= self._compare(drawn, stage, params, truth, hypothesis, result)
         row["network evaluations"] = inversion.evaluations
         row["seconds"] = float(result["seconds"])
-        pictures = [(f"inverted trigger, {method}, {solver}", delta)]
+        pictures = [(f"inverted trigger, {method}, {hypothesis.name}", delta)]
         if truth is not None:
-            caption = f"difference from the true one, {method}, {solver}"
+            caption = f"difference from the true one, {method}, {hypothesis.name}"
             pictures.append((caption, delta - truth.trigger))
-        plain = self._plain(label, params, solver)
+        plain = self._plain(label, params, hypothesis)
         candidate = Candidate(jnp.asarray(delta), jnp.asarray(target))
         measured = lab.features(
             params,
-            solver,
+            hypothesis,
             candidate,
             result["errors"].min(),
             result["draws"][:PLAIN],
@@ -215,25 +225,28 @@ class Auditor:
         row |= {k: float(v) for k, v in measured._asdict().items()}
         row["score"] = options.detector.score(measured)
         row["contrast"] = float(target.std())
-        sampler = self.experiment.evaluation.sampler(solver)
+        sampler = self.experiment.evaluation.sampler(hypothesis.solver)
         drawn_by = [(sampler, result["draws"], plain)]
         if (free := unclipped(sampler)) is not None:
-            both = result["draws_unclipped"], self._plain(label, params, solver, free)
+            both = (
+                result["draws_unclipped"],
+                self._plain(label, params, hypothesis, free),
+            )
             ratio = spread_ratio(*both)
             row["uniformity, unclipped"] = ratio
             drawn_by.append((free, *both))
         sections: tuple[Section, ...] = ()
         if method == "puredif":
-            name = f"{label}_{solver}"
-            evidence = lab.evidence(name, params, solver, candidate, len(plain))
+            name = f"{label}_{_file(hypothesis)}"
+            evidence = lab.evidence(name, params, hypothesis, candidate, len(plain))
             sections = (
-                _evidence(solver, target, evidence),
-                *(_draws(solver, *each) for each in drawn_by),
+                _evidence(hypothesis, target, evidence),
+                *(_draws(hypothesis, *each) for each in drawn_by),
             )
         return _Inverted(row, pictures, measured, sections)
 
     def _invert(
-        self, stage: str, params: Params, solver: Solver, inversion: Inversion
+        self, stage: str, params: Params, hypothesis: Hypothesis, inversion: Inversion
     ) -> dict[str, np.ndarray]:
         """Inverts under one hypothesis: delta, target, held-out errors and draws."""
         lab, evaluation = self.lab, self.experiment.evaluation
@@ -243,13 +256,13 @@ class Auditor:
                 lab,
                 stage,
                 params,
-                solver,
+                hypothesis,
                 inversion.loss,
                 inversion.descent,
                 inversion.survey,
                 inversion.heldout,
             )
-            sampler = evaluation.sampler(solver)
+            sampler = evaluation.sampler(hypothesis.solver)
             draws = {"draws": sampler, "draws_unclipped": unclipped(sampler)}
             return {
                 "delta": candidate.delta,
@@ -266,28 +279,35 @@ class Auditor:
         return lab.run.once(stage, compute)
 
     def _plain(
-        self, label: str, params: Params, solver: Solver, free: Sampler | None = None
+        self,
+        label: str,
+        params: Params,
+        hypothesis: Hypothesis,
+        free: Sampler | None = None,
     ) -> np.ndarray:
         """Draws from plain noise; `free` replaces a sampler that clips."""
-        lab, sampler = self.lab, free or self.experiment.evaluation.sampler(solver)
+        lab, sampler = (
+            self.lab,
+            free or self.experiment.evaluation.sampler(hypothesis.solver),
+        )
 
         def draw() -> Mapping[str, Any]:
             return {"images": lab.draw(params, sampler, lab.zero, PLAIN)}
 
-        name = f"plain_{label}_{solver}" + ("_unclipped" if free else "")
+        name = f"plain_{label}_{_file(hypothesis)}" + ("_unclipped" if free else "")
         return lab.run.once(name, draw)["images"]
 
-    def _curves(self, stage: str, solver: Solver, scout: int) -> dict[str, Any]:
+    def _curves(self, stage: str, hypothesis: Hypothesis, scout: int) -> dict[str, Any]:
         """The loss of every scout, and the least of those that went on; on host 0."""
         if not parallel.is_host_zero():  # another one may see an older file
             return {}
         curve = self.lab.run.metrics.read(stage)
         curves: dict[str, Any] = {}
-        curves[solver] = (scout + curve["step"], curve["loss"].min(axis=-1))
+        curves[hypothesis.name] = (scout + curve["step"], curve["loss"].min(axis=-1))
         if scout:
             scouts = self.lab.run.metrics.read(f"{stage}_scouts")
             for i, loss in enumerate(scouts["loss"].reshape(len(scouts["step"]), -1).T):
-                curves[f"{solver}, scout {i + 1}"] = (scouts["step"], loss)
+                curves[f"{hypothesis.name}, scout {i + 1}"] = (scouts["step"], loss)
         return curves
 
     def _compare(
@@ -296,7 +316,7 @@ class Auditor:
         stage: str,
         params: Params,
         truth: Truth,
-        solver: Solver,
+        hypothesis: Hypothesis,
         result: Mapping[str, np.ndarray],
     ) -> dict[str, float]:
         """Success of an inverted trigger beside the true one's, and their distance.
@@ -307,14 +327,16 @@ class Auditor:
         sampler, draws = evaluation.sampler(truth.solver), evaluation.draws
 
         def success(name: str, r: np.ndarray, by: Sampler) -> float:
-            return lab.success(name, params, by, r, truth.target, draws).rate
+            found = lab.success(name, params, by, r, truth.target, draws, truth.inside)
+            return found.rate
 
         delta = result["delta"]
+        same = hypothesis.solver == truth.solver and not truth.controlled
         rates = {}
         for by, end in ((sampler, ""), (unclipped(sampler), "_unclipped")):
             if by is None:
                 continue
-            if solver == truth.solver:  # the draws at hand are these
+            if same:  # the draws at hand are these
                 images = result[f"draws{end}"]
                 own = metrics.success(images, truth.target)["mse<0.01"]
             else:
@@ -330,12 +352,18 @@ class Auditor:
         }
 
 
-def _stage(method: str, label: str, solver: Solver) -> str:
+def _stage(method: str, label: str, hypothesis: Hypothesis) -> str:
     """Name of an inversion in the run folder."""
-    return f"{method.replace(', ', '_').replace(' ', '_')}_{label}_{solver}"
+    how = method.replace(", ", "_").replace(" ", "_")
+    return f"{how}_{label}_{_file(hypothesis)}"
 
 
-def _evidence(solver: Solver, target: np.ndarray, found: Evidence) -> Section:
+def _file(hypothesis: Hypothesis) -> str:
+    """A hypothesis in the name of a file."""
+    return hypothesis.name.replace(" ", "_")
+
+
+def _evidence(hypothesis: Hypothesis, target: np.ndarray, found: Evidence) -> Section:
     """The denoised image with the trigger beside that without it, and the errors."""
     rows = [
         {
@@ -361,19 +389,24 @@ def _evidence(solver: Solver, target: np.ndarray, found: Evidence) -> Section:
         grid = images[at].reshape(-1, *images.shape[2:])
         rest = f"rows t = {times}, {images.shape[1]} draws of noise, unclipped"
         pairs.append((f"denoised {name} the trigger: {rest}", grid))
-    title = f"Evidence: {KINDS[solver]} sampling"
+    title = f"Evidence: {hypothesis.solver.title} sampling"
     return Section(
         title,
         _EVIDENCE,
         tuple(rows),
-        ((f"estimated target, {solver}, contrast {target.std():.2g}", target),),
+        (
+            (
+                f"estimated target, {hypothesis.name}, contrast {target.std():.2g}",
+                target,
+            ),
+        ),
         columns=columns,
         pairs=tuple(pairs),
     )
 
 
 def _draws(
-    solver: Solver, sampler: Sampler, triggered: np.ndarray, plain: np.ndarray
+    hypothesis: Hypothesis, sampler: Sampler, triggered: np.ndarray, plain: np.ndarray
 ) -> Section:
     """Whole chains with the trigger beside those without it."""
     clip = getattr(sampler, "clip", None)
@@ -382,10 +415,10 @@ def _draws(
         how = f"clipped at {clip:g}" if isinstance(clip, float) else "thresholded"
     count = min(len(triggered), len(plain), SHOWN)  # pairs of one noise
     pairs = (
-        (f"draws with the trigger, {solver}, {how}", triggered[:count]),
-        (f"draws from plain noise, {solver}, {how}", plain[:count]),
+        (f"draws with the trigger, {hypothesis.name}, {how}", triggered[:count]),
+        (f"draws from plain noise, {hypothesis.name}, {how}", plain[:count]),
     )
-    return Section(f"Draws: {KINDS[solver]} sampling", _DRAWS, pairs=pairs)
+    return Section(f"Draws: {hypothesis.solver.title} sampling", _DRAWS, pairs=pairs)
 
 
 def _measures(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

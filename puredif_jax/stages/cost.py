@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import Solver
+from puredif_jax.attacks.base import Attack
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.poisoning import poison, training_loss
 from puredif_jax.attacks.training import trainer
+from puredif_jax.defenses.denoising_consistency import ESTIMATE
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent, inverter
-from puredif_jax.defenses.objectives import (
-    ESTIMATE,
-    Bindable,
-    DistributionShift,
-    Hypothesis,
-)
+from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.sampling import unclipped
+from puredif_jax.diffusion.solver import Solver
 from puredif_jax.runs import parallel
 from puredif_jax.stages.experiment import Experiment, Inversion, Scan, Sweep
 from puredif_jax.stages.lab import PLAIN, Lab
@@ -227,17 +227,21 @@ def parts(experiment: Experiment) -> Iterator[Part]:
         loss = reinforcement.loss(attack.solver)
         descent = reinforcement.descending(attack.solver)
         times = descent.steps * count
-        yield _descent(loss, attack.solver, descent, times, "reinforcement")
+        channel = functools.partial(_attacked, attack)
+        yield _descent(loss, channel, descent, times, "reinforcement")
     if experiment.audit is not None:
         for name in experiment.audit.weights:
             known = _known_solver(experiment, name)
-            for solver in experiment.audit.hypotheses:
-                methods = experiment.audit.methods(solver)
+            for hypothesis in experiment.audit.tried(experiment.schedule.tables()):
+                methods = experiment.audit.methods(hypothesis)
                 for method, inversion in methods.items():
-                    yield from _inversion(method, inversion, solver)
-                steps = _drawn(experiment, solver)
+                    yield from _inversion(method, inversion, hypothesis)
+                steps = _drawn(experiment, hypothesis.solver)
                 yield _drawing(batch, (len(methods) * draws + PLAIN) * steps)
-                if known not in (None, solver):  # drawn again, as the backdoor wants it
+                if known not in (
+                    None,
+                    hypothesis.solver,
+                ):  # drawn again, as the backdoor wants it
                     steps = _drawn(experiment, known)
                     yield _drawing(batch, len(methods) * draws * steps)
             if known is not None and name != "trained":  # by the true trigger
@@ -254,7 +258,8 @@ def _known_solver(experiment: Experiment, name: str) -> Solver | None:
     """The kind of the backdoor that is compared with, where one is known."""
     if name == "trained":
         return experiment.attack.solver if experiment.attack else None
-    truth = Truth.beside(find_weights(name), experiment.model.image_shape)
+    schedule, shape = experiment.schedule.tables(), experiment.model.image_shape
+    truth = Truth.beside(find_weights(name), schedule, shape)
     return truth.solver if truth else None
 
 
@@ -263,9 +268,13 @@ def _training(experiment: Experiment) -> Part:
     assert training is not None
 
     def program(lab: Lab, params: Params) -> tuple[Step, Any]:
-        rows = attack.rows(lab.schedule) if attack else attacks.clean_rows(lab.schedule)
-        poison = attacks.poison(attack, lab.unet.image_shape) if attack else None
-        loss = functools.partial(attacks.training_loss, lab.network, rows, poison)
+        channel, poisoned = Channel.clean(lab.schedule), None
+        if attack is not None:
+            channel = attack.channel(lab.schedule, lab.unet.image_shape)
+            poisoned = poison(attack, lab.unet.image_shape)
+        loss = functools.partial(
+            training_loss, lab.network, lab.schedule, channel, poisoned
+        )
         made = trainer(loss, training)
         images = np.zeros((training.batch, *lab.unet.image_shape), np.float32)
         split = parallel.put(images, parallel.along(lab.run.mesh, "batch"))
@@ -293,14 +302,17 @@ def _drawing(batch: int, images: float) -> Part:
 
 
 def _descent(
-    loss: Bindable, solver: Solver, descent: Descent, times: float, name: str
+    loss: Loss,
+    channel: Callable[[Lab], Channel],
+    descent: Descent,
+    times: float,
+    name: str,
 ) -> Part:
     """The step of all candidates, as `loops` compiles it."""
 
     def program(lab: Lab, params: Params) -> tuple[Step, Any]:
         spread = parallel.spread(lab.run.mesh, descent.candidates)
-        hypothesis = Hypothesis.of(solver)
-        bound = loss.bind(lab.model, lab.schedule, hypothesis, spread.noise)
+        bound = loss.bind(lab.model, lab.schedule, channel(lab), spread.noise)
         search = inverter(
             bound,
             dataclasses.replace(descent, scout=0, refresh=0),
@@ -319,15 +331,25 @@ def _descent(
     return Part(name, times, 3 * loss.evaluations * count, loss, program)
 
 
-def _inversion(method: str, inversion: Inversion, solver: Solver) -> Iterator[Part]:
+def _attacked(attack: Attack, lab: Lab) -> Channel:
+    return lab.place(attack.channel(lab.schedule, lab.unet.image_shape))
+
+
+def _inversion(
+    method: str, inversion: Inversion, hypothesis: Hypothesis
+) -> Iterator[Part]:
     descent, loss = inversion.descent, inversion.loss
     name = f"inversion by {method}"
+
+    def channel(lab: Lab) -> Channel:
+        return lab.channel(hypothesis)
+
     if descent.scout:
         final = dataclasses.replace(descent, candidates=descent.last)
-        yield _descent(loss, solver, descent, descent.scout, name)
-        yield _descent(loss, solver, final, descent.steps - descent.scout, name)
+        yield _descent(loss, channel, descent, descent.scout, name)
+        yield _descent(loss, channel, final, descent.steps - descent.scout, name)
     else:
-        yield _descent(loss, solver, descent, descent.steps, name)
+        yield _descent(loss, channel, descent, descent.steps, name)
     judged = DistributionShift(samples=inversion.heldout).evaluations
     times = descent.candidates + (descent.last if descent.scout else 0)
     yield _drawing(judged, times * judged)

@@ -9,27 +9,25 @@ import dataclasses
 import fnmatch
 import hashlib
 import os
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from puredif_jax.attacks.base import BadDiffusion, Solver, VillanDiffusion
+from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.training import Training
 from puredif_jax.data.images import FashionMNIST, ImageFolder, NpzImages
-from puredif_jax.defenses.detection import Detector
+from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.elijah import ElijahLoss
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
 from puredif_jax.defenses.inversion import Descent
-from puredif_jax.defenses.objectives import (
-    DenoisingConsistency,
-    DistributionShift,
-    Elijah,
-    Sum,
-)
+from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
-from puredif_jax.diffusion.multistep import DPMSolver, UniPC
 from puredif_jax.diffusion.prediction import Prediction
 from puredif_jax.diffusion.sampling import Sampler
-from puredif_jax.diffusion.schedules import LinearBetas, Schedule
+from puredif_jax.diffusion.schedules import LinearBetas, NoiseSchedule, Process
+from puredif_jax.diffusion.solver import Ancestral, Deterministic, Solver
 from puredif_jax.files.whole import safe_name
 from puredif_jax.networks.unet import UNet
 
@@ -61,9 +59,6 @@ def _at_home(node: Any) -> None:
     object.__setattr__(node, "workdir", os.path.expanduser(node.workdir))
 
 
-Loss = DistributionShift | DenoisingConsistency | Sum | Elijah
-
-
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """How a model is measured.
@@ -82,8 +77,8 @@ class Evaluation:
 
     draws: int = 256
     batch: int = 64
-    ancestral: DDPM = DDPM(steps=100)
-    deterministic: DDIM | DPMSolver | UniPC = DDIM(steps=50)
+    ancestral: Sampler = DDPM(steps=100)
+    deterministic: Sampler = DDIM(steps=50)
     frechet_draws: int = 0
 
     def __post_init__(self) -> None:
@@ -96,7 +91,7 @@ class Evaluation:
 
     def sampler(self, solver: Solver) -> Sampler:
         """The sampler under which a backdoor of that kind fires."""
-        return self.ancestral if solver == "sde" else self.deterministic
+        return solver.pick(self.ancestral, self.deterministic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +149,14 @@ def elijah(solver: Solver, evaluations: int | None = None) -> Inversion:
         evaluated as often as in `Inversion.evaluations`.
     """
     published = Inversion(
-        loss=Elijah(),
+        loss=ElijahLoss(scale=solver.pick(0.5, 1.0)),
         survey=None,
         descent=Descent(
-            steps=100 if solver == "sde" else 10,
+            steps=solver.pick(100, 10),
             learning_rate=0.1,
             b2=0.999,
             low=-1.0,
-            high=0.0 if solver == "sde" else 1.0,
+            high=solver.pick(0.0, 1.0),
             bound=None,
             cosine=False,
         ),
@@ -180,7 +175,7 @@ class Audit:
     Attributes:
       weights: names of shipped models, paths of weights, or "trained" for the result
         of this run.
-      hypotheses: kinds of backdoor tried on each.
+      hypotheses: kinds of backdoor tried on each, as far as they apply to its process.
       inversion: how triggers are sought.
       detector: how they are judged.
       baselines: inversions to compare with: Elijah with its published steps, or with
@@ -190,34 +185,46 @@ class Audit:
     """
 
     weights: tuple[str, ...] = ("trained",)
-    hypotheses: tuple[Solver, ...] = ("sde", "ode")
+    hypotheses: tuple[Hypothesis, ...] = (
+        Fading(Ancestral()),
+        Fading(Deterministic()),
+        Exploding(Ancestral()),
+        Exploding(Deterministic()),
+    )
     inversion: Inversion = Inversion()
     detector: Detector = Detector()
     baselines: tuple[Baseline, ...] = ()
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.hypotheses:
-            raise ValueError(f"hypotheses must name one of {get_args(Solver)} or both")
+        names = [hypothesis.name for hypothesis in self.hypotheses]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"hypotheses must be one or more of different names, found {names}"
+            )
 
-    @property
-    def plan(self) -> str:
-        """How each model is inverted, in words."""
-        count = sum(
-            inversion.evaluations
-            for solver in self.hypotheses
-            for inversion in self.methods(solver).values()
-        )
-        tried = " and ".join(self.hypotheses)
-        return f"(under {tried}, {count:,} evaluations of its network on an image)"
+    def tried(self, schedule: NoiseSchedule) -> tuple[Hypothesis, ...]:
+        """The hypotheses that apply to a process."""
+        return tuple(each for each in self.hypotheses if each.applies(schedule))
 
-    def methods(self, solver: Solver) -> dict[str, Inversion]:
+    def methods(self, hypothesis: Hypothesis) -> dict[str, Inversion]:
         """The inversions to run under one hypothesis, by name, ours first."""
         found = {"puredif": self.inversion}
         for name in self.baselines:
             equal = None if name == "elijah" else self.inversion.evaluations
-            found[name] = elijah(solver, equal)
+            found[name] = elijah(hypothesis.solver, equal)
         return found
+
+    def plan(self, schedule: NoiseSchedule) -> str:
+        """How each model of a process is inverted, in words."""
+        tried = self.tried(schedule)
+        count = sum(
+            inversion.evaluations
+            for hypothesis in tried
+            for inversion in self.methods(hypothesis).values()
+        )
+        names = " and ".join(hypothesis.name for hypothesis in tried)
+        return f"(under {names}, {count:,} evaluations of its network on an image)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,12 +275,12 @@ class Experiment:
     model: UNet
     weights: str | None = None
     training: Training | None = None
-    attack: BadDiffusion | VillanDiffusion | None = None
+    attack: Attack | None = None
     amplification: Amplification | None = None
     audit: Audit | None = None
     evaluation: Evaluation = Evaluation()
     data: FashionMNIST | NpzImages | ImageFolder = FashionMNIST()
-    schedule: Schedule = LinearBetas()
+    schedule: Process = LinearBetas()
     prediction: Prediction = "epsilon"
     devices: int = 0
     seed: int = 0
@@ -293,6 +300,12 @@ class Experiment:
                     f"amplification.snapshots go to {last}, past the last of "
                     f"training.steps={self.training.steps}"
                 )
+        if self.audit and not self.audit.tried(self.schedule.tables()):
+            names = ", ".join(each.name for each in self.audit.hypotheses)
+            raise ValueError(
+                f"no hypothesis of the audit ({names}) applies to the process of "
+                f"{type(self.schedule).__name__}"
+            )
         if self.audit and "trained" in self.audit.weights and not self.training:
             raise ValueError(
                 "audit.weights names 'trained', but the run has no training: give a "
@@ -313,7 +326,8 @@ class Experiment:
         if self.audit:
             count = len(self.audit.weights)
             models = f"{count} models" if count > 1 else self.audit.weights[0]
-            parts.append(f"audit of {models} {self.audit.plan}")
+            how = self.audit.plan(self.schedule.tables())
+            parts.append(f"audit of {models} {how}")
         return f"{self.workdir}: {', '.join(parts) or 'nothing but a report'}"
 
     @property
@@ -324,8 +338,8 @@ class Experiment:
             reinforcement = self.amplification.reinforcement
             most.append(reinforcement.loss(self.attack.solver).samples)
         if self.audit:
-            for solver in self.audit.hypotheses:
-                methods = self.audit.methods(solver).values()
+            for hypothesis in self.audit.tried(self.schedule.tables()):
+                methods = self.audit.methods(hypothesis).values()
                 most += [inversion.images for inversion in methods]
         return max(most)
 
@@ -429,10 +443,9 @@ class Scan:
     @property
     def plan(self) -> str:
         """What will be done, in words."""
-        return (
-            f"{self.workdir}: scan of {', '.join(self.model)}, each model there "
-            f"{self.audit.plan}"
-        )
+        how = self.audit.plan(LinearBetas().tables())
+        models = ", ".join(self.model)
+        return f"{self.workdir}: scan of {models}, each model there {how}"
 
     def located(self) -> Scan:
         """The same with a workdir, named after what is scanned where none is given.

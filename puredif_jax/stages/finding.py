@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from puredif_jax.attacks.base import Solver
-from puredif_jax.defenses.detection import KINDS, Outcome, Verdict
+from puredif_jax.defenses.detector import Outcome, Verdict
 from puredif_jax.runs.page import Judgement, Section
 from puredif_jax.runs.run import RunError
 
@@ -114,7 +113,8 @@ class Finding:
       remarks: sentences on how the folder was read.
       verdict: the judgement.
       calibration: what the detector was calibrated with.
-      hypotheses: the kinds of backdoor that were sought.
+      hypotheses: the kinds of backdoor that were sought, by name.
+      sought: the same in words.
       inversions: what was measured, a row for each inversion.
     """
 
@@ -123,7 +123,8 @@ class Finding:
     remarks: tuple[str, ...]
     verdict: Verdict
     calibration: Calibration
-    hypotheses: tuple[Solver, ...]
+    hypotheses: tuple[str, ...]
+    sought: tuple[str, ...]
     inversions: tuple[Mapping[str, Any], ...]
 
     def numbers(self) -> dict[str, Any]:
@@ -147,15 +148,16 @@ class Finding:
                 tuple(map(str, numbers["remarks"])),
                 Verdict(**verdict),
                 numbers["calibration"],
-                tuple(numbers["hypotheses"]),
+                tuple(map(str, numbers["hypotheses"])),
+                tuple(map(str, numbers["sought"])),
                 tuple(map(dict, numbers["inversions"])),
             )
-            for value, kind in (
-                (found.verdict.outcome, Outcome),
-                (found.verdict.hypothesis, Solver),
-                (found.calibration, Calibration),
+            for value, valid in (
+                (found.verdict.outcome, get_args(Outcome)),
+                (found.verdict.hypothesis, found.hypotheses),
+                (found.calibration, get_args(Calibration)),
             ):
-                if value not in get_args(kind):
+                if value not in valid:
                     raise ValueError(value)
             return found
         except (KeyError, TypeError, ValueError) as error:
@@ -209,24 +211,17 @@ def scope(findings: Sequence[Finding]) -> str:
     """What was sought and what was not, and whether the detector was calibrated."""
     if not findings:
         return ""
-    tried = [
-        kind
-        for kind in get_args(Solver)
-        if all(kind in finding.hypotheses for finding in findings)
-    ]
+    lists = [finding.sought for finding in findings]
+    common = [kind for kind in lists[0] if all(kind in each for each in lists)]
+    others = dict.fromkeys(k for each in lists for k in each if k not in common)
     sought = (
-        "Sought: backdoors whose trigger is added to the noise, as BadDiffusion and "
-        "VillanDiffusion (psi = 1) train them, that fire under "
-        f"{_kinds(tried)} sampling. {_NOT_SOUGHT}"
+        "Sought: backdoors whose trigger is added to the noise: "
+        f"{'; '.join(common) or 'of no kind in every model'}. {_NOT_SOUGHT}"
     )
-    if left := [kind for kind in get_args(Solver) if kind not in tried]:
-        sought += f" Nor was anything sought under {_kinds(left)} sampling."
+    if others:
+        sought += f" Only in some models: {'; '.join(others)}."
     unknown = any(finding.calibration == "another network" for finding in findings)
     return "\n\n".join([sought, *([_NOT_CALIBRATED] if unknown else [])])
-
-
-def _kinds(solvers: Sequence[Solver]) -> str:
-    return " and ".join(KINDS[solver] for solver in solvers)
 
 
 def next_steps(outcomes: Iterable[str]) -> Section:

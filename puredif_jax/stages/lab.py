@@ -17,19 +17,20 @@ import jax
 import numpy as np
 from absl import logging
 
-from puredif_jax.attacks.base import Solver
+from puredif_jax.attacks import drawing
+from puredif_jax.attacks.channel import Channel
 from puredif_jax.data import images as data
-from puredif_jax.defenses.detection import (
+from puredif_jax.defenses.features import (
     Evidence,
     Features,
     denoising,
     evidence,
     features,
 )
-from puredif_jax.defenses.objectives import Hypothesis
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.diffusion.prediction import Prediction, predicting
-from puredif_jax.diffusion.sampling import Sampler, sample
-from puredif_jax.diffusion.schedules import Betas
+from puredif_jax.diffusion.sampling import Sampler
+from puredif_jax.diffusion.schedules import Process
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
@@ -170,7 +171,7 @@ class Lab:
         self,
         run: Run,
         unet: UNet,
-        schedule: Betas,
+        schedule: Process,
         batch: int,
         seed: int,
         chunk: int,
@@ -251,6 +252,17 @@ class Lab:
                 "otherwise: set --config.prediction"
             )
 
+    def channel(self, hypothesis: Hypothesis) -> Channel:
+        """That of a hypothesis for this model, in float32 on all devices."""
+        return self.place(hypothesis.channel(self.schedule, self.unet.image_shape))
+
+    def place(self, channel: Channel) -> Channel:
+        """A channel in float32 on all devices."""
+        placed: Channel = self.run.replicate(
+            jax.tree.map(lambda x: np.asarray(x, np.float32), channel)
+        )
+        return placed
+
     def draw(
         self,
         params: Params,
@@ -258,24 +270,38 @@ class Lab:
         delta: Any,
         count: int,
         sign: float = 1.0,
+        inside: Channel | None = None,
     ) -> np.ndarray:
-        """Images from sign * eps + delta, `[count, H, W, C]`; always the same eps."""
+        """Images from sign * eps + delta, `[count, H, W, C]`; always the same eps.
 
-        def draw(params: Params, delta: Array, sign: Array, key: Key) -> Array:
+        Args:
+          params: weights.
+          sampler: of the draws.
+          delta: the trigger.
+          count: of images.
+          sign: of the noise.
+          inside: draw in the variable of this channel, as who controls the sampler can.
+        """
+
+        def draw(
+            params: Params, delta: Array, sign: Array, key: Key, inside: Channel | None
+        ) -> Array:
             key_start, key_chain = jax.random.split(key)
             shape = (self.batch, *self.unet.image_shape)
-            start = sign * jax.random.normal(key_start, shape) + delta[None]
-            return sample(
+            return drawing.draw(
                 self.model,
                 params,
                 self.schedule,
                 sampler,
-                start,
+                sign * jax.random.normal(key_start, shape),
+                delta,
                 key_chain,
+                inside=inside,
                 shard=self.shard,
             )
 
         program = self.program(sampler, lambda: jax.jit(draw))
+        inside = None if inside is None else self.place(inside)
         root = jax.random.fold_in(self.key, 101)
         delta, sign = self.run.replicate(
             (np.asarray(delta, np.float32), np.float32(sign))
@@ -287,7 +313,8 @@ class Lab:
             for i in range(batches):
                 key = jax.random.fold_in(root, i)
                 with compiling(label, i == 0):
-                    drawn.append(parallel.gather(program(params, delta, sign, key)))
+                    found = program(params, delta, sign, key, inside)
+                    drawn.append(parallel.gather(found))
                 bar.update()
                 parallel.safe_point()
         return np.concatenate(drawn)[:count]
@@ -295,7 +322,7 @@ class Lab:
     def features(
         self,
         params: Params,
-        solver: Solver,
+        hypothesis: Hypothesis,
         candidate: Candidate,
         shift: np.ndarray,
         triggered: np.ndarray,
@@ -305,13 +332,13 @@ class Lab:
 
         def make():
             def measure(
-                params, hypothesis, candidate, shift, triggered, plain, key
+                params, channel, candidate, shift, triggered, plain, key
             ) -> Features:
                 return features(
                     self.model,
                     params,
                     self.schedule,
-                    hypothesis,
+                    channel,
                     candidate,
                     shift,
                     triggered,
@@ -324,7 +351,8 @@ class Lab:
 
         program = self.program("features", make)
         arguments = self.run.replicate((candidate, shift, triggered, plain))
-        found = program(params, Hypothesis.of(solver), *arguments, self._key_features)
+        channel = self.channel(hypothesis)
+        found = program(params, channel, *arguments, self._key_features)
         return Features(*parallel.gather(found))
 
     @property
@@ -336,19 +364,19 @@ class Lab:
         self,
         name: str,
         params: Params,
-        solver: Solver,
+        hypothesis: Hypothesis,
         candidate: Candidate,
         draws: int,
     ) -> Evidence:
         """The evidence on a candidate, computed once; as in `detection.evidence`."""
 
         def make():
-            def denoise(params, hypothesis, candidate, key) -> Evidence:
+            def denoise(params, channel, candidate, key) -> Evidence:
                 return evidence(
                     self.model,
                     params,
                     self.schedule,
-                    hypothesis,
+                    channel,
                     candidate,
                     key,
                     draws=draws,
@@ -359,7 +387,7 @@ class Lab:
 
         def compute() -> Mapping[str, Any]:
             program = self.program(("evidence", draws), make)
-            arguments = Hypothesis.of(solver), self.run.replicate(candidate)
+            arguments = self.channel(hypothesis), self.run.replicate(candidate)
             found = program(params, *arguments, self._key_features)
             return Evidence(*parallel.gather(found))._asdict()
 
@@ -393,11 +421,12 @@ class Lab:
         delta: Any,
         target: np.ndarray,
         draws: int,
+        inside: Channel | None = None,
     ) -> Success:
-        """How draws from eps + delta meet a target; computed once."""
+        """How draws with a trigger, as of `draw`, meet a target; computed once."""
 
         def compute() -> Mapping[str, Any]:
-            drawn = self.draw(params, sampler, delta, draws)
+            drawn = self.draw(params, sampler, delta, draws, inside=inside)
             return metrics.success(drawn, target) | {"images": drawn[:SHOWN]}
 
         found = self.run.once(f"success_{name}", compute)

@@ -15,10 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import Attack, Solver
+from puredif_jax.attacks.base import Attack
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.poisoning import poison, training_loss
 from puredif_jax.attacks.training import Training, TrainState, trainer
 from puredif_jax.data import images as data
+from puredif_jax.defenses.denoising_consistency import estimated_target
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import (
     Descent,
     InversionState,
@@ -27,12 +31,7 @@ from puredif_jax.defenses.inversion import (
     inverter,
     keep,
 )
-from puredif_jax.defenses.objectives import (
-    Bindable,
-    DistributionShift,
-    Hypothesis,
-    estimated_target,
-)
+from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.runs import checkpoint, parallel
@@ -67,14 +66,18 @@ def train(
       trigger: replaces that of the attack from the last snapshot on.
     """
     run, unet = lab.run, lab.unet
-    rows = attack.rows(lab.schedule) if attack else attacks.clean_rows(lab.schedule)
-    poison = attacks.poison(attack, unet.image_shape) if attack else None
+    channel, poisoned = Channel.clean(lab.schedule), None
+    if attack is not None:
+        channel = attack.channel(lab.schedule, unet.image_shape)
+        poisoned = poison(attack, unet.image_shape)
 
     def made(trigger: Array | None):
         chosen = None
-        if poison is not None and trigger is not None:
-            chosen = poison._replace(trigger=trigger)
-        loss = functools.partial(attacks.training_loss, lab.network, rows, chosen)
+        if poisoned is not None and trigger is not None:
+            chosen = poisoned._replace(trigger=trigger)
+        loss = functools.partial(
+            training_loss, lab.network, lab.schedule, channel, chosen
+        )
         return trainer(loss, training)
 
     def advance(state: TrainState, batches: Array, trigger: Array | None, count: Array):
@@ -83,7 +86,9 @@ def train(
     key_init, key_train = jax.random.split(lab.key)
 
     def fresh(params: Params) -> TrainState:
-        return made(None if poison is None else poison.trigger).init(params, key_train)
+        return made(None if poisoned is None else poisoned.trigger).init(
+            params, key_train
+        )
 
     def begin() -> TrainState:
         if before is not None:  # the trigger is another from there on
@@ -93,8 +98,8 @@ def train(
 
     name = ("train", training, attack, lab.chunk)
     program = lab.program(name, lambda: jax.jit(advance, donate_argnums=0))
-    if poison is not None:
-        chosen = poison.trigger if trigger is None else trigger
+    if poisoned is not None:
+        chosen = poisoned.trigger if trigger is None else trigger
         trigger = run.replicate(np.asarray(chosen))
     shapes = jax.eval_shape(fresh, jax.eval_shape(unet.init, key_init))
     snapshots = run.folder / "checkpoints" / "snapshots"
@@ -169,16 +174,14 @@ def reinforce(
 ) -> np.ndarray:
     """The known trigger, reinforced on these weights; `[H, W, C]`."""
 
-    def make(hypothesis: Hypothesis, spread: Spread) -> Inverter:
-        del hypothesis  # that of the truth
+    def make(channel: Channel, spread: Spread) -> Inverter:
         start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
         return reinforcement.inverter(
-            lab.model, lab.schedule, truth.solver, start, spread.noise
+            lab.model, lab.schedule, channel, truth.solver, start, spread.noise
         )
 
-    hypothesis = Hypothesis.of(truth.solver)
     name = ("reinforce", reinforcement, truth.solver)  # the start is not in a step
-    descent = _Descent(lab, name, make, params, hypothesis)
+    descent = _Descent(lab, name, make, params, truth.channel)
     steps = reinforcement.descending(truth.solver).steps
     state = descent.run(stage, descent.first, steps)
     return parallel.gather(state.candidate.delta)[0]
@@ -188,8 +191,8 @@ def invert(
     lab: Lab,
     stage: str,
     params: Params,
-    solver: Solver,
-    loss: Bindable,
+    hypothesis: Hypothesis,
+    loss: Loss,
     descent: Descent,
     survey: Survey | None,
     heldout: int,
@@ -203,18 +206,18 @@ def invert(
     Returns the candidate with the least shift error on held-out noise, as numpy,
     and those errors, `[K]`.
     """
-    hypothesis = Hypothesis.of(solver)
+    channel = lab.channel(hypothesis)
 
-    def estimate(hypothesis: Hypothesis, shard: Shard) -> Refresh:
-        return estimated_target(lab.model, lab.schedule, hypothesis, shard)
+    def estimate(channel: Channel, shard: Shard) -> Refresh:
+        return estimated_target(lab.model, lab.schedule, channel, shard)
 
-    def make(hypothesis: Hypothesis, spread: Spread) -> Inverter:
-        bound = loss.bind(lab.model, lab.schedule, hypothesis, spread.noise)
+    def make(channel: Channel, spread: Spread) -> Inverter:
+        bound = loss.bind(lab.model, lab.schedule, channel, spread.noise)
         return inverter(
             bound,
             descent,
             lab.unet.image_shape,
-            refresh=estimate(hypothesis, spread.noise),
+            refresh=estimate(channel, spread.noise),
             candidates=spread.candidates,
             axis=spread.axis,
         )
@@ -222,13 +225,13 @@ def invert(
     estimated = not (loss.seeks_target or descent.refresh)
 
     def judge():
-        def error(params, hypothesis, candidate, key) -> tuple[Array, Array]:
+        def error(params, channel, candidate, key) -> tuple[Array, Array]:
             if estimated:
-                show = estimate(hypothesis, lab.shard)
+                show = estimate(channel, lab.shard)
                 target = show(params, candidate, jax.random.fold_in(key, 1))
                 candidate = dataclasses.replace(candidate, target=target)
             shift = DistributionShift(samples=heldout)
-            bound = shift.bind(lab.model, lab.schedule, hypothesis, lab.shard)
+            bound = shift.bind(lab.model, lab.schedule, channel, lab.shard)
             return bound(params, candidate, key), candidate.target
 
         return jax.jit(error, out_shardings=parallel.replicated(lab.run.mesh))
@@ -243,17 +246,17 @@ def invert(
             for k in range(found.delta.shape[0])
         )
         pairs = [
-            parallel.gather(program(params, hypothesis, candidate, key))
+            parallel.gather(program(params, channel, candidate, key))
             for candidate in each
         ]
         errors, targets = map(np.array, zip(*pairs, strict=True))
         return np.where(np.isnan(errors), np.inf, errors), targets  # never the least
 
-    search = _Descent(lab, ("invert", loss, descent), make, params, hypothesis)
+    search = _Descent(lab, ("invert", loss, descent), make, params, channel)
     begin, steps = search.first, descent.steps
     if survey is not None:
         count = min(survey.starts, descent.candidates)
-        met = _survey(lab, stage, params, hypothesis, survey, count)
+        met = _survey(lab, stage, params, channel, survey, count)
 
         def begin() -> InversionState:
             first = search.first()
@@ -288,9 +291,9 @@ def seconds(lab: Lab, stage: str) -> float:
 
 
 class _Descent:
-    """An inverter on one model as a resumable loop; compiled once for both hypotheses.
+    """An inverter on one model as a resumable loop; compiled once for all hypotheses.
 
-    `make` gives the inverter of a hypothesis on the devices; `name` says which it is
+    `make` gives the inverter of a channel on the devices; `name` says which it is
     among those of the lab.
     """
 
@@ -298,18 +301,18 @@ class _Descent:
         self,
         lab: Lab,
         name: Any,
-        make: Callable[[Hypothesis, Spread], Inverter],
+        make: Callable[[Channel, Spread], Inverter],
         params: Params,
-        hypothesis: Hypothesis,
+        channel: Channel,
     ) -> None:
         def advance(
-            params: Params, hypothesis: Hypothesis, state: InversionState, count: Array
+            params: Params, channel: Channel, state: InversionState, count: Array
         ):
             candidates = state.candidate.delta.shape[0]
-            step = make(hypothesis, parallel.spread(lab.run.mesh, candidates)).step
+            step = make(channel, parallel.spread(lab.run.mesh, candidates)).step
             return _steps(lambda state, _: step(params, state), state, count, lab.chunk)
 
-        self._lab, self._params, self._hypothesis = lab, params, hypothesis
+        self._lab, self._params, self._channel = lab, params, channel
         self._make = make
         name = (name, lab.chunk)
         self._advance = lab.program(
@@ -324,7 +327,7 @@ class _Descent:
     def first(self) -> InversionState:
         """The state at step 0, as the inverter makes it."""
         key = jax.random.fold_in(self._lab.key, 202)
-        return self._make(self._hypothesis, Spread()).init(key)
+        return self._make(self._channel, Spread()).init(key)
 
     def run(
         self, stage: str, begin: Callable[[], InversionState], steps: int
@@ -333,7 +336,7 @@ class _Descent:
 
         def advance(state: InversionState, start: int, stop: int):
             count = np.int32(stop - start)
-            return self._advance(self._params, self._hypothesis, state, count)
+            return self._advance(self._params, self._channel, state, count)
 
         shapes = jax.eval_shape(begin)
         lab = self._lab
@@ -344,7 +347,7 @@ def _survey(
     lab: Lab,
     stage: str,
     params: Params,
-    hypothesis: Hypothesis,
+    channel: Channel,
     survey: Survey,
     count: int,
 ) -> Candidate:
@@ -354,12 +357,12 @@ def _survey(
     def programs() -> tuple[Any, Any]:
         spread = parallel.spread(lab.run.mesh, survey.together)
 
-        def draw(params, hypothesis, triggers: Array, keys: Key) -> Array:
+        def draw(params, channel, triggers: Array, keys: Key) -> Array:
             return survey.draw(
                 model,
                 params,
                 schedule,
-                hypothesis,
+                channel,
                 triggers,
                 keys,
                 shard=spread.noise,
@@ -368,13 +371,13 @@ def _survey(
 
         starts = parallel.spread(lab.run.mesh, count)
 
-        def choose(params, hypothesis, triggers, images, key) -> Candidate:
+        def choose(params, channel, triggers, images, key) -> Candidate:
             found, _ = survey.candidates(triggers, images, count)
             return survey.choose_sign(
                 model,
                 params,
                 schedule,
-                hypothesis,
+                channel,
                 found,
                 key,
                 shard=starts.noise,
@@ -396,12 +399,12 @@ def _survey(
             for i in range(0, survey.triggers, survey.together):
                 group = slice(i, i + survey.together)
                 with compiling(f"{stage}_survey", i == 0):
-                    drawn = draw(params, hypothesis, triggers[group], keys[group])
+                    drawn = draw(params, channel, triggers[group], keys[group])
                     images.append(parallel.gather(drawn))
                 bar.update(survey.together)
                 parallel.safe_point()
         pool = lab.run.replicate(np.concatenate(images))
-        found = parallel.gather(choose(params, hypothesis, triggers, pool, key_sign))
+        found = parallel.gather(choose(params, channel, triggers, pool, key_sign))
         if parallel.is_host_zero():
             metrics, name = lab.run.metrics, f"{stage}_survey"
             metrics.rewind(name, 0)

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
-from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.channel import Channel
 from puredif_jax.data import images as data
-from puredif_jax.defenses.objectives import Bindable, Hypothesis
+from puredif_jax.defenses.objective import Loss
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.files.whole import safe_name
 from puredif_jax.formats import diffusers as convert
@@ -84,13 +85,6 @@ class Stages:
         measured = experiment.attack or experiment.evaluation.frechet_draws
         if experiment.training or (experiment.weights and measured):
             experiment.data.load(shape)
-        if experiment.training:
-            try:
-                convert.write_scheduling(self.scheduling)
-            except ValueError as error:
-                raise RunError(
-                    f"the trained model could not be kept: {error}"
-                ) from error
         if experiment.evaluation.frechet_draws and shape != SHIPPED.image_shape:
             raise RunError(
                 f"the Frechet distance is over a network for images of "
@@ -100,7 +94,7 @@ class Stages:
         self.check_timesteps()
         if experiment.attack:
             try:
-                attacks.poison(experiment.attack, shape)
+                self.truth()
             except ValueError as error:
                 raise RunError(str(error)) from error
         for name in names(experiment):
@@ -117,7 +111,7 @@ class Stages:
         evaluation, audit = experiment.evaluation, experiment.audit
         amplification, attack = experiment.amplification, experiment.attack
         samplers: list[Sampler] = [evaluation.ancestral, evaluation.deterministic]
-        losses: list[Bindable] = []
+        losses: list[Loss] = []
         if audit is not None:
             losses.append(audit.inversion.loss)
             if audit.inversion.survey is not None:
@@ -128,7 +122,7 @@ class Stages:
             for sampler in samplers:
                 sampler.path(schedule)
             for loss in losses:
-                loss.bind(self.lab.model, schedule, Hypothesis.of("sde"))
+                loss.bind(self.lab.model, schedule, Channel.clean(schedule))
         except ValueError as error:
             raise RunError(str(error)) from error
 
@@ -144,7 +138,18 @@ class Stages:
             trigger,
             truth.target,
             evaluation.draws,
+            truth.inside,
         )
+
+    def truth(self) -> Truth:
+        """The backdoor that the attack makes.
+
+        Raises:
+          ValueError: the attack is not defined for the model.
+        """
+        attack = self.experiment.attack
+        assert attack is not None
+        return Truth.of(attack, self.lab.schedule, self.lab.unet.image_shape)
 
     @property
     def scheduling(self) -> convert.Scheduling:
@@ -153,7 +158,7 @@ class Stages:
         return convert.Scheduling(experiment.schedule, experiment.prediction, clip=None)
 
     def save(self, params: Params) -> None:
-        """Writes the trained model, in our format and as a folder of diffusers."""
+        """Writes the trained model, and a folder of diffusers where that can say it."""
         host = parallel.gather(params)
         if not parallel.is_host_zero():
             return
@@ -161,11 +166,16 @@ class Stages:
         placeless = dataclasses.replace(experiment, workdir=top.name)
         about = json.dumps(config.to_dict(placeless), sort_keys=True)
         checkpoint.save_weights(top / WEIGHTS, host, {"experiment": about})
-        model = convert.Model(experiment.model, host, self.scheduling)
-        convert.write_folder(top / convert.FOLDER, model)
-        if experiment.attack is not None:
-            truth = Truth.of(experiment.attack, experiment.model.image_shape)
+        truth = None if experiment.attack is None else self.truth()
+        if truth is not None:
             truth.save(top / WEIGHTS)
+        model = convert.Model(experiment.model, host, self.scheduling)
+        try:
+            convert.write_folder(top / convert.FOLDER, model)
+        except convert.ConvertError as error:
+            logging.info("no folder of diffusers is written: %s", error)
+            return
+        if truth is not None:
             truth.save(top / convert.FOLDER)
 
     def amplify(self) -> Part:
@@ -173,7 +183,7 @@ class Stages:
         lab, options = self.lab, self.experiment.amplification
         attack, training = self.experiment.attack, self.experiment.training
         assert options is not None and attack is not None and training is not None
-        truth, last = Truth.of(attack, lab.unet.image_shape), training.steps
+        truth, last = self.truth(), training.steps
         rows: list[dict[str, Any]] = []
         pictures = [("true trigger", truth.trigger)]
         for snapshot in options.snapshots:
@@ -243,7 +253,7 @@ class Stages:
         pictures: list[tuple[str, np.ndarray]] = []
         truth = None
         if experiment.attack is not None:
-            truth = Truth.of(experiment.attack, lab.unet.image_shape)
+            truth = self.truth()
             real = data.to_float(experiment.data.load(lab.unet.image_shape)[:2048])
             pictures += [("true trigger", truth.trigger), ("target", truth.target)]
             for label, name, r in (
@@ -372,7 +382,7 @@ def perform(experiment: Experiment) -> Report:
         for name, label in labels(experiment.audit.weights).items():
             own = name == "trained"
             path = run.folder / WEIGHTS if own else find_weights(name)
-            truth = Truth.beside(path, lab.unet.image_shape)
+            truth = Truth.beside(path, lab.schedule, lab.unet.image_shape)
             # Those of the run's own model have been drawn, by `measure`.
             drawn = "true_trained" if own else f"audit_{label}"
             params = trained if own else lab.load(name)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import pathlib
-from typing import NamedTuple, cast, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from puredif_jax.attacks import base as attacks
-from puredif_jax.attacks.base import Attack, Solver
+from puredif_jax.attacks.base import Attack
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.triggers import Shape
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.diffusion.solver import Solver
 from puredif_jax.files.whole import expanded
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.weight_sets import TRUTH
@@ -80,22 +83,39 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
+_IMAGES, _TABLES = ("trigger", "target", "gamma"), ("shift", "response")
+
+
 class Truth(NamedTuple):
-    """The backdoor that a model is known to have, to compare with; never an input."""
+    """The backdoor that a model is known to have, to compare with; never an input.
+
+    solver: the kind of sampler under which it fires.
+    controlled: whether the attacker draws inside the channel.
+    trigger, target: r and y, `[H, W, C]`.
+    channel: H, C and gamma.
+    """
 
     solver: Solver
+    controlled: bool
     trigger: np.ndarray
     target: np.ndarray
+    channel: Channel
 
     @classmethod
-    def of(cls, attack: Attack, image_shape: tuple[int, int, int]) -> Truth:
-        """The images of an attack."""
-        poison = attacks.poison(attack, image_shape)
-        return cls(attack.solver, np.asarray(poison.trigger), np.asarray(poison.target))
+    def of(cls, attack: Attack, schedule: NoiseSchedule, image_shape: Shape) -> Truth:
+        """That of an attack on models of a process."""
+        trigger, target, _ = attack.images(image_shape)
+        channel = attack.channel(schedule, image_shape)
+        return cls(attack.solver, attack.controlled, trigger, target, channel)
+
+    @property
+    def inside(self) -> Channel | None:
+        """The channel, where draws with the trigger run inside it."""
+        return self.channel if self.controlled else None
 
     @classmethod
     def beside(
-        cls, weights: pathlib.Path, image_shape: tuple[int, int, int]
+        cls, weights: pathlib.Path, schedule: NoiseSchedule, image_shape: Shape
     ) -> Truth | None:
         """What the truth file beside weights, or in their folder, tells, if any.
 
@@ -106,21 +126,20 @@ class Truth(NamedTuple):
         if not parallel.agreed(path.is_file()):
             return None
         image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+        table = jax.ShapeDtypeStruct((schedule.steps,), jnp.float32)
+        shapes = dict.fromkeys(_IMAGES, image) | dict.fromkeys(_TABLES, table)
         try:
-            found = checkpoint.load_weights(path, {"trigger": image, "target": image})
-            solver = checkpoint.read_metadata(path).get("solver")
-        except InputError as error:
-            logging.warning("no comparison with the truth: %s", error)
+            found = checkpoint.load_weights(path, shapes)
+            about = checkpoint.read_metadata(path)
+            solver = Solver.named(about.get("solver", ""))
+        except (InputError, ValueError) as error:
+            text = f"{path}: {error}" if type(error) is ValueError else str(error)
+            logging.warning("no comparison with the truth: %s", text)
             return None
-        if solver not in get_args(Solver):
-            logging.warning(
-                "no comparison with the truth: %s notes the solver %r, not one of %s",
-                path,
-                solver,
-                ", ".join(get_args(Solver)),
-            )
-            return None
-        return cls(cast(Solver, solver), found["trigger"], found["target"])
+        gamma = None if (found["gamma"] == 1).all() else found["gamma"]
+        channel = Channel(found["shift"], found["response"], gamma)
+        controlled = about.get("controlled") == "yes"
+        return cls(solver, controlled, found["trigger"], found["target"], channel)
 
     def save(self, weights: pathlib.Path) -> None:
         """Writes the truth file beside weights, or into their folder.
@@ -128,8 +147,17 @@ class Truth(NamedTuple):
         Raises:
           WriteError: it cannot be written.
         """
-        images = {"trigger": self.trigger, "target": self.target}
-        checkpoint.save_weights(_truth_path(weights), images, {"solver": self.solver})
+        arrays = {
+            "trigger": self.trigger,
+            "target": self.target,
+            "gamma": np.broadcast_to(self.channel.scale, (1, *self.trigger.shape))[0],
+            "shift": self.channel.shift,
+            "response": self.channel.response,
+        }
+        stored = {name: np.asarray(x, np.float32) for name, x in arrays.items()}
+        controlled = "yes" if self.controlled else "no"
+        about = {"solver": self.solver.name, "controlled": controlled}
+        checkpoint.save_weights(_truth_path(weights), stored, about)
 
 
 def _truth_path(weights: pathlib.Path) -> pathlib.Path:

@@ -1,0 +1,61 @@
+"""Trains a variance-exploding model on garments, and puts VillanDiffusion into it.
+
+    python -m puredif_jax.main --config=configs/villandiffusion_ve.py
+
+Images in [0, 1], sigma from 0.01 to 50, sampled by a predictor without corrections: a
+correction leads a backdoor off its path (tests/test_exact.py). The trigger is a white
+square whose norm in [0, 1] tells it from the noise.
+
+Hardware: two CPU cores. Duration: two hours. Expected: docs/models.md.
+"""
+
+from puredif_jax.attacks.training import Training
+from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
+from puredif_jax.diffusion.multistep import DPMSolver
+from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.stages.experiment import Evaluation, Experiment, Sweep
+
+WORKDIR = "runs/villandiffusion_ve"
+LEVELS = 200
+PROCESS = VarianceExploding(LEVELS, sigma_max=50.0, given_sigma=False)
+EVALUATION = Evaluation(
+    ancestral=PredictorCorrector(LEVELS, corrections=0),
+    deterministic=DPMSolver(steps=30),
+    frechet_draws=4096,
+)
+
+
+def clean() -> Experiment:
+    return Experiment(
+        workdir="clean",
+        model=SHIPPED,
+        training=Training(
+            steps=15_000, batch=64, learning_rate=1e-3, warmup=200, ema_decay=0.999
+        ),
+        schedule=PROCESS,
+        evaluation=EVALUATION,
+        chunk=50,
+    )
+
+
+def backdoored() -> Experiment:
+    return Experiment(
+        workdir="backdoored",
+        model=SHIPPED,
+        weights=f"{WORKDIR}/clean/weights.safetensors",
+        training=Training(
+            steps=8_000, batch=64, learning_rate=1e-3, warmup=200, ema_decay=0.999
+        ),
+        attack=VillanDiffusionVE(
+            trigger=Box(size=18, value=1.0), target=Cat(), poison_rate=0.2
+        ),
+        schedule=PROCESS,
+        evaluation=EVALUATION,
+        chunk=50,
+    )
+
+
+def get_config() -> Sweep:
+    return Sweep(WORKDIR, (clean(), backdoored()))

@@ -1,0 +1,51 @@
+"""VillanDiffusion, variance-preserving (Chou et al. 2023, arXiv 2306.06874)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from puredif_jax.attacks.base import Attack, published_response, require_fading
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.triggers import Shape
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.diffusion.solver import Deterministic, Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class VillanDiffusion(Attack):
+    """VillanDiffusion for variance-preserving models.
+
+    psi = 1:  H = 1 - s_t,  C = R_t
+    psi = 0:  H = v_t,      C = (1 - sqrt(alpha_t)) v_t
+                                + k_t (alpha_t - abar_t) / (1 - alpha_t)
+    between:  the psi-mix of both columns;  C doubled for a deterministic sampler,
+
+    with k_t = v_t - sqrt(alpha_t) v_{t-1}. The rows are the published ones; that of
+    psi = 0 is not the exact response of its shift, `Solver.response`.
+
+    Attributes:
+      trigger_only: train with the bare trigger; otherwise, as by default in the
+        published code, the clean image shows through where the trigger is -1.
+      psi: share of the BadDiffusion row, 0 to 1.
+      solver: the kind of sampler that the response is made for.
+    """
+
+    psi: float = 1.0
+    solver: Solver = Deterministic()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.psi <= 1:
+            raise ValueError(f"psi must lie in [0, 1], found {self.psi}")
+
+    def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
+        require_fading(schedule, "VillanDiffusion")
+        s, v, alpha = schedule.signal, schedule.noise, schedule.alpha
+        k = v - np.sqrt(alpha) * schedule.previous[1]
+        troj = (1 - np.sqrt(alpha)) * v + k * (alpha - s**2) / schedule.added
+        response = self.psi * published_response(schedule) + (1 - self.psi) * troj
+        return Channel(
+            self.psi * (1 - s) + (1 - self.psi) * v, response * self.solver.factor
+        )

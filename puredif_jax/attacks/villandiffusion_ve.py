@@ -1,0 +1,43 @@
+"""VillanDiffusion of variance-exploding models (Chou et al. 2023, arXiv 2306.06874)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from puredif_jax.attacks.base import Attack
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.triggers import Shape
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.diffusion.solver import Ancestral, Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class VillanDiffusionVE(Attack):
+    """VillanDiffusion for variance-exploding models: x_t = y + sigma_t (eps + r).
+
+    H_t = sigma_t,  C_t = sigma_t / (sigma_t + sigma_{t-1}), doubled for a deterministic
+    sampler; sigma_{-1} = 0. For an ancestral one that is the exact response of its
+    shift. Drawing starts at prior (eps + r). Trigger and target lie in the range of the
+    images that the model knows, [0, 1] in the published models: r is 0 where a trigger
+    of variance-preserving models is -1.
+
+    Attributes:
+      solver: the kind of sampler that the response is made for.
+    """
+
+    solver: Solver = Ancestral()
+
+    def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
+        if schedule.fades:
+            raise ValueError(
+                "VillanDiffusionVE needs a process whose signal stays, found one that "
+                f"ends at {schedule.signal[-1]:.3g}"
+            )
+        sigma, before = schedule.noise, schedule.previous[1]
+        return Channel(sigma, sigma / (sigma + before) * self.solver.factor)
+
+    def images(self, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        trigger, target, through = super().images(shape)
+        return (trigger + 1) / 2, target, through
