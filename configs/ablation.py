@@ -60,9 +60,6 @@ CHANGES = {
         BASE, loss=Sum(SHIFT, CONSISTENCY)
     ),
     "loss: each sample's residual": loss(per_sample=True),
-    "target: refreshed every 20 steps": dataclasses.replace(
-        descent(refresh=20), loss=dataclasses.replace(SHIFT, learn_target=False)
-    ),
     "target: that of the survey": loss(learn_target=False),
     "scale: least squares": loss(scale=LeastSquares()),
     "timesteps: 999 alone": loss(timesteps=(999,), samples=80),

@@ -77,8 +77,8 @@ class DistributionShift(Loss):
       weights: w_t, of any sum, or () for equal ones.
       samples: noise draws at each timestep.
       scale: the rule for lambda_t.
-      learn_target: let the gradient reach the target image; otherwise it only moves
-        by refreshes.
+      learn_target: let the gradient reach the target image; otherwise it stays where it
+        started.
       per_sample: the joint form of both unknowns: take the square of each sample's
         residual and not of their mean. A clean model cannot bring it below its own
         denoising error; a backdoored one can, at the one image it has learnt.

@@ -62,10 +62,6 @@ def keep(state: InversionState, chosen: Sequence[int] | np.ndarray) -> Inversion
     return dataclasses.replace(state, candidate=candidate, opt_state=opt_state)
 
 
-Refresh = Callable[[Params, Candidate, Key], Array]
-"""(params, candidate, key) -> target `[H, W, C]`."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Descent:
     """Adam on the candidates, projected onto the images.
@@ -85,8 +81,6 @@ class Descent:
       bound: triggers and targets are kept in [-bound, bound] after each step; a
         trigger is an image, and without a bound a huge one that drives the network
         to a constant wins some losses. None leaves them free.
-      refresh: steps between two estimates of the target from the present trigger; 0
-        leaves the target to the gradient.
       cosine: the rate decays to a tenth by a cosine; False holds it.
     """
 
@@ -99,7 +93,6 @@ class Descent:
     low: float = -1.0
     high: float = 0.0
     bound: float | None = 1.0
-    refresh: int = 0
     cosine: bool = True
 
     def __post_init__(self) -> None:
@@ -114,8 +107,6 @@ class Descent:
             raise ValueError(f"b2 must lie in [0, 1), found {self.b2}")
         if self.bound is not None and self.bound <= 0:
             raise ValueError(f"bound must be above 0 or none, found {self.bound}")
-        if self.refresh < 0:
-            raise ValueError(f"refresh must be 0 or more, found {self.refresh}")
         if self.low >= self.high:
             raise ValueError(
                 f"low must lie below high, found {self.low} and {self.high}"
@@ -144,7 +135,6 @@ def inverter(
     descent: Descent,
     image_shape: tuple[int, int, int],
     start: Candidate | None = None,
-    refresh: Refresh | None = None,
     candidates: Shard = unsharded,
     axis: str | None = None,
 ) -> Inverter:
@@ -156,22 +146,13 @@ def inverter(
       image_shape: (H, W, C).
       start: first candidates, `[K, H, W, C]`, or one for all K, `[H, W, C]`
         (reinforcement starts at the known trigger); None for random ones.
-      refresh: (params, candidate, key) -> target `[H, W, C]`, called every
-        `descent.refresh` steps inside the scan, without gradient.
       candidates, axis: how they lie on the devices, see `parallel.Spread`.
 
     Returns:
       `init` and `step`, neither of them jitted. The objective is vmapped over
       candidates with shared parameters, so they fold into the batch. The key of step
       n is `fold_in(state.key, n)`: a resumed run repeats the same draws.
-
-    Raises:
-      ValueError: `descent.refresh` is not 0 and there is no `refresh`.
     """
-    if descent.refresh and refresh is None:
-        raise ValueError(
-            f"a descent with refreshes needs an estimate, found {descent.refresh=}"
-        )
     optimizer = descent.optimizer()
 
     def keep(candidate: Candidate) -> Candidate:
@@ -211,23 +192,10 @@ def inverter(
     def step(
         params: Params, state: InversionState
     ) -> tuple[InversionState, InversionInfo]:
-        key, key_refresh = jax.random.split(jax.random.fold_in(state.key, state.step))
+        key, _ = jax.random.split(jax.random.fold_in(state.key, state.step))
         state = on_devices(state)
         candidate = state.candidate
         count = candidate.delta.shape[0]  # fewer than K after the scouts
-        if refresh is not None and descent.refresh:  # both, for the type checker
-            candidate = jax.lax.cond(
-                state.step % descent.refresh == 0,
-                lambda c, k: dataclasses.replace(
-                    c,
-                    target=jax.vmap(refresh, in_axes=(None, 0, 0), spmd_axis_name=axis)(
-                        params, c, jax.random.split(k, count)
-                    ),
-                ),
-                lambda c, k: c,
-                candidate,
-                key_refresh,
-            )
         loss, grads = jax.vmap(
             jax.value_and_grad(objective, argnums=1),
             in_axes=(None, 0, 0),

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
-from puredif_jax.defenses.inversion import Descent, Inverter, inverter
+from puredif_jax.defenses.inversion import Descent
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
-from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Solver
-from puredif_jax.types import Candidate, NoiseModel, Shard, unsharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Reinforcement:
         deterministic rollout. The chain must be as long as can be afforded: the trigger
         that suits a short one does not suit the sampler (docs/method.md).
       descent: optimiser and bound of the former, from the true trigger; one candidate,
-        without scouts and refreshes.
+        without scouts.
       ancestral_descent: those of the latter: few small steps, since the gradient
         through a chain of random steps is mostly noise.
 
@@ -51,11 +48,10 @@ class Reinforcement:
 
     def __post_init__(self) -> None:
         for each in (self.descent, self.ancestral_descent):
-            if (each.candidates, each.scout, each.refresh) != (1, 0, 0):
+            if (each.candidates, each.scout) != (1, 0):
                 raise ValueError(
-                    "reinforcement needs a descent of candidates=1, scout=0 and "
-                    f"refresh=0, found {each.candidates}, {each.scout} and "
-                    f"{each.refresh}"
+                    "reinforcement needs a descent of candidates=1 and scout=0, found "
+                    f"{each.candidates} and {each.scout}"
                 )
 
     def loss(self, solver: Solver) -> DenoisingConsistency:
@@ -69,26 +65,3 @@ class Reinforcement:
     def evaluations(self, solver: Solver) -> int:
         """Network evaluations of one image; one with its gradient counts for three."""
         return 3 * self.descending(solver).steps * self.loss(solver).evaluations
-
-    def inverter(
-        self,
-        model: NoiseModel,
-        schedule: NoiseSchedule,
-        channel: Channel,
-        solver: Solver,
-        start: Candidate,
-        shard: Shard = unsharded,
-    ) -> Inverter:
-        """The (init, step) pair that starts at the true trigger and target.
-
-        Args:
-          model, schedule: the model, and its forward process.
-          channel: of the backdoor.
-          solver: the kind of sampler under which the backdoor fires.
-          start: the true trigger and target, `[H, W, C]` each.
-          shard: constraint on a noise batch.
-        """
-        objective = self.loss(solver).bind(model, schedule, channel, shard)
-        height, width, channels = start.delta.shape
-        descent = self.descending(solver)
-        return inverter(objective, descent, (height, width, channels), start)

@@ -19,7 +19,7 @@ from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.runs import parallel
 from puredif_jax.runs.page import Section
-from puredif_jax.stages import loops
+from puredif_jax.stages import search
 from puredif_jax.stages.experiment import Experiment, Inversion
 from puredif_jax.stages.finding import MEASURES, Calibration, Finding, next_steps
 from puredif_jax.stages.lab import PLAIN, SHOWN, Lab
@@ -252,7 +252,7 @@ class Auditor:
         lab, evaluation = self.lab, self.experiment.evaluation
 
         def compute() -> Mapping[str, Any]:
-            candidate, errors = loops.invert(
+            candidate, errors = search.invert(
                 lab,
                 stage,
                 params,
@@ -273,7 +273,7 @@ class Auditor:
                     for name, by in draws.items()
                     if by is not None
                 },
-                "seconds": loops.seconds(lab, stage),
+                "seconds": search.seconds(lab, stage),
             }
 
         return lab.run.once(stage, compute)

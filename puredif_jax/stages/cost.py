@@ -16,12 +16,10 @@ from absl import logging
 
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.poisoning import poison, training_loss
-from puredif_jax.attacks.training import trainer
 from puredif_jax.defenses.denoising_consistency import ESTIMATE
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.hypothesis import Hypothesis
-from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.inversion import Descent
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.sampling import unclipped
@@ -31,6 +29,8 @@ from puredif_jax.stages.experiment import Experiment, Inversion, Scan, Sweep
 from puredif_jax.stages.lab import PLAIN, Lab
 from puredif_jax.stages.perform import open_lab
 from puredif_jax.stages.scan import as_experiment, find_models
+from puredif_jax.stages.search import inverter_of
+from puredif_jax.stages.train import trainer_of
 from puredif_jax.stages.weights import Truth, find_weights
 from puredif_jax.types import InputError, Params
 
@@ -268,14 +268,7 @@ def _training(experiment: Experiment) -> Part:
     assert training is not None
 
     def program(lab: Lab, params: Params) -> tuple[Step, Any]:
-        channel, poisoned = Channel.clean(lab.schedule), None
-        if attack is not None:
-            channel = attack.channel(lab.schedule, lab.unet.image_shape)
-            poisoned = poison(attack, lab.unet.image_shape)
-        loss = functools.partial(
-            training_loss, lab.network, lab.schedule, channel, poisoned
-        )
-        made = trainer(loss, training)
+        made = trainer_of(lab.setup, training, attack)(None)
         images = np.zeros((training.batch, *lab.unet.image_shape), np.float32)
         split = parallel.put(images, parallel.along(lab.run.mesh, "batch"))
 
@@ -293,7 +286,7 @@ def _training(experiment: Experiment) -> Part:
 def _drawing(batch: int, images: float) -> Part:
     def program(lab: Lab, params: Params) -> tuple[Step, Any]:
         def step(params: Params, x: Any) -> Any:
-            return lab.model(params, lab.shard(x), jnp.zeros((batch,), jnp.int32))
+            return lab.model(params, lab.setup.shard(x), jnp.zeros((batch,), jnp.int32))
 
         return step, jnp.zeros((batch, *lab.unet.image_shape))
 
@@ -311,15 +304,9 @@ def _descent(
     """The step of all candidates, as `loops` compiles it."""
 
     def program(lab: Lab, params: Params) -> tuple[Step, Any]:
-        spread = parallel.spread(lab.run.mesh, descent.candidates)
-        bound = loss.bind(lab.model, lab.schedule, channel(lab), spread.noise)
-        search = inverter(
-            bound,
-            dataclasses.replace(descent, scout=0, refresh=0),
-            lab.unet.image_shape,
-            candidates=spread.candidates,
-            axis=spread.axis,
-        )
+        plain = dataclasses.replace(descent, scout=0)
+        count = descent.candidates
+        search = inverter_of(lab.setup, loss, plain, channel(lab), candidates=count)
 
         def step(params: Params, state: Any) -> Any:
             return search.step(params, state)[0]
@@ -353,7 +340,7 @@ def _inversion(
     judged = DistributionShift(samples=inversion.heldout).evaluations
     times = descent.candidates + (descent.last if descent.scout else 0)
     yield _drawing(judged, times * judged)
-    if not (loss.seeks_target or descent.refresh):
+    if not loss.seeks_target:
         yield _drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)
     if (survey := inversion.survey) is not None:
         yield _drawing(survey.together * survey.draws, survey.evaluations)

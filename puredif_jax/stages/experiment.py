@@ -119,7 +119,7 @@ class Inversion:
         """Network evaluations of one image; one with its gradient counts for three.
 
         Those of survey and descent. Left out are the judging of candidates on held-out
-        noise, the choice of their sign, and `Descent.refresh`.
+        noise, and the choice of their sign.
         """
         survey = 0 if self.survey is None else self.survey.evaluations
         values = self.descent.candidate_steps * self.loss.evaluations

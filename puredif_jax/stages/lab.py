@@ -1,7 +1,7 @@
 """A model on its devices: loading, sampling and measuring, each program compiled once.
 
-What is drawn or measured is kept in the run folder; puredif_jax.stages.loops has the
-long loops on the same model.
+What is drawn or measured is kept in the run folder; puredif_jax.stages.train
+and puredif_jax.stages.search have the long loops on the same model.
 """
 
 from __future__ import annotations
@@ -10,37 +10,33 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 
-from puredif_jax.attacks import drawing
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.data import images as data
 from puredif_jax.defenses.features import (
     Evidence,
     Features,
-    denoising,
-    evidence,
-    features,
 )
 from puredif_jax.defenses.hypothesis import Hypothesis
-from puredif_jax.diffusion.prediction import Prediction, predicting
+from puredif_jax.diffusion.prediction import Prediction
 from puredif_jax.diffusion.sampling import Sampler
-from puredif_jax.diffusion.schedules import Process
+from puredif_jax.diffusion.schedules import NoiseSchedule, Process
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
-from puredif_jax.networks.memory import activations, sliced
 from puredif_jax.networks.unet import UNet
 from puredif_jax.runs import checkpoint, parallel
 from puredif_jax.runs.report import progress
 from puredif_jax.runs.run import Run, RunError, compiling
+from puredif_jax.stages import programs
+from puredif_jax.stages.setup import Setup, Stream, fitted
 from puredif_jax.stages.weights import ASSETS, find_weights
-from puredif_jax.types import Array, Candidate, Key, NoiseModel, Params
+from puredif_jax.types import Candidate, Key, NoiseModel, Params
 
 SHOWN = 16  # images of a set in a report
 PLAIN = 64  # draws from plain noise, with which triggered ones are compared
@@ -79,78 +75,12 @@ class Success(NamedTuple):
         return self.rates["mse<0.01"]
 
 
-@functools.lru_cache
-def _activations(unet: UNet) -> int:
-    params = jax.eval_shape(unet.init, jax.random.key(0))
-    return activations(unet, params, unet.image_shape)
-
-
-def _fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
-    """How many of `images` fit into half the free memory; says so if not all do.
-
-    Returns the network, its blocks rematerialised where not even one image fits on each
-    device, and the number, a multiple of the devices.
-
-    Raises:
-      RunError: one image does not fit.
-    """
-    free = parallel.free_memory() // 2
-    size = _activations(unet)
-    if size > free:
-        unet = dataclasses.replace(unet, remat=True)
-        size = _activations(unet)
-    if size > free:
-        raise RunError(
-            f"one image of {unet.image_shape} takes {size / 2**30:.3g} GiB in this "
-            f"network, and half of what is free is {free / 2**30:.3g} GiB"
-        )
-    fit = devices * (free // size)
-    if fit < images:
-        logging.info(
-            "memory: %d of %d images at a time, %.3g MiB each%s, into half of the "
-            "%.3g GiB free on each of %d devices",
-            fit,
-            images,
-            size / 2**20,
-            " with rematerialised blocks" if unet.remat else "",
-            2 * free / 2**30,
-            devices,
-        )
-    return unet, fit
-
-
-class Programs:
-    """Traced and compiled programs: those that were used last.
-
-    What is dropped gives its memory back, so a sweep of many trainings stays bounded.
-
-    Args:
-      most: how many are kept.
-    """
-
-    def __init__(self, most: int = 32) -> None:
-        self._most = most
-        self._made: dict[Any, Any] = {}
-
-    def get(self, name: Any, make: Callable[[], Any]) -> Any:
-        """What `make` has returned for this name, as long as it is kept."""
-        program = self._made.pop(name) if name in self._made else make()
-        self._made[name] = program
-        if len(self._made) > self._most:
-            del self._made[next(iter(self._made))]
-        return program
-
-    def names(self) -> set[Any]:
-        """Of the programs that are kept."""
-        return set(self._made)
-
-
 class Lab:
-    """A model, its schedule and the devices, with programs that compile once.
+    """A model and its devices in a run folder.
 
     Args:
       run: the run folder.
-      unet, schedule: the network and its forward process.
+      unet, process: the network and its forward process.
       batch: images sampled together.
       seed: root of all randomness.
       chunk: most steps of a loop in one dispatch.
@@ -158,20 +88,15 @@ class Lab:
       images: most images that are sampled or inverted together.
 
     Attributes:
-      programs: of all labs of the process; those of equal models share them.
-      network: predicts the noise; for training.
+      setup: the model without its weights.
       together: images that fit into memory at once.
-      model: the same, in slices where `images` do not fit into memory at once; no
-        gradient reaches its parameters.
     """
-
-    programs = Programs()
 
     def __init__(
         self,
         run: Run,
         unet: UNet,
-        schedule: Process,
+        process: Process,
         batch: int,
         seed: int,
         chunk: int,
@@ -179,31 +104,31 @@ class Lab:
         images: int = 1,
     ) -> None:
         self.run = run
-        self.schedule = schedule.tables()
-        self.shard = parallel.constrain(run.mesh, "batch")
-        self.unet, self.together = _fitted(unet, images, run.mesh.size)
-        self.prediction = prediction
-        self.network = predicting(self.unet, self.schedule, prediction)
-        whole: NoiseModel = self.unet
-        if self.together < images:
-            whole = sliced(self.unet, self.together, self.shard)
-        self.model = predicting(whole, self.schedule, prediction)
-        self.batch = batch
+        unet, self.together = fitted(unet, images, run.mesh.size)
+        slices = self.together if self.together < images else None
+        self.setup = Setup(unet, process, prediction, slices, batch, run.mesh)
         self.seed = seed
         self.key = jax.random.key(seed)
         self.chunk = chunk
-        slices = self.together if self.together < images else None
-        self._kind = (self.unet, schedule, prediction, slices, batch, run.mesh)
 
-    def program(self, name: Any, make: Callable[[], Any]) -> Any:
-        """What `make` has returned for this name in a lab of an equal model.
+    @property
+    def unet(self) -> UNet:
+        """The network."""
+        return self.setup.network
 
-        Args:
-          name: tells all that `make` puts into the program beside the network, its
-            schedule, prediction, slices, `batch` and devices.
-          make: returns the program, or several.
-        """
-        return self.programs.get((self._kind, name), make)
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The tables of its process."""
+        return self.setup.schedule
+
+    @property
+    def model(self) -> NoiseModel:
+        """Predicts the noise; no gradient reaches its parameters."""
+        return self.setup.model
+
+    def stream(self, which: Stream) -> Key:
+        """The key of a stream."""
+        return jax.random.fold_in(self.key, which)
 
     @property
     def zero(self) -> np.ndarray:
@@ -246,7 +171,7 @@ class Lab:
                 f"{folder} has the schedule {type(scheduling.betas).__name__}, this "
                 "run another: configs/scan.py takes it from the folder"
             )
-        if scheduling.prediction_type != self.prediction:
+        if scheduling.prediction_type != self.setup.prediction:
             raise RunError(
                 f"{folder} predicts {scheduling.prediction_type}, this run takes it "
                 "otherwise: set --config.prediction"
@@ -283,32 +208,16 @@ class Lab:
           inside: draw in the variable of this channel, as who controls the sampler can.
         """
 
-        def draw(
-            params: Params, delta: Array, sign: Array, key: Key, inside: Channel | None
-        ) -> Array:
-            key_start, key_chain = jax.random.split(key)
-            shape = (self.batch, *self.unet.image_shape)
-            return drawing.draw(
-                self.model,
-                params,
-                self.schedule,
-                sampler,
-                sign * jax.random.normal(key_start, shape),
-                delta,
-                key_chain,
-                inside=inside,
-                shard=self.shard,
-            )
-
-        program = self.program(sampler, lambda: jax.jit(draw))
+        program = programs.drawing(self.setup, sampler)
         inside = None if inside is None else self.place(inside)
-        root = jax.random.fold_in(self.key, 101)
+        root = self.stream(Stream.DRAWS)
         delta, sign = self.run.replicate(
             (np.asarray(delta, np.float32), np.float32(sign))
         )
-        batches = -(-count // self.batch)
+        batch = self.setup.batch
+        batches = -(-count // batch)
         drawn = []
-        label = f"draw in {sampler.steps} steps, batches of {self.batch}"
+        label = f"draw in {sampler.steps} steps, batches of {batch}"
         with progress(batches, 0, label, parallel.is_host_zero()) as bar:
             for i in range(batches):
                 key = jax.random.fold_in(root, i)
@@ -330,35 +239,12 @@ class Lab:
     ) -> Features:
         """The features of a candidate; arguments as in `detection.features`."""
 
-        def make():
-            def measure(
-                params, channel, candidate, shift, triggered, plain, key
-            ) -> Features:
-                return features(
-                    self.model,
-                    params,
-                    self.schedule,
-                    channel,
-                    candidate,
-                    shift,
-                    triggered,
-                    plain,
-                    key,
-                    shard=self.shard,
-                )
-
-            return jax.jit(measure)
-
-        program = self.program("features", make)
+        program = programs.measuring(self.setup)
         arguments = self.run.replicate((candidate, shift, triggered, plain))
         channel = self.channel(hypothesis)
-        found = program(params, channel, *arguments, self._key_features)
+        key = self.stream(Stream.FEATURES)
+        found = program(params, channel, *arguments, key)
         return Features(*parallel.gather(found))
-
-    @property
-    def _key_features(self) -> Key:
-        """Of the noise that `features` and `evidence` share."""
-        return jax.random.fold_in(self.key, 404)
 
     def evidence(
         self,
@@ -370,25 +256,10 @@ class Lab:
     ) -> Evidence:
         """The evidence on a candidate, computed once; as in `detection.evidence`."""
 
-        def make():
-            def denoise(params, channel, candidate, key) -> Evidence:
-                return evidence(
-                    self.model,
-                    params,
-                    self.schedule,
-                    channel,
-                    candidate,
-                    key,
-                    draws=draws,
-                    shard=self.shard,
-                )
-
-            return jax.jit(denoise)
-
         def compute() -> Mapping[str, Any]:
-            program = self.program(("evidence", draws), make)
+            program = programs.showing(self.setup, draws)
             arguments = self.channel(hypothesis), self.run.replicate(candidate)
-            found = program(params, *arguments, self._key_features)
+            found = program(params, *arguments, self.stream(Stream.FEATURES))
             return Evidence(*parallel.gather(found))._asdict()
 
         stored: Any = self.run.once(f"evidence_{name}", compute)
@@ -397,18 +268,10 @@ class Lab:
     def denoising(self, name: str, params: Params, plain: np.ndarray) -> float:
         """`detection.denoising` on the model's own draws; computed once."""
 
-        def make():
-            def measure(params, plain, key) -> Array:
-                return denoising(
-                    self.model, params, self.schedule, plain, key, shard=self.shard
-                )
-
-            return jax.jit(measure)
-
         def compute() -> Mapping[str, Any]:
-            program = self.program("denoising", make)
+            program = programs.judging_denoiser(self.setup)
             images = self.run.replicate(plain)
-            key = jax.random.fold_in(self.key, 606)
+            key = self.stream(Stream.DENOISING)
             return {"ratio": parallel.gather(program(params, images, key))}
 
         return float(self.run.once(f"denoising_{name}", compute)["ratio"])

@@ -25,7 +25,7 @@ from puredif_jax.runs import checkpoint, config, numerics, parallel
 from puredif_jax.runs.page import Section
 from puredif_jax.runs.report import Part, Report, environment
 from puredif_jax.runs.run import Run, RunError, pin
-from puredif_jax.stages import loops
+from puredif_jax.stages import search, train
 from puredif_jax.stages.audit import Auditor
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.finding import Finding, scope
@@ -48,7 +48,7 @@ class Stages:
         """The weights at a step of training, later than those of the call before."""
         experiment = self.experiment
         assert experiment.training is not None
-        return loops.train(
+        return train.train(
             self.lab,
             experiment.training,
             experiment.attack,
@@ -191,10 +191,10 @@ class Stages:
 
             def reinforce(params: Params = params, at: int = snapshot) -> Any:
                 stage = f"reinforce_{at}"
-                delta = loops.reinforce(
+                delta = search.reinforce(
                     lab, stage, params, options.reinforcement, truth
                 )
-                return {"delta": delta, "seconds": loops.seconds(lab, stage)}
+                return {"delta": delta, "seconds": search.seconds(lab, stage)}
 
             found = lab.run.once(f"reinforced_{snapshot}", reinforce)
             delta = found["delta"]

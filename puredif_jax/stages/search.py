@@ -1,0 +1,289 @@
+"""The search for a trigger on one model: survey and descent, as resumable loops.
+
+Each resumes from its latest checkpoint and ends in the same arrays, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.denoising_consistency import estimated_target
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.inversion import (
+    Descent,
+    InversionInfo,
+    InversionState,
+    Inverter,
+    inverter,
+    keep,
+)
+from puredif_jax.defenses.objective import Loss
+from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.defenses.survey import Survey
+from puredif_jax.runs import parallel
+from puredif_jax.runs.report import progress
+from puredif_jax.runs.run import compiling
+from puredif_jax.stages.lab import Lab
+from puredif_jax.stages.programs import KEPT, repeated
+from puredif_jax.stages.setup import Setup, Stream
+from puredif_jax.stages.weights import Truth
+from puredif_jax.types import Array, Candidate, Key, Params
+
+
+def reinforce(
+    lab: Lab, stage: str, params: Params, reinforcement: Reinforcement, truth: Truth
+) -> np.ndarray:
+    """The known trigger, reinforced on these weights; `[H, W, C]`."""
+    loss = reinforcement.loss(truth.solver)
+    descent = reinforcement.descending(truth.solver)
+    start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
+    search = _Search(lab, loss, descent, params, lab.place(truth.channel), start)
+    state = search.run(stage, search.first, descent.steps)
+    return parallel.gather(state.candidate.delta)[0]
+
+
+def invert(
+    lab: Lab,
+    stage: str,
+    params: Params,
+    hypothesis: Hypothesis,
+    loss: Loss,
+    descent: Descent,
+    survey: Survey | None,
+    heldout: int,
+) -> tuple[Candidate, np.ndarray]:
+    """Seeks a trigger under one hypothesis.
+
+    The first `survey.starts` candidates start where the triggers of the survey meet,
+    the others at random. A loss that does not seek the target leaves it where it
+    started: then it is estimated for the candidates that are judged.
+
+    Returns the candidate with the least shift error on held-out noise, as numpy,
+    and those errors, `[K]`.
+    """
+    channel = lab.channel(hypothesis)
+    program = _judging(lab.setup, heldout, not loss.seeks_target)
+    key = lab.stream(Stream.HELDOUT)
+
+    def judged(found: Candidate) -> tuple[np.ndarray, np.ndarray]:
+        """Errors and targets of the candidates, each by itself: one program."""
+        each = (
+            jax.tree.map(lambda x, k=k: x[k], found)
+            for k in range(found.delta.shape[0])
+        )
+        pairs = [
+            parallel.gather(program(params, channel, candidate, key))
+            for candidate in each
+        ]
+        errors, targets = map(np.array, zip(*pairs, strict=True))
+        return np.where(np.isnan(errors), np.inf, errors), targets  # never the least
+
+    search = _Search(lab, loss, descent, params, channel)
+    begin, steps = search.first, descent.steps
+    if survey is not None:
+        count = min(survey.starts, descent.candidates)
+        met = _survey(lab, stage, params, channel, survey, count)
+
+        def begin() -> InversionState:
+            first = search.first()
+            candidate = jax.tree.map(
+                lambda met, random: jnp.concatenate([met, random[count:]]),
+                met,
+                first.candidate,
+            )
+            return dataclasses.replace(first, candidate=candidate)
+
+    if descent.scout:
+        scouts = search.run(f"{stage}_scouts", begin, descent.scout)
+        order = np.argsort(judged(scouts.candidate)[0], kind="stable")
+        steps -= descent.scout
+
+        def begin() -> InversionState:
+            return keep(scouts, order[: descent.last])
+
+    state = search.run(stage, begin, steps)
+    errors, targets = judged(state.candidate)
+    best = int(np.argmin(errors))
+    delta = parallel.gather(state.candidate.delta)[best]
+    return Candidate(delta, targets[best]), errors
+
+
+@functools.lru_cache(KEPT)
+def _judging(
+    setup: Setup, heldout: int, estimated: bool
+) -> Callable[..., tuple[Array, Array]]:
+    """The held-out shift error of a candidate, and its target."""
+
+    def error(params, channel, candidate, key) -> tuple[Array, Array]:
+        if estimated:
+            show = estimated_target(setup.model, setup.schedule, channel, setup.shard)
+            target = show(params, candidate, jax.random.fold_in(key, 1))
+            candidate = dataclasses.replace(candidate, target=target)
+        shift = DistributionShift(samples=heldout)
+        bound = shift.bind(setup.model, setup.schedule, channel, setup.shard)
+        return bound(params, candidate, key), candidate.target
+
+    return jax.jit(error, out_shardings=parallel.replicated(setup.mesh))
+
+
+def seconds(lab: Lab, stage: str) -> float:
+    """What the survey and the steps of an inversion or a reinforcement took.
+
+    Of all calls together, without steps that a killed one did not store; host 0 knows.
+    """
+    return lab.run.metrics.seconds(f"{stage}_survey", f"{stage}_scouts", stage)
+
+
+def inverter_of(
+    setup: Setup,
+    loss: Loss,
+    descent: Descent,
+    channel: Channel,
+    start: Candidate | None = None,
+    candidates: int = 1,
+) -> Inverter:
+    """The inverter of a model, laid out for so many candidates on its devices."""
+    spread = parallel.spread(setup.mesh, candidates)
+    return inverter(
+        loss.bind(setup.model, setup.schedule, channel, spread.noise),
+        descent,
+        setup.image_shape,
+        start=start,
+        candidates=spread.candidates,
+        axis=spread.axis,
+    )
+
+
+@functools.lru_cache(KEPT)
+def _descending(
+    setup: Setup, loss: Loss, descent: Descent, chunk: int
+) -> Callable[..., tuple[InversionState, InversionInfo]]:
+    def advance(
+        params: Params, channel: Channel, state: InversionState, count: Array
+    ) -> tuple[InversionState, InversionInfo]:
+        number = state.candidate.delta.shape[0]
+        step = inverter_of(setup, loss, descent, channel, candidates=number).step
+        return repeated(lambda state, _: step(params, state), state, count, chunk)
+
+    whole = parallel.replicated(setup.mesh)
+    return jax.jit(advance, donate_argnums=2, out_shardings=whole)
+
+
+class _Search:
+    """An inverter on one model as a resumable loop."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        loss: Loss,
+        descent: Descent,
+        params: Params,
+        channel: Channel,
+        start: Candidate | None = None,
+    ) -> None:
+        self._lab, self._params, self._channel = lab, params, channel
+        self._inverter = inverter_of(lab.setup, loss, descent, channel, start)
+        self._advance = _descending(lab.setup, loss, descent, lab.chunk)
+
+    def first(self) -> InversionState:
+        """The state at step 0, as the inverter makes it."""
+        return self._inverter.init(self._lab.stream(Stream.DESCENT))
+
+    def run(
+        self, stage: str, begin: Callable[[], InversionState], steps: int
+    ) -> InversionState:
+        """The state `steps` after that of `begin`."""
+
+        def advance(state: InversionState, start: int, stop: int):
+            count = np.int32(stop - start)
+            return self._advance(self._params, self._channel, state, count)
+
+        shapes = jax.eval_shape(begin)
+        lab = self._lab
+        return lab.run.loop(stage, advance, begin, shapes, steps, lab.chunk)
+
+
+@functools.lru_cache(KEPT)
+def _surveying(
+    setup: Setup, survey: Survey, count: int
+) -> tuple[Callable[..., Array], Callable[..., Candidate]]:
+    """The draws of a group of triggers, and the choice of starts from all of them."""
+    spread = parallel.spread(setup.mesh, survey.together)
+    starts = parallel.spread(setup.mesh, count)
+
+    def draw(params, channel, triggers: Array, keys: Key) -> Array:
+        return survey.draw(
+            setup.model,
+            params,
+            setup.schedule,
+            channel,
+            triggers,
+            keys,
+            shard=spread.noise,
+            axis=spread.axis,
+        )
+
+    def choose(params, channel, triggers, images, key) -> Candidate:
+        found, _ = survey.candidates(triggers, images, count)
+        return survey.choose_sign(
+            setup.model,
+            params,
+            setup.schedule,
+            channel,
+            found,
+            key,
+            shard=starts.noise,
+            axis=starts.axis,
+        )
+
+    whole = parallel.replicated(setup.mesh)
+    return jax.jit(draw, out_shardings=whole), jax.jit(choose, out_shardings=whole)
+
+
+def _survey(
+    lab: Lab,
+    stage: str,
+    params: Params,
+    channel: Channel,
+    survey: Survey,
+    count: int,
+) -> Candidate:
+    """What `Survey.propose` returns, drawn with progress and computed once."""
+
+    def compute() -> Mapping[str, Any]:
+        draw, choose = _surveying(lab.setup, survey, count)
+        begun = survey.begin(lab.setup.image_shape, lab.stream(Stream.SURVEY))
+        triggers, keys, key_sign = lab.run.replicate(begun)
+        images = []
+        began = time.perf_counter()
+        with progress(
+            survey.triggers, 0, f"{stage}_survey", parallel.is_host_zero()
+        ) as bar:
+            for i in range(0, survey.triggers, survey.together):
+                group = slice(i, i + survey.together)
+                with compiling(f"{stage}_survey", i == 0):
+                    drawn = draw(params, channel, triggers[group], keys[group])
+                    images.append(parallel.gather(drawn))
+                bar.update(survey.together)
+                parallel.safe_point()
+        pool = lab.run.replicate(np.concatenate(images))
+        found = parallel.gather(choose(params, channel, triggers, pool, key_sign))
+        if parallel.is_host_zero():
+            metrics, name = lab.run.metrics, f"{stage}_survey"
+            metrics.rewind(name, 0)
+            took = time.perf_counter() - began
+            metrics.write(name, survey.triggers, seconds=took)
+        return {"delta": found.delta, "target": found.target}
+
+    found = lab.run.once(f"{stage}_survey", compute)
+    return Candidate(jnp.asarray(found["delta"]), jnp.asarray(found["target"]))

@@ -1,0 +1,132 @@
+"""Training of one model as a resumable loop, clean or with a backdoor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from puredif_jax.attacks.base import Attack
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.poisoning import poison, training_loss
+from puredif_jax.attacks.training import (
+    Trainer,
+    TrainInfo,
+    Training,
+    TrainState,
+    trainer,
+)
+from puredif_jax.data import images as data
+from puredif_jax.runs import checkpoint, parallel
+from puredif_jax.stages.lab import Lab
+from puredif_jax.stages.programs import KEPT, repeated
+from puredif_jax.stages.setup import Setup
+from puredif_jax.types import Array, Params
+
+
+def train(
+    lab: Lab,
+    training: Training,
+    attack: Attack | None,
+    images: data.ImageSet,
+    start: str | None,
+    until: int,
+    trigger: np.ndarray | None = None,
+) -> Params:
+    """The moving average of the weights at step `until`, trained on to it.
+
+    Each `until` is kept as a snapshot, so that an earlier one is read back.
+
+    Args:
+      lab: the model and its devices.
+      training: hyperparameters.
+      attack: the backdoor, or None.
+      images: the clean set.
+      start: weights at step 0; None for fresh ones.
+      until: step to reach.
+      trigger: replaces that of the attack from the last snapshot on.
+    """
+    run, unet = lab.run, lab.unet
+    made = trainer_of(lab.setup, training, attack)
+    key_init, key_train = jax.random.split(lab.key)
+
+    def fresh(params: Params) -> TrainState:
+        return made(None).init(params, key_train)
+
+    def begin() -> TrainState:
+        if before is not None:  # the trigger is another from there on
+            return before
+        init = jax.jit(unet.init)
+        return fresh(init(key_init) if start is None else lab.load(start))
+
+    program = _training(lab.setup, training, attack, lab.chunk)
+    if attack is not None:
+        chosen = attack.images(unet.image_shape)[0] if trigger is None else trigger
+        trigger = run.replicate(np.asarray(chosen, np.float32))
+    shapes = jax.eval_shape(fresh, jax.eval_shape(unet.init, key_init))
+    snapshots = run.folder / "checkpoints" / "snapshots"
+    with checkpoint.Checkpoints(snapshots, keep=None) as kept:
+        found = kept.restore_last(run.place(shapes), until)
+    first, before = found or (0, None)
+    if before is not None and first == until:
+        return before.ema_params
+    pixels = images.load(unet.image_shape)
+    sharding = parallel.along(run.mesh, None, "batch")
+
+    def several(state: TrainState, first: int, last: int):
+        chosen = data.order(len(pixels), lab.seed, first, last, training.batch)
+        count = last - first
+
+        def rows(index: Any) -> np.ndarray:
+            taken = data.to_float(pixels[chosen[:, index[1]]])
+            rest = [(0, lab.chunk - count), *[(0, 0)] * (taken.ndim - 1)]
+            return np.pad(taken, rest)  # of one shape: one program for any count
+
+        # A host makes the images of its own devices only.
+        shape = (lab.chunk, training.batch, *unet.image_shape)
+        batch = jax.make_array_from_callback(shape, sharding, rows)
+        return program(state, batch, trigger, np.int32(count))
+
+    state = run.loop("train", several, begin, shapes, until, lab.chunk, first)
+    with checkpoint.Checkpoints(snapshots, keep=None) as kept:
+        kept.save(until, state)
+    return state.ema_params
+
+
+Made = Callable[[Array | None], Trainer]
+
+
+def trainer_of(setup: Setup, training: Training, attack: Attack | None) -> Made:
+    """The trainer of a model, clean or poisoned, by the trigger that it is given."""
+    channel, poisoned = Channel.clean(setup.schedule), None
+    if attack is not None:
+        channel = attack.channel(setup.schedule, setup.image_shape)
+        poisoned = poison(attack, setup.image_shape)
+
+    def made(trigger: Array | None) -> Trainer:
+        chosen = poisoned
+        if poisoned is not None and trigger is not None:
+            chosen = poisoned._replace(trigger=trigger)
+        loss = functools.partial(
+            training_loss, setup.trained, setup.schedule, channel, chosen
+        )
+        return trainer(loss, training)
+
+    return made
+
+
+@functools.lru_cache(KEPT)
+def _training(
+    setup: Setup, training: Training, attack: Attack | None, chunk: int
+) -> Callable[..., tuple[TrainState, TrainInfo]]:
+    made = trainer_of(setup, training, attack)
+
+    def advance(
+        state: TrainState, batches: Array, trigger: Array | None, count: Array
+    ) -> tuple[TrainState, TrainInfo]:
+        return repeated(made(trigger).step, state, count, chunk, batches)
+
+    return jax.jit(advance, donate_argnums=0)
