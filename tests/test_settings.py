@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import pathlib
+import pkgutil
 from collections.abc import Callable
 
 import pytest
 from tiny_config import get_config
 
+from puredif_jax.runs import settings
 from puredif_jax.runs.config import override
 from puredif_jax.runs.settings import describe, documented
 from puredif_jax.stages.experiment import Scan
 
-MODULES = (
-    "amplification attacks data detection diffusion experiment inversion objectives "
-    "pictures schedules survey training triggers unet"
-).split()
-# Values of programs; no configuration holds them.
-INNER = {"NoiseSchedule", "InversionState", "TrainState", "Hypothesis"}
+PACKAGE = pathlib.Path(settings.__file__).parents[1]
+# Layers of which a configuration may hold an instance.
+LAYERS = ("attacks", "data", "defenses", "diffusion", "networks", "stages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +67,23 @@ def test_the_meaning_of_a_field_is_in_the_docstring() -> None:
 
 
 def classes() -> list[type]:
-    modules = [importlib.import_module(f"puredif_jax.{name}") for name in MODULES]
+    """Dataclasses of these layers but for private ones and for trees of arrays."""
+    names = [
+        f"puredif_jax.{layer}.{module.name}"
+        for layer in LAYERS
+        for module in pkgutil.iter_modules([str(PACKAGE / layer)])
+    ]
     found = [
         kind
-        for module in modules
+        for module in map(importlib.import_module, names)
         for kind in vars(module).values()
         if inspect.isclass(kind)
         and kind.__module__ == module.__name__
         and dataclasses.is_dataclass(kind)
-        and kind.__name__ not in INNER
+        and "_flax_dataclass" not in vars(kind)
         and not kind.__name__.startswith("_")
     ]
-    assert len(found) > 30
+    assert len(found) > 40
     return found
 
 
