@@ -24,18 +24,8 @@ import numpy as np
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.base import Attack, BadDiffusion, VillanDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import (
-    Box,
-    Cat,
-    Corner,
-    Hat,
-    NoShift,
-    Shift,
-    Shoe,
-    StopSign,
-    Target,
-    Trigger,
-)
+from puredif_jax.attacks.targets import Cat, Corner, Hat, NoShift, Shift, Shoe, Target
+from puredif_jax.attacks.triggers import Box, StopSign, Trigger
 from puredif_jax.data import images as data
 from puredif_jax.diffusion.sampling import DDIM, DDPM, Sampler, sample
 from puredif_jax.diffusion.schedules import LinearBetas

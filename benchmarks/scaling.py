@@ -28,8 +28,9 @@ import jax.numpy as jnp
 
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training, trainer
-from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.defenses.objectives import DistributionShift, Hypothesis
 from puredif_jax.diffusion.sampling import DDIM, sample

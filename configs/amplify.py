@@ -8,8 +8,9 @@ Hardware: two CPU cores. Duration: 8 minutes on one of them. Expected: docs/mode
 """
 
 from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.targets import Shoe
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Shoe, StopSign
+from puredif_jax.attacks.triggers import StopSign
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Amplification, Evaluation, Experiment
 

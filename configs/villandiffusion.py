@@ -8,8 +8,9 @@ ship as "villandiffusion" are the folder runs/villandiffusion/diffusers of this 
 """
 
 from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Evaluation, Experiment
 

@@ -23,14 +23,8 @@ from puredif_jax.attacks.base import (
     published_response,
     training_loss,
 )
-from puredif_jax.attacks.triggers import (
-    Blend,
-    Box,
-    Corner,
-    NoShift,
-    Patch,
-    RandomPattern,
-)
+from puredif_jax.attacks.targets import Corner, NoShift
+from puredif_jax.attacks.triggers import Blend, Box, Patch, RandomPattern
 from puredif_jax.diffusion.sampling import DDIM, DDPM, Estimates
 from puredif_jax.diffusion.schedules import LinearBetas
 

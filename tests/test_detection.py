@@ -11,7 +11,8 @@ import pytest
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.defenses.detection import (
     Detector,
     Features,

@@ -10,7 +10,8 @@ import pytest
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import Box, Hat
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.data import images as data
 from puredif_jax.diffusion.sampling import DDIM, DDPM, sample
 from puredif_jax.diffusion.schedules import LinearBetas

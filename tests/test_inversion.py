@@ -8,7 +8,8 @@ import pytest
 from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
 
 from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
-from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.defenses.inversion import Descent, inverter, keep
 from puredif_jax.defenses.objectives import DistributionShift, Elijah, Hypothesis
 from puredif_jax.defenses.reinforcement import Reinforcement

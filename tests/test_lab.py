@@ -12,7 +12,8 @@ from tiny_config import TINY, draw_params
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.base import Attack, BadDiffusion, VillanDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import Hat, StopSign
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import StopSign
 from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.inversion import Descent, inverter

@@ -14,7 +14,8 @@ from tiny_config import draw_params
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.base import BadDiffusion, VillanDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.defenses.objectives import (
     Analytic,

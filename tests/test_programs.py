@@ -15,7 +15,8 @@ from tiny_config import DEEP, TINY, draw_params, shapes
 
 from puredif_jax.attacks.base import VillanDiffusion
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.targets import Cat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.inversion import Descent
 from puredif_jax.defenses.objectives import (

@@ -12,7 +12,8 @@ import pytest
 from tiny_config import TINY, draw_params
 
 from puredif_jax.attacks.base import VillanDiffusion
-from puredif_jax.attacks.triggers import Box, Hat
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.diffusion.sampling import DDIM
 from puredif_jax.diffusion.schedules import ScaledLinearBetas
 from puredif_jax.runs import checkpoint

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from puredif_jax.attacks.base import VillanDiffusion
+from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Hat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.defenses.detection import Detector
 from puredif_jax.defenses.inversion import Descent
 from puredif_jax.defenses.objectives import DenoisingConsistency, DistributionShift

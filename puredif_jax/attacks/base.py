@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puredif_jax.attacks.triggers import Target, Trigger, mask
+from puredif_jax.attacks.targets import Target
+from puredif_jax.attacks.triggers import Trigger, mask
 from puredif_jax.diffusion.sampling import lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key, NoiseModel, Params
