@@ -18,6 +18,7 @@ import numpy as np
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.base import Attack, Solver
 from puredif_jax.attacks.training import Training, TrainState, trainer
+from puredif_jax.data import batches
 from puredif_jax.data import images as data
 from puredif_jax.defenses.inversion import (
     Descent,
@@ -107,7 +108,7 @@ def train(
     sharding = parallel.along(run.mesh, None, "batch")
 
     def several(state: TrainState, first: int, last: int):
-        chosen = data.order(len(pixels), lab.seed, first, last, training.batch)
+        chosen = batches.order(len(pixels), lab.seed, first, last, training.batch)
         count = last - first
 
         def rows(index: Any) -> np.ndarray:
