@@ -20,7 +20,7 @@ from tiny_config import draw_params
 from puredif_jax.diffusion.sampling import DDPM, sample
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 from puredif_jax.formats import diffusers as convert
-from puredif_jax.formats import hub, weight_sets
+from puredif_jax.formats import hub, opening, weight_sets
 from puredif_jax.formats.diffusers import ConvertError, Model, Scheduling
 from puredif_jax.networks.unet import UNet
 from puredif_jax.stages.weights import ZOO
@@ -495,7 +495,7 @@ def json_list(folder):
 
 
 def large_json(folder):
-    (folder / "unet" / "config.json").write_text(" " * (weight_sets.LARGEST_JSON + 1))
+    (folder / "unet" / "config.json").write_text(" " * (opening.LARGEST_JSON + 1))
 
 
 HOSTILE = {
