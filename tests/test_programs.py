@@ -14,8 +14,8 @@ import scaling
 from tiny_config import DEEP, TINY, draw_params, shapes
 
 from puredif_jax.attacks.base import VillanDiffusion
-from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.targets import Cat
+from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.inversion import Descent
@@ -27,7 +27,7 @@ from puredif_jax.defenses.objectives import (
 )
 from puredif_jax.diffusion.sampling import DDIM, trajectory
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.runs import checkpoint, parallel
+from puredif_jax.runs import parallel, weight_file
 from puredif_jax.stages import loops
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.lab import Lab
@@ -118,7 +118,7 @@ def test_a_lab_shares_its_draws(lab) -> None:
 def test_a_lab_shares_the_images_of_a_training_batch(lab, tmp_path) -> None:
     start = str(tmp_path / "start.safetensors")
     params = draw_params(TINY)
-    checkpoint.save_weights(start, params, {})
+    weight_file.save_weights(start, params, {})
     training = Training(steps=2, batch=16, warmup=0)
     attack = VillanDiffusion(Box(), Cat())
     images = FashionMNIST(count=64)

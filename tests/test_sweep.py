@@ -16,7 +16,7 @@ from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.diffusion.sampling import DDIM
 from puredif_jax.diffusion.schedules import ScaledLinearBetas
-from puredif_jax.runs import checkpoint
+from puredif_jax.runs import weight_file
 from puredif_jax.stages.experiment import Evaluation, Experiment, Sweep
 from puredif_jax.stages.lab import Lab, Programs
 from puredif_jax.stages.sweep import in_turn, perform_sweep
@@ -34,7 +34,7 @@ time.sleep(600)
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    checkpoint.save_weights(path, draw_params(TINY), {})
+    weight_file.save_weights(path, draw_params(TINY), {})
     return str(path)
 
 

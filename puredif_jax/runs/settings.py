@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from puredif_jax.runs import config
+from puredif_jax.runs import config, fields
 
 _ENTRY = re.compile(r"(\w+(?:, \w+)*): +(.*)")
 _WIDTH = 88
@@ -51,20 +51,20 @@ def describe(wanted: Any) -> list[str]:
 
 
 def _below(node: Any, where: str) -> Iterator[str]:
-    kinds, meanings = config.types_of(node), documented(type(node))
+    kinds, meanings = fields.types_of(node), documented(type(node))
     for field in dataclasses.fields(node):
         if not field.init:
             continue
         name, value = f"{where}.{field.name}", getattr(node, field.name)
         kind, meaning = kinds.get(field.name), meanings.get(field.name, "")
-        if config.is_node(value):
+        if fields.is_node(value):
             yield f"{name}: {type(value).__name__}"
             yield from _told(meaning)
             yield from _below(value, name)
             continue
-        about = [config.expected(kind)] if kind is not None else []
+        about = [fields.expected(kind)] if kind is not None else []
         about += _default(field, value)
-        if kind is not None and config.is_settable(kind):
+        if kind is not None and fields.is_settable(kind):
             yield f"--{name}={_written(value)}"
         else:
             yield name if _is_large(value) else f"{name}: {_written(value)}"
@@ -99,7 +99,7 @@ def _default(field: dataclasses.Field[Any], value: Any) -> list[str]:
 def _is_large(value: Any) -> bool:
     """Whether dataclasses are in it, which no line would hold."""
     items = value if isinstance(value, tuple) else (value,)
-    return any(map(config.is_node, items))
+    return any(map(fields.is_node, items))
 
 
 def _written(value: Any) -> str:

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from puredif_jax.attacks.base import Solver
 from puredif_jax.defenses.detection import KINDS, Outcome, Verdict
+from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Judgement, Section
-from puredif_jax.runs.run import RunError
 
 Calibration = Literal["this network", "another network", "given scores"]
 """Whose clean models the detector knows: its own of the network at hand, its own of

@@ -17,8 +17,8 @@ from puredif_jax.attacks.base import Attack, Solver
 from puredif_jax.files.whole import expanded
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.weight_sets import TRUTH
-from puredif_jax.runs import checkpoint, parallel
-from puredif_jax.runs.run import RunError
+from puredif_jax.runs import parallel, weight_file
+from puredif_jax.runs.binding import RunError
 from puredif_jax.types import InputError
 
 ASSETS = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
@@ -107,8 +107,8 @@ class Truth(NamedTuple):
             return None
         image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
         try:
-            found = checkpoint.load_weights(path, {"trigger": image, "target": image})
-            solver = checkpoint.read_metadata(path).get("solver")
+            found = weight_file.load_weights(path, {"trigger": image, "target": image})
+            solver = weight_file.read_metadata(path).get("solver")
         except InputError as error:
             logging.warning("no comparison with the truth: %s", error)
             return None
@@ -129,7 +129,7 @@ class Truth(NamedTuple):
           WriteError: it cannot be written.
         """
         images = {"trigger": self.trigger, "target": self.target}
-        checkpoint.save_weights(_truth_path(weights), images, {"solver": self.solver})
+        weight_file.save_weights(_truth_path(weights), images, {"solver": self.solver})
 
 
 def _truth_path(weights: pathlib.Path) -> pathlib.Path:
