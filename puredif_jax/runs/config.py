@@ -23,11 +23,13 @@ from absl import flags
 
 from puredif_jax.runs.fields import (
     NONE,
-    UNIONS,
+    Unmade,
+    classes_of,
     expected,
     fits,
     is_node,
     is_settable,
+    members_of,
     names_of,
     read,
     types_of,
@@ -128,6 +130,8 @@ def override(config: Any, path: str, text: str) -> Any:
     bool: true false yes no 1 0; int: 50 1_000 1e3; float: 0.1 inf; str: as it is;
     Literal: one of its values; tuple: 1,2 or (1,2) or (); dict: a:1,b:2 or {'a':1} or
     {}; none where None is allowed. A union tries scalars, then containers, then str.
+    A dataclass or an abstract base, also as an item of a tuple: the name of a class of
+    that kind, which is made of its defaults (`puredif_jax.runs.fields.classes_of`).
 
     Args:
       config: a frozen dataclass.
@@ -136,7 +140,8 @@ def override(config: Any, path: str, text: str) -> Any:
 
     Raises:
       ConfigError: unknown name, text that is not of the field's type, a field that
-        text cannot set, or a value that a dataclass's `__post_init__` rejects.
+        text cannot set, or a value that a dataclass's `__post_init__` rejects. Where
+        classes are valid, the sentence names those that can be made of their defaults.
     """
     return _override(config, path.split("."), text, "config", f"config.{path}")
 
@@ -144,8 +149,9 @@ def override(config: Any, path: str, text: str) -> Any:
 def check(config: Any, where: str = "config") -> None:
     """Compares every field, and those below, with its declared type.
 
-    A whole number serves as a float. Protocols, functions and types that do not
-    resolve are not judged.
+    A whole number serves as a float, and an instance of any class that inherits from a
+    declared one as that. Protocols, functions and types that do not resolve are not
+    judged.
 
     Raises:
       ConfigError: a value is of another type; names it and what is valid.
@@ -190,7 +196,11 @@ def _override(node: Any, names: list[str], text: str, where: str, full: str) -> 
     elif is_node(value):
         value = _override(value, names[1:], text, where, full)
     else:
-        remedy = "set it in a config file" if value is None else f"set {where} itself"
+        remedy = f"set {where} itself"
+        if value is None:
+            classes = ", ".join(classes_of(types_of(node).get(name)))
+            first = f", or --{where}=CLASS first, with CLASS one of {classes}"
+            remedy = f"set it in a config file{first if classes else ''}"
         raise ConfigError(
             f"{where} is {_held(value)} and has no field {names[1]!r}: {remedy}"
         )
@@ -212,14 +222,16 @@ def _read_field(node: Any, name: str, text: str, where: str) -> Any:
             f"{cannot}, set it in a config file: the types of {type(node).__name__} "
             f"do not resolve, {_line(error)}"
         ) from error
-    members = typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,)
-    if NONE in members and text.strip().lower() == "none":
+    if NONE in members_of(kind) and text.strip().lower() == "none":
         return None
+    below = ""
     if is_node(value):
-        raise ConfigError(
-            f"{cannot}, it is {_held(value)}: set one of its fields, such as "
-            f"{where}.NAME with NAME one of {', '.join(names_of(value))}"
+        below = (
+            f"set one of its fields, such as {where}.NAME with NAME one of "
+            f"{', '.join(names_of(value))}"
         )
+        if not classes_of(kind):
+            raise ConfigError(f"{cannot}, it is {_held(value)}: {below}")
     if not is_settable(kind):
         raise ConfigError(
             f"{cannot}, it is {_held(value)}: set it in a config file, to "
@@ -227,8 +239,12 @@ def _read_field(node: Any, name: str, text: str, where: str) -> Any:
         )
     try:
         return read(text, kind)
+    except Unmade as error:
+        raise ConfigError(f"{cannot}: {error}") from error
     except ValueError:
-        raise ConfigError(f"{cannot}: expected {expected(kind)}") from None
+        if below:
+            cannot, below = f"{cannot}, it is {_held(value)}", f", or {below}"
+        raise ConfigError(f"{cannot}: expected {expected(kind)}{below}") from None
 
 
 def _plain(value: Any, where: str) -> Any:

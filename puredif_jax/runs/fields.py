@@ -1,11 +1,20 @@
-"""Fields of a configuration: their declared types, and text as a value of a type."""
+"""Fields of a configuration: their declared types, and text as a value of a type.
+
+Where a type is a dataclass or an abstract base, text names a class of that kind: it
+becomes an instance of its defaults. Classes are found as they are defined, a user's own
+among them, without a list of them.
+"""
 
 from __future__ import annotations
 
+import abc
+import collections
 import dataclasses
+import inspect
 import re
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 NONE = type(None)
@@ -21,12 +30,17 @@ _FORMS = {
 }
 
 
+class Unmade(Exception):
+    """A class that cannot be made of its defaults; says why."""
+
+
 def is_node(value: Any) -> bool:
     """Whether it is a dataclass, whose fields belong to the configuration."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def names_of(node: Any) -> list[str]:
+    """The fields of a dataclass that can be given to it."""
     return [field.name for field in dataclasses.fields(node) if field.init]
 
 
@@ -38,18 +52,48 @@ def types_of(node: Any) -> dict[str, Any]:
         return {}
 
 
+def members_of(kind: Any) -> tuple[Any, ...]:
+    """The types of which a declared type is the union; itself, if it is none."""
+    return typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,)
+
+
+def classes_of(kind: Any) -> dict[str, type]:
+    """The classes that text can name for a value of a declared type, by these names.
+
+    They are the dataclasses among the members of the type and among all that inherit
+    from one and are defined by now. Left out are abstract ones, private ones and those
+    that need an argument. Two of one name go by that of their module, too. Of a class
+    that was defined again the last counts.
+    """
+    found: dict[tuple[str, str], type] = {}
+    for member in filter(_is_kind, members_of(kind)):
+        for each in filter(_has_defaults, _descent(member)):
+            found[each.__module__, each.__qualname__] = each
+    count = collections.Counter(each.__name__ for each in found.values())
+    return {
+        x.__name__ if count[x.__name__] == 1 else f"{x.__module__}.{x.__name__}": x
+        for x in found.values()
+    }
+
+
 def is_settable(kind: Any) -> bool:
     """Whether `override` can set a field of this type, in text."""
-    members = typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,)
-    return any(_is_readable(member) for member in members if member is not NONE)
+    return any(_is_readable(x) for x in members_of(kind) if x is not NONE)
 
 
 def read(text: str, kind: Any) -> Any:
-    """`text` as a value of the type `kind`; ValueError if it is not one."""
+    """`text` as a value of the type `kind`.
+
+    Raises:
+      ValueError: it is not one.
+      Unmade: it names a class that does not take its own defaults.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is str:
         return text
     text = text.strip()
+    if text in (classes := classes_of(kind)):
+        return _made(classes[text])
     if kind is bool and text.lower() in _BOOLS:
         return _BOOLS[text.lower()]
     if kind is int:
@@ -73,11 +117,23 @@ def read(text: str, kind: Any) -> Any:
         return {read(key, args[0]): read(value, args[1]) for key, value in pairs}
     if origin in UNIONS:
         for member in sorted(args, key=_rank):
+            if _is_kind(member):
+                continue  # its classes are those of the union
             try:
                 return read(text, member)
             except ValueError:
                 continue
     raise ValueError
+
+
+def _made(kind: type) -> Any:
+    try:
+        return kind()
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise Unmade(
+            f"{kind.__name__}() raises {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _split(text: str, separator: str, brackets: str = "") -> list[str]:
@@ -130,21 +186,72 @@ def _rank(kind: Any) -> int:
     return 2 if kind is str else typing.get_origin(kind) in _CONTAINERS
 
 
+def _is_kind(kind: Any) -> bool:
+    """Whether a declared type is a dataclass, or an abstract base and no protocol."""
+    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+        return False
+    return dataclasses.is_dataclass(kind) or isinstance(kind, abc.ABCMeta)
+
+
+def _descent(kind: type) -> Iterator[type]:
+    """A class and all that inherit from it."""
+    yield kind
+    heirs: list[type] = kind.__subclasses__()
+    for heir in heirs:
+        yield from _descent(heir)
+
+
+def _has_defaults(kind: type) -> bool:
+    """Whether it is a public dataclass that can be made without arguments."""
+    if inspect.isabstract(kind) or not dataclasses.is_dataclass(kind):
+        return False
+    if kind.__name__.startswith("_"):
+        return False
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = inspect.signature(kind).parameters.values()
+    return all(x.kind in free or x.default is not x.empty for x in needed)
+
+
 def _is_readable(kind: Any, inside: bool = False) -> bool:
-    """Whether text can give a `kind`: a scalar, or a flat tuple or dict of scalars."""
+    """Whether text can give a `kind`: a plain value, or a flat tuple or dict of some.
+
+    A plain value is a scalar, or an instance of a class that text can name.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in UNIONS:
         return all(_is_readable(arg, inside) for arg in args)
     if origin in _CONTAINERS:
         return not inside and all(a is ... or _is_readable(a, True) for a in args)
-    return origin is typing.Literal or kind in (bool, int, float, str, NONE)
+    if origin is typing.Literal or kind in (bool, int, float, str, NONE):
+        return True
+    return bool(classes_of(kind))
 
 
 def expected(kind: Any) -> str:
-    """The type in words, with the ways to write it."""
+    """The type in words, with the ways to write it.
+
+    The classes that text can name follow, unless the type names the same ones.
+    """
     plain = isinstance(kind, type) and typing.get_origin(kind) is None
     name = kind.__name__ if plain else str(kind)
     name = re.sub(r"\b(typing|collections\.abc)\.", "", name)
+    parts = _with_items(kind)
+    declared = [x for part in parts for x in members_of(part) if _is_kind(x)]
+    for each in declared:
+        name = name.replace(f"{each.__module__}.{each.__qualname__}", each.__name__)
     forms = [form for word, form in _FORMS.items() if re.search(rf"\b{word}\b", name)]
-    written = f" (written {'; '.join(forms)})" if forms else ""
+    about = [f"written {'; '.join(forms)}"] if forms else []
+    classes = dict.fromkeys(each for part in parts for each in classes_of(part))
+    if classes and {*classes} != {each.__name__ for each in declared}:
+        about.append(f"classes: {', '.join(classes)}")
+    written = f" ({'; '.join(about)})" if about else ""
     return name.replace("Literal[", "one of [") + written
+
+
+def _with_items(kind: Any) -> list[Any]:
+    """A declared type, and those of the items of its containers."""
+    found = [kind]
+    for member in members_of(kind):
+        if typing.get_origin(member) in _CONTAINERS:
+            found += typing.get_args(member)
+    return found

@@ -44,8 +44,9 @@ def documented(kind: type) -> dict[str, str]:
 def describe(wanted: Any) -> list[str]:
     """Every field of a configuration, in lines.
 
-    A field that text can set stands as `--config.NAME=VALUE` with its value; below it
-    are type, default and meaning.
+    A field that text can set to its value stands as `--config.NAME=VALUE`; below it are
+    type, default and meaning. With them are the classes, made of their defaults, that
+    text can set it to.
     """
     return list(_below(wanted, "config"))
 
@@ -59,16 +60,21 @@ def _below(node: Any, where: str) -> Iterator[str]:
         kind, meaning = kinds.get(field.name), meanings.get(field.name, "")
         if fields.is_node(value):
             yield f"{name}: {type(value).__name__}"
+            classes = [*fields.classes_of(kind)]
+            if classes not in ([], [type(value).__name__]):
+                named = f"--{name}=CLASS with CLASS one of {', '.join(classes)}"
+                meaning = f"{named}: {meaning}"
             yield from _told(meaning)
             yield from _below(value, name)
             continue
         about = [fields.expected(kind)] if kind is not None else []
         about += _default(field, value)
-        if kind is not None and fields.is_settable(kind):
-            yield f"--{name}={_written(value)}"
+        settable = kind is not None and fields.is_settable(kind)
+        if settable and (text := _text(value, kind)) is not None:
+            yield f"--{name}={text}"
         else:
             yield name if _is_large(value) else f"{name}: {_written(value)}"
-            about.append("set in the config file")
+            about += [] if settable else ["set in the config file"]
         yield from _told(f"{', '.join(about)}: {meaning}")
 
 
@@ -100,6 +106,20 @@ def _is_large(value: Any) -> bool:
     """Whether dataclasses are in it, which no line would hold."""
     items = value if isinstance(value, tuple) else (value,)
     return any(map(fields.is_node, items))
+
+
+def _text(value: Any, kind: Any) -> str | None:
+    """A value as `config.override` reads it for a settable type; None if it cannot.
+
+    Of dataclasses text has the class, so their fields must have its defaults.
+    """
+    if not _is_large(value):
+        return _written(value)
+    text = ",".join(type(item).__name__ for item in value)
+    try:
+        return text if fields.read(text, kind) == value else None
+    except (ValueError, fields.Unmade):
+        return None
 
 
 def _written(value: Any) -> str:
