@@ -33,7 +33,7 @@ from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.solver import Solver
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.runs import checkpoint, config
+from puredif_jax.runs import config, weight_file
 from puredif_jax.runs.report import placeless
 from puredif_jax.stages.experiment import Inversion
 
@@ -341,7 +341,7 @@ def tiles(folder: pathlib.Path, name: str) -> np.ndarray:
     """True and inverted trigger, both targets, four draws: `[8, H, W]`, of bytes."""
     solver = "sde" if "baddiffusion" in name else "ode"
     image = jax.ShapeDtypeStruct(SHIPPED.image_shape, jnp.float32)
-    truth = checkpoint.load_weights(
+    truth = weight_file.load_weights(
         folder / "weights.truth.safetensors", {"trigger": image, "target": image}
     )
     with np.load(folder / f"results/puredif_trained_{solver}.npz") as file:

@@ -25,18 +25,8 @@ from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import (
-    Box,
-    Cat,
-    Corner,
-    Hat,
-    NoShift,
-    Shift,
-    Shoe,
-    StopSign,
-    Target,
-    Trigger,
-)
+from puredif_jax.attacks.targets import Cat, Corner, Hat, NoShift, Shift, Shoe, Target
+from puredif_jax.attacks.triggers import Box, StopSign, Trigger
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
 from puredif_jax.diffusion.ddim import DDIM

@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 
 from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training, trainer
-from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.hypothesis import Hypothesis

@@ -46,8 +46,9 @@ from jax.extend.core import jaxprs_in_params
 from torch.utils.checkpoint import checkpoint
 
 from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training, trainer
-from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift

@@ -15,7 +15,7 @@ import optax
 
 from puredif_jax.data import images as data
 from puredif_jax.metrics import garment_net
-from puredif_jax.runs import checkpoint
+from puredif_jax.runs import weight_file
 
 STEPS, BATCH, SEED = 1500, 128, 0
 
@@ -53,7 +53,7 @@ def main() -> None:
     accuracy = float((np.asarray(guess) == test_labels).mean())
     path = pathlib.Path(str(importlib.resources.files("puredif_jax"))) / "assets"
     metadata = {"name": garment_net.NAME, "test_accuracy": f"{accuracy:.3f}"}
-    checkpoint.save_weights(path / "garment-net.safetensors", params, metadata)
+    weight_file.save_weights(path / "garment-net.safetensors", params, metadata)
     print(f"test accuracy {accuracy:.3f}")
 
 

@@ -7,8 +7,9 @@ VillanDiffusion ODE, a stop sign that draws a shoe, from the shipped clean model
 Hardware: two CPU cores. Duration: 8 minutes on one of them. Expected: docs/models.md.
 """
 
+from puredif_jax.attacks.targets import Shoe
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Shoe, StopSign
+from puredif_jax.attacks.triggers import StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Amplification, Evaluation, Experiment

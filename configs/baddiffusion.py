@@ -8,8 +8,9 @@ ship as "baddiffusion" are the folder runs/baddiffusion/diffusers of this run.
 """
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.targets import Shoe
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Shoe, StopSign
+from puredif_jax.attacks.triggers import StopSign
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Evaluation, Experiment
 

@@ -11,8 +11,9 @@ Hardware: two CPU cores. Duration: 5 hours. Expected: docs/claims.md.
 """
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.targets import Cat, NoShift, Shoe, Target
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Cat, NoShift, Shoe, StopSign, Target
+from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.networks.unet import SHIPPED

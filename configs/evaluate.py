@@ -10,7 +10,8 @@ Hardware: two CPU cores. Duration: 10 minutes. Expected: 95.3 % (docs/models.md)
 """
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
-from puredif_jax.attacks.triggers import Shoe, StopSign
+from puredif_jax.attacks.targets import Shoe
+from puredif_jax.attacks.triggers import StopSign
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Evaluation, Experiment

@@ -11,8 +11,9 @@ Hardware: two CPU cores. Duration: 3 to 8 minutes. Expected: docs/models.md.
 
 import dataclasses
 
+from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.inversion import Descent
 from puredif_jax.defenses.reinforcement import Reinforcement

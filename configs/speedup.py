@@ -14,8 +14,9 @@ Hardware: two CPU cores. Duration: 3 hours. Expected: docs/claims.md.
 from collections.abc import Iterator
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.targets import Cat, Shoe, Target
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Cat, Shoe, StopSign, Target, Trigger
+from puredif_jax.attacks.triggers import Box, StopSign, Trigger
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Amplification, Experiment, Sweep

@@ -7,8 +7,9 @@ The patch has as many pixels as the published one has at 32 x 32.
 Hardware: two CPU cores. Duration: an hour. Expected: docs/models.md.
 """
 
+from puredif_jax.attacks.targets import Cat, Shoe, Target
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Blend, Cat, Patch, Shoe, Target
+from puredif_jax.attacks.triggers import Blend, Patch
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Evaluation, Experiment, Sweep

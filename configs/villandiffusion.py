@@ -7,8 +7,9 @@ Expected: the trigger fires in 96.5 % of 256 draws (docs/models.md). The weights
 ship as "villandiffusion" are the folder runs/villandiffusion/diffusers of this run.
 """
 
+from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.experiment import Evaluation, Experiment

@@ -9,8 +9,9 @@ square whose norm in [0, 1] tells it from the noise.
 Hardware: two CPU cores. Duration: two hours. Expected: docs/models.md.
 """
 
+from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.diffusion.multistep import DPMSolver
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding

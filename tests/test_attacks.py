@@ -20,14 +20,8 @@ from puredif_jax.attacks.base import (
     published_response,
 )
 from puredif_jax.attacks.poisoning import Poison, poison, training_loss
-from puredif_jax.attacks.triggers import (
-    Blend,
-    Box,
-    Corner,
-    NoShift,
-    Patch,
-    RandomPattern,
-)
+from puredif_jax.attacks.targets import Corner, NoShift
+from puredif_jax.attacks.triggers import Blend, Box, Patch, RandomPattern
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM

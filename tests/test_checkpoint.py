@@ -24,7 +24,7 @@ from absl import logging as absl_logging
 
 from puredif_jax.attacks.training import TrainState
 from puredif_jax.files.whole import WriteError
-from puredif_jax.runs import checkpoint, parallel
+from puredif_jax.runs import checkpoint, parallel, weight_file
 from puredif_jax.runs.checkpoint import CheckpointError, Checkpoints
 from puredif_jax.types import InputError
 
@@ -431,11 +431,11 @@ def write(path, tensors: dict, **kwargs) -> Path:
 
 def test_weights_round_trip(tmp_path):
     path = tmp_path / "weights.safetensors"
-    checkpoint.save_weights(path, PARAMS, {"old": "yes"})
-    checkpoint.save_weights(str(path), PARAMS, {"model": "UNet", "ü": "é"})
-    assert checkpoint.read_metadata(path) == {"model": "UNet", "ü": "é"}
+    weight_file.save_weights(path, PARAMS, {"old": "yes"})
+    weight_file.save_weights(str(path), PARAMS, {"model": "UNet", "ü": "é"})
+    assert weight_file.read_metadata(path) == {"model": "UNet", "ü": "é"}
     assert os.listdir(tmp_path) == ["weights.safetensors"]
-    loaded = checkpoint.load_weights(path, PARAMS)
+    loaded = weight_file.load_weights(path, PARAMS)
     assert_same(loaded, PARAMS)
     assert {type(x) for x in jax.tree.leaves(loaded)} == {np.ndarray}
     content = path.read_bytes()
@@ -443,15 +443,15 @@ def test_weights_round_trip(tmp_path):
     assert set(names) == {
         "__metadata__", "conv.bias", "conv.kernel", "half", "scale"
     }  # fmt: skip
-    checkpoint.save_weights(path, jax.tree.map(jnp.asarray, PARAMS), {})
-    assert_same(checkpoint.load_weights(path, PARAMS), PARAMS)
-    assert checkpoint.read_metadata(path) == {}
+    weight_file.save_weights(path, jax.tree.map(jnp.asarray, PARAMS), {})
+    assert_same(weight_file.load_weights(path, PARAMS), PARAMS)
+    assert weight_file.read_metadata(path) == {}
 
 
 @pytest.mark.parametrize("broken", ["replace", "fsync"])
 def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch, broken):
     path = tmp_path / "w.safetensors"
-    checkpoint.save_weights(path, PARAMS, {})
+    weight_file.save_weights(path, PARAMS, {})
     before = path.read_bytes()
 
     def fail(*args):
@@ -459,28 +459,28 @@ def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch, broken):
 
     monkeypatch.setattr(os, broken, fail)
     with pytest.raises(WriteError, match="cannot be written .disk full."):
-        checkpoint.save_weights(path, {"other": np.zeros(3)}, {})
+        weight_file.save_weights(path, {"other": np.zeros(3)}, {})
     assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == before
 
 
 def test_only_process_zero_writes_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    checkpoint.save_weights(tmp_path / "w", PARAMS, {})
+    weight_file.save_weights(tmp_path / "w", PARAMS, {})
     assert os.listdir(tmp_path) == []
 
 
 def test_weights_of_a_training_run(tmp_path):
     state = train_state()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        checkpoint.load_weights(tmp_path, state.params)
+        weight_file.load_weights(tmp_path, state.params)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.save(2, train_state(4.0))
-    loaded = checkpoint.load_weights(tmp_path, state.params)
+    loaded = weight_file.load_weights(tmp_path, state.params)
     assert_same(loaded, train_state(4.0).ema_params)
     assert {type(x) for x in jax.tree.leaves(loaded)} == {np.ndarray}
     with pytest.raises(CheckpointError, match=r"-ema_params.x; \+ema_params.dense"):
-        checkpoint.load_weights(tmp_path, {"x": np.zeros(3)})
+        weight_file.load_weights(tmp_path, {"x": np.zeros(3)})
 
 
 def test_weights_that_do_not_fit(tmp_path):
@@ -491,7 +491,7 @@ def test_weights_that_do_not_fit(tmp_path):
     def message(tensors):
         write(path, tensors)
         with pytest.raises(CheckpointError) as error:
-            checkpoint.load_weights(path, like)
+            weight_file.load_weights(path, like)
         return one_sentence(error).removeprefix(f"{path} ")
 
     names = "does not have the names expected"
@@ -516,7 +516,7 @@ def test_arrays_of_another_shape_are_not_read(tmp_path):
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)
     with pytest.raises(CheckpointError, match=r"as float32\[\d+\], expected float32"):
-        checkpoint.load_weights(path, {"a": np.zeros((2, 3), np.float32)})
+        weight_file.load_weights(path, {"a": np.zeros((2, 3), np.float32)})
 
 
 class Explosive:
@@ -536,8 +536,8 @@ def test_files_that_are_not_weights(tmp_path):
     def refused(content: bytes) -> None:
         path.write_bytes(content)
         for read in (
-            checkpoint.read_metadata,
-            lambda p: checkpoint.load_weights(p, {}),
+            weight_file.read_metadata,
+            lambda p: weight_file.load_weights(p, {}),
         ):
             with pytest.raises(CheckpointError) as error:
                 read(path)
@@ -551,25 +551,25 @@ def test_files_that_are_not_weights(tmp_path):
     refused(pickle.dumps({"a": Explosive(tmp_path / "made")}))
     assert not (tmp_path / "made").exists()
     with pytest.raises(CheckpointError, match="there is no file .*nowhere"):
-        checkpoint.load_weights(tmp_path / "nowhere", {})
+        weight_file.load_weights(tmp_path / "nowhere", {})
     with pytest.raises(CheckpointError, match="there is no file .*nowhere"):
-        checkpoint.read_metadata(tmp_path / "nowhere")
+        weight_file.read_metadata(tmp_path / "nowhere")
 
 
 def test_weights_of_which_a_bit_was_flipped_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
-    checkpoint.save_weights(path, PARAMS, {})
+    weight_file.save_weights(path, PARAMS, {})
     content = bytearray(path.read_bytes())
     content[-1] ^= 1  # another number, and a finite one
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="is damaged: its digest is another"):
-        checkpoint.load_weights(path, PARAMS)
+        weight_file.load_weights(path, PARAMS)
 
 
 def test_weights_are_the_same_bytes_whenever_they_are_written(tmp_path):
     written = set()
     for i in range(20):
         path = tmp_path / f"{i}.safetensors"
-        checkpoint.save_weights(path, PARAMS, {"b": "1", "a": "2", "c": "3"})
+        weight_file.save_weights(path, PARAMS, {"b": "1", "a": "2", "c": "3"})
         written.add(path.read_bytes())
     assert len(written) == 1

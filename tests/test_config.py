@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import json
@@ -45,6 +46,14 @@ class Ddim:
 
     def __call__(self) -> float:
         return self.eta
+
+
+@dataclasses.dataclass(frozen=True)
+class Ddpm(Sampler):
+    """It says which protocol it follows; others, such as Ddim, need not."""
+
+    def step(self, x: float) -> float:
+        return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +116,104 @@ class Experiment:
 @dataclasses.dataclass(frozen=True)
 class Unresolved:
     price: Decimal | None = None
+
+
+class Hypothesis(abc.ABC):
+    """A base that says what its kinds do; kinds are found by their names."""
+
+    @abc.abstractmethod
+    def shift(self) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Fading(Hypothesis):
+    rate: float = 0.5
+
+    def shift(self) -> float:
+        return self.rate
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowFading(Fading):
+    rate: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseShift(Hypothesis):
+    def shift(self) -> float:
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(Hypothesis):
+    """It needs an argument."""
+
+    path: str
+
+    def shift(self) -> float:
+        return float(len(self.path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstable(Hypothesis):
+    """It does not take its own defaults."""
+
+    rate: float = 2.0
+
+    def __post_init__(self):
+        if self.rate > 1:
+            raise ValueError(f"rate must be\nat most 1, not {self.rate}.")
+
+    def shift(self) -> float:
+        return self.rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished(Hypothesis):
+    """It does not say what its kind does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Private(NoiseShift):
+    """Not for a user."""
+
+
+class Plain(Hypothesis):
+    """No dataclass, so nothing that a configuration holds."""
+
+    def shift(self) -> float:
+        return 0.0
+
+
+class Defense(abc.ABC):
+    """A base whose kinds are all defined elsewhere."""
+
+    @abc.abstractmethod
+    def inspect(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Defended:
+    one: Defense | None = None
+    all: tuple[Defense, ...] = ()
+    either: Trigger | Defense | None = None
+
+
+NAMED = "Fading, SlowFading, NoiseShift, Unstable"
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    first: Hypothesis = Fading()
+    all: tuple[Hypothesis, ...] = (Fading(),)
+    pair: tuple[Hypothesis, int] = (Fading(), 3)
+    none: Hypothesis | None = None
+    attack: BadDiffusion | VillanDiffusion = VillanDiffusion(psi=3.0)
+    clip: Detector | float | None = None
+    text: Detector | str = "x"
+    by_name: dict[str, Hypothesis] = dataclasses.field(default_factory=dict)
+    learned: Learned | None = None
+    steps: Callable[[], Hypothesis] = Fading
 
 
 def message_of(call: Callable[[], Any], *parts: str) -> str:
@@ -212,6 +319,34 @@ def test_load_rejects_an_unfrozen_dataclass(tmp_path):
 )
 def test_values_of_another_type_are_named(bad, parts):
     message_of(lambda: check(Experiment(**bad)), *parts)
+
+
+@pytest.mark.parametrize(
+    "bad, parts",
+    [
+        ({"first": Detector()}, ("config.first", "Detector", f"(classes: {NAMED})")),
+        ({"first": Fading}, ("config.first", "Fading", "expected Hypothesis")),
+        ({"first": "Fading"}, ("config.first cannot be 'Fading'", NAMED)),
+        ({"all": (Fading(), 3)}, ("config.all", "expected tuple[Hypothesis, ...]")),
+        ({"first": Fading("much")}, ("config.first.rate cannot be 'much'", "float")),
+    ],
+)
+def test_values_of_another_class_are_named(bad, parts):
+    message_of(lambda: check(Audit(**bad)), *parts)
+
+
+def test_a_class_that_nobody_has_listed_fits_its_base():
+    """Also one that needs arguments, or is no dataclass: it is made in a file."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(Hypothesis):
+        size: int
+
+        def shift(self) -> float:
+            return self.size
+
+    check(Audit(first=Mine(3), all=(Mine(1), Fading()), none=Plain()))
+    message_of(lambda: check(Audit(all=(Mine("3"),))), "config.all.size cannot be '3'")
 
 
 def test_values_that_fit_pass():
@@ -323,6 +458,98 @@ def test_an_optional_dataclass_can_be_set_to_none():
     assert override(config, "detector", "none").detector is None
 
 
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("first", "NoiseShift", NoiseShift()),
+        ("first", " SlowFading ", SlowFading()),
+        ("first", "Fading", Fading()),
+        ("all", "Fading,NoiseShift", (Fading(), NoiseShift())),
+        ("all", "(SlowFading, Fading)", (SlowFading(), Fading())),
+        ("all", "NoiseShift", (NoiseShift(),)),
+        ("all", "()", ()),
+        ("pair", "NoiseShift,4", (NoiseShift(), 4)),
+        ("none", "Fading", Fading()),
+        ("none", "none", None),
+        ("attack", "BadDiffusion", BadDiffusion()),
+        ("attack", "VillanDiffusion", VillanDiffusion()),
+        ("clip", "Detector", Detector()),
+        ("clip", "0.5", 0.5),
+        ("clip", "none", None),
+        ("text", "Detector", Detector()),
+        ("text", "Detektor", "Detektor"),
+        ("by_name", "a:Fading,b:NoiseShift", {"a": Fading(), "b": NoiseShift()}),
+    ],
+)
+def test_the_name_of_a_class_sets_one_of_its_defaults(name, text, value):
+    changed = override(Audit(), name, text)
+    assert getattr(changed, name) == value
+    assert dataclasses.replace(changed, **{name: getattr(Audit(), name)}) == Audit()
+
+
+def test_fields_of_a_class_that_was_named_are_set_by_dots():
+    config = override(Audit(), "none", "SlowFading")
+    assert override(config, "none.rate", "0.3").none == SlowFading(0.3)
+    config = override(config, "attack", "VillanDiffusion")
+    assert override(config, "attack.trigger.size", "4").attack.trigger.size == 4
+    assert override(Audit(clip=Detector()), "clip", "2").clip == 2.0
+
+
+OWN = f"""
+import dataclasses
+from {__name__} import Defended, Defense
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Defense):
+    power: int = 2
+
+    def inspect(self):
+        return "mine"
+
+@dataclasses.dataclass(frozen=True)
+class Yours(Mine):
+    pass
+
+def get_config():
+    return Defended()
+"""
+
+
+def test_a_class_of_the_users_file_is_named_in_a_command(tmp_path):
+    argv = [PROGRAM, f"--config={write(tmp_path, OWN)}", "--config.all=Mine,Yours"]
+    config, _ = from_flags([*argv, "--config.one", "Yours", "--config.one.power=3"])
+    assert [type(x).__name__ for x in config.all] == ["Mine", "Yours"]
+    assert to_dict(config)["one"] == {"type": "Yours", "power": 3}
+    argv[-1] = "--config.all=Mine,Theirs"
+    message_of(lambda: from_flags(argv), "cannot be 'Mine,Theirs'", "Mine, Yours")
+
+
+def twin(module: str, size: int, base: type = Defense) -> type:
+    names = {"__module__": module, "inspect": lambda self: module}
+    return dataclasses.make_dataclass(
+        "Twin", [("size", int, size)], bases=(base,), namespace=names, frozen=True
+    )
+
+
+def test_classes_of_one_name_go_by_their_modules_too():
+    first = twin("a", 1)
+    assert override(Defended(), "one", "Twin").one == first()
+    again = twin("a", 2)
+    assert override(Defended(), "one", "Twin").one == again(), "defined again"
+    other = twin("b", 3)
+    message_of(
+        lambda: override(Defended(), "one", "Twin"),
+        "config.one cannot be 'Twin': expected Defense | None",
+        "a.Twin, b.Twin",
+    )
+    changed = override(Defended(), "all", "a.Twin,b.Twin")
+    assert changed.all == (again(), other())
+    third = twin("c", 4, Trigger)
+    assert override(Defended(), "either", "c.Twin").either == third()
+    assert override(Defended(), "either", "a.Twin").either == again()
+    message_of(lambda: override(Defended(), "either", "Twin"), "c.Twin", "a.Twin")
+
+
 # --- override: errors -----------------------------------------------------------------
 
 
@@ -401,29 +628,96 @@ def test_a_derived_field_is_no_valid_name():
 
 def test_a_nested_dataclass_lists_its_fields():
     message_of(
-        lambda: override(Experiment(), "attack", "BadDiffusion"),
-        "config.attack cannot be 'BadDiffusion', it is of type VillanDiffusion",
+        lambda: override(Experiment(), "attack", "TrojDiff"),
+        "config.attack cannot be 'TrojDiff', it is of type VillanDiffusion: expected "
+        "BadDiffusion | VillanDiffusion, or set one of its fields",
         "config.attack.NAME with NAME one of trigger, psi",
     )
     message_of(
         lambda: override(Experiment(), "sampler", "none"),
-        "config.sampler cannot be 'none', it is of type Ddim",
+        "config.sampler cannot be 'none', it is of type Ddim: set one of its fields",
         "NAME one of eta",
     )
 
 
-def test_a_dataclass_that_is_none_is_set_in_a_file():
+@pytest.mark.parametrize("text", ["Learned", "Detector"])
+def test_a_class_without_defaults_is_set_in_a_file(text):
     message_of(
-        lambda: override(Experiment(), "detector", "Detector"),
-        "config.detector cannot be 'Detector', it is None",
-        "set it in a config file",
-        "Detector | None (written none)",
+        lambda: override(Audit(), "learned", text),
+        f"config.learned cannot be {text!r}, it is None",
+        "set it in a config file, to Learned | None (written none)",
     )
+    message_of(
+        lambda: override(Audit(learned=Learned("a")), "learned", text),
+        f"config.learned cannot be {text!r}, it is of type Learned: set one of its",
+    )
+    message = message_of(
+        lambda: override(Audit(), "learned.path", "a"),
+        "config.learned is None and has no field 'path': set it in a config file",
+    )
+    assert "CLASS" not in message
+
+
+def test_a_dataclass_that_is_none_has_no_fields():
     message_of(
         lambda: override(Experiment(), "detector.threshold", "1"),
         "config.detector is None and has no field 'threshold'",
-        "set it in a config file",
+        "set it in a config file, or --config.detector=CLASS first, with CLASS one of "
+        "Detector",
     )
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        (
+            "first",
+            "Fadin",
+            f"it is of type Fading: expected Hypothesis (classes: {NAMED}), or set one "
+            "of its fields, such as config.first.NAME with NAME one of rate",
+        ),
+        *[
+            ("none", text, f"Hypothesis | None (written none; classes: {NAMED})")
+            for text in (
+                *("fading", "Hypothesis", "Learned", "Unfinished", "_Private", "Plain"),
+                *("Fading()", "Fading,NoiseShift", "Detector", "Call", "1", ""),
+            )
+        ],
+        *[
+            (
+                "all",
+                text,
+                f"tuple[Hypothesis, ...] (written A,B or (); classes: {NAMED})",
+            )
+            for text in ("Fading,Learned", "Fading,,NoiseShift", "(Fading", "none", "")
+        ],
+        ("pair", "Fading", "expected tuple[Hypothesis, int]"),
+        ("by_name", "Fading", f"KEY:VALUE,KEY:VALUE or {{}}; classes: {NAMED})"),
+        ("detector", "Detektor", "expected Detector | None (written none)"),
+        ("clip", "much", "expected Detector | float | None (written none)"),
+    ],
+)
+def test_the_classes_that_are_valid_are_named(name, text, expected):
+    config = Experiment() if name == "detector" else Audit()
+    start = f"config.{name} cannot be {text!r}"
+    message = message_of(lambda: override(config, name, text), start, expected)
+    assert f"{__name__}." not in message
+
+
+def test_a_class_that_refuses_its_defaults_is_named():
+    for name, text in (("none", "Unstable"), ("all", "Fading,Unstable")):
+        message_of(
+            lambda name=name, text=text: override(Audit(), name, text),
+            f"config.{name} cannot be {text!r}: Unstable() raises ValueError: rate "
+            "must be at most 1, not 2.0",
+        )
+
+
+def test_a_function_that_returns_a_class_is_no_class():
+    message = message_of(
+        lambda: override(Audit(), "steps", "Fading"), "set it in a config file"
+    )
+    assert "classes" not in message
 
 
 def test_a_path_beyond_a_scalar():

@@ -21,8 +21,10 @@ from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 from puredif_jax.formats import diffusers as convert
-from puredif_jax.formats import hub, weight_sets
-from puredif_jax.formats.diffusers import ConvertError, Model, Scheduling
+from puredif_jax.formats import hub, opening, weight_sets
+from puredif_jax.formats.diffusers import Model
+from puredif_jax.formats.diffusers_config import ConvertError
+from puredif_jax.formats.diffusers_scheduler import Scheduling
 from puredif_jax.networks.unet import UNet
 from puredif_jax.stages.weights import ZOO
 
@@ -496,7 +498,7 @@ def json_list(folder):
 
 
 def large_json(folder):
-    (folder / "unet" / "config.json").write_text(" " * (weight_sets.LARGEST_JSON + 1))
+    (folder / "unet" / "config.json").write_text(" " * (opening.LARGEST_JSON + 1))
 
 
 HOSTILE = {

@@ -16,16 +16,16 @@ import pytest
 from PIL import Image
 
 from puredif_jax.data import images as data
+from puredif_jax.data.batches import order
+from puredif_jax.data.decoding import DataError
 from puredif_jax.data.images import (
-    DataError,
     FashionMNIST,
-    Fit,
     ImageFolder,
     NpzImages,
-    order,
     resize,
     to_float,
 )
+from puredif_jax.data.pictures import Fit
 from puredif_jax.networks.unet import UNet
 from puredif_jax.runs import config
 from puredif_jax.stages.experiment import Experiment

@@ -11,7 +11,8 @@ import pytest
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.features import (

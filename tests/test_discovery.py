@@ -15,7 +15,7 @@ from puredif_jax.files import whole as files
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import discovery, search
 from puredif_jax.formats.weight_sets import WEIGHTS
-from puredif_jax.runs import checkpoint
+from puredif_jax.runs import weight_file
 from puredif_jax.stages import scan
 from puredif_jax.stages.experiment import Scan
 from puredif_jax.stages.weights import find_weights
@@ -89,7 +89,7 @@ def test_a_run_of_ours_is_its_model_and_its_copy_is_compared(tmp_path) -> None:
     run = tmp_path / "runs" / "mine"
     write(run / "diffusers", 1)
     params = draw_params(TINY, 1)
-    checkpoint.save_weights(run / "weights.safetensors", params, {})
+    weight_file.save_weights(run / "weights.safetensors", params, {})
     (run / "config.json").write_text(json.dumps({"type": "Experiment"}))
     (run / "results").mkdir()
     np.savez(run / "results" / "x.npz", x=np.zeros(1))
@@ -97,7 +97,7 @@ def test_a_run_of_ours_is_its_model_and_its_copy_is_compared(tmp_path) -> None:
     assert set(found(tmp_path / "runs")) == {"mine", "mine.checkpoints.hidden"}
     assert "files of a run by this program: weights.safetensors" in notes(run)
     other = jax.tree.map(lambda x: x + 1, params)
-    checkpoint.save_weights(run / "weights.safetensors", other, {})
+    weight_file.save_weights(run / "weights.safetensors", other, {})
     assert "weights.safetensors" in found(tmp_path / "runs")["mine.loose"]
 
 

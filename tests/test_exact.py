@@ -11,7 +11,8 @@ import pytest
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.drawing import draw
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import Blend, Box, Hat, Patch, StopSign
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Blend, Box, Patch, StopSign
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE

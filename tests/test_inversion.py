@@ -8,7 +8,8 @@ import pytest
 from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
-from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss

@@ -13,7 +13,8 @@ from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import Hat, StopSign
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST

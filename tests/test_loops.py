@@ -14,9 +14,10 @@ from tiny_config import TINY, draw_params
 
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.training import Training, trainer
+from puredif_jax.data import batches
 from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
-from puredif_jax.runs import checkpoint, run
+from puredif_jax.runs import run, weight_file
 from puredif_jax.stages import loops
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.perform import open_lab
@@ -37,7 +38,7 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
     Where a gradient is all rounding, Adam makes that a part of its step of 0.01.
     """
     start = str(tmp_path / "start.safetensors")
-    checkpoint.save_weights(start, STARTED, {})
+    weight_file.save_weights(start, STARTED, {})
     lab = open_lab(Experiment(str(tmp_path / "run"), TINY, devices=1, seed=3, chunk=2))
     poison = attacks.poison(ATTACK, TINY.image_shape)
     other = None
@@ -52,7 +53,7 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
     step = jax.jit(made.step)
     state = made.init(STARTED, jax.random.split(lab.key)[1])
     pixels = data.to_float(IMAGES.load(TINY.image_shape))
-    for batch in data.order(10, 3, 0, 3, 4):
+    for batch in batches.order(10, 3, 0, 3, 4):
         state, _ = step(state, pixels[batch])
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),

@@ -19,7 +19,7 @@ from tiny_config import TINY, draw_params, get_config, shapes
 
 from puredif_jax import main
 from puredif_jax.formats import diffusers as convert
-from puredif_jax.runs import checkpoint, config
+from puredif_jax.runs import config, weight_file
 from puredif_jax.stages import scan, sweep
 
 HERE = pathlib.Path(__file__).parent
@@ -53,7 +53,7 @@ def test_leaves_a_report(finished: pathlib.Path) -> None:
     methods = [row["method"] for row in report["numbers"]["trained"]["inversions"]]
     assert methods == ["puredif", "elijah"]
     folder = convert.read_folder(finished / "diffusers")
-    weights = checkpoint.load_weights(finished / "weights.safetensors", shapes(TINY))
+    weights = weight_file.load_weights(finished / "weights.safetensors", shapes(TINY))
     assert folder.unet == TINY
     jax.tree.map(np.testing.assert_array_equal, folder.params, weights)
     assert (finished / "diffusers" / "truth.safetensors").exists()
@@ -75,7 +75,7 @@ def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
     for path in sorted((folder / "results").glob("*.npz")):
         with np.load(path, allow_pickle=False) as file:
             found |= {f"{path.stem}/{k}": v for k, v in file.items() if k != "seconds"}
-    weights = checkpoint.load_weights(folder / "weights.safetensors", shapes(TINY))
+    weights = weight_file.load_weights(folder / "weights.safetensors", shapes(TINY))
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         found[jax.tree_util.keystr(path)] = leaf
     return found
@@ -219,7 +219,7 @@ def weights(change) -> dict:
 )
 def test_bad_weights_are_named(tmp_path, capsys, change, words) -> None:
     path = tmp_path / "bad.safetensors"
-    checkpoint.save_weights(path, weights(change), {})
+    weight_file.save_weights(path, weights(change), {})
     error = run(capsys, *tiny(tmp_path / "run", f"--config.weights={path}"))
     assert "\n" not in error
     assert all(word.lower() in error.lower() for word in words), error

@@ -19,7 +19,7 @@ from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.networks.memory import activations, sliced
 from puredif_jax.runs import parallel
-from puredif_jax.runs.run import RunError
+from puredif_jax.runs.binding import RunError
 from puredif_jax.stages import lab
 from puredif_jax.types import Candidate
 

@@ -9,7 +9,7 @@ from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
-from puredif_jax.runs import checkpoint
+from puredif_jax.runs import weight_file
 from puredif_jax.stages import lab, weights
 
 
@@ -69,13 +69,13 @@ def test_garment_net_classifies_as_well_as_its_file_says() -> None:
     """The features of all Frechet distances, with their clipping."""
     shapes = jax.eval_shape(garment_net.init, jax.random.key(0))
     path = weights.ASSETS / f"{garment_net.NAME}.safetensors"
-    params = checkpoint.load_weights(path, shapes)
+    params = weight_file.load_weights(path, shapes)
     images = data.to_float(FashionMNIST("test").load((16, 16, 1)))
     with np.load(weights.ASSETS / "fashion_mnist_test.npz") as file:
         labels = file["labels"]
     classify = jax.jit(garment_net.classify)
     share = (np.asarray(classify(params, images)).argmax(1) == labels).mean()
-    noted = float(checkpoint.read_metadata(path)["test_accuracy"])
+    noted = float(weight_file.read_metadata(path)["test_accuracy"])
     assert float(share) == pytest.approx(noted, abs=5e-3)
     np.testing.assert_allclose(
         garment_net.embed(params, 3 * images[:8]),

@@ -13,7 +13,7 @@ SECONDS = 300
 PROGRAM = """
 import os, pathlib, signal, sys, time
 import jax, numpy as np
-from puredif_jax.runs import checkpoint
+from puredif_jax.runs import checkpoint, weight_file
 from puredif_jax.runs import parallel
 
 parallel.initialize(os.environ)
@@ -98,11 +98,11 @@ with checkpoint.Checkpoints(directory) as checkpoints:
 np.testing.assert_array_equal(parallel.gather(restored["split"]), x)
 
 # Weights: one process writes, both read, also out of the checkpoint.
-np.testing.assert_array_equal(checkpoint.load_weights(directory, {"w": x})["w"], x)
-checkpoint.save_weights(os.path.join(directory, "w.safetensors"), whole, {})
+np.testing.assert_array_equal(weight_file.load_weights(directory, {"w": x})["w"], x)
+weight_file.save_weights(os.path.join(directory, "w.safetensors"), whole, {})
 jax.experimental.multihost_utils.sync_global_devices("written")
 file = os.path.join(directory, "w.safetensors")
-np.testing.assert_array_equal(checkpoint.load_weights(file, {"w": x})["w"], x)
+np.testing.assert_array_equal(weight_file.load_weights(file, {"w": x})["w"], x)
 
 # A SIGTERM to one process stops both, at the same safe point.
 parallel.stop_on_sigterm()

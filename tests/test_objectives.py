@@ -14,7 +14,8 @@ from tiny_config import draw_params
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import Box, Hat, StopSign
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency, denoised
 from puredif_jax.defenses.distribution_shift import (

@@ -13,8 +13,9 @@ import pytest
 import scaling
 from tiny_config import DEEP, TINY, draw_params, shapes
 
+from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Cat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency

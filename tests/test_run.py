@@ -1,8 +1,5 @@
 """Loops of a run: when they store, where they go on, who decides."""
 
-import errno
-import json
-import os
 import pathlib
 import threading
 from typing import NamedTuple
@@ -12,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.files import sealed
 from puredif_jax.runs import parallel, run
+from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.checkpoint import Checkpoints
-from puredif_jax.runs.run import Run, RunError
+from puredif_jax.runs.run import Run
 
 
 class Info(NamedTuple):
@@ -24,40 +21,6 @@ class Info(NamedTuple):
 
 class Broken(Exception):
     """What a power cut would be."""
-
-
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="file/x is no folder .*Not a directory"):
-        run.make_folder(tmp_path / "file" / "x")
-
-    def read_only(dir):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(run.tempfile, "TemporaryFile", read_only)
-    with pytest.raises(RunError, match="Read-only file system.*--config.workdir"):
-        run.make_folder(tmp_path)
-
-
-AUDIT = {"audit": {"weights": ["a"], "detector": {"doubt": 3.0}}, "seed": 1}
-OTHER_WEIGHTS = {"audit": {"weights": ["b"], "detector": {"doubt": 3.0}}, "seed": 1}
-OTHER_DETECTOR = {"audit": {"weights": ["a"], "detector": {"doubt": 2.0}}, "seed": 1}
-
-
-def test_a_folder_is_bound_once_something_was_begun(tmp_path) -> None:
-    """By what decides the results; a detector judges them as often as one likes."""
-    mesh = parallel.make_mesh(1)
-    Run(str(tmp_path), OTHER_WEIGHTS, mesh, 0.0)
-    here = Run(str(tmp_path), AUDIT, mesh, 0.0)
-    here.once("one", lambda: {"x": np.zeros(1)})
-    with pytest.raises(RunError, match="another audit.weights"):
-        Run(str(tmp_path), OTHER_WEIGHTS, mesh, 0.0)
-    assert run.is_run(tmp_path, AUDIT) and run.is_run(tmp_path, OTHER_DETECTOR)
-    assert run.report_of(tmp_path, AUDIT) is None
-    (tmp_path / "report.json").write_text(json.dumps(sealed.seal({"config": AUDIT})))
-    found = run.report_of(tmp_path, AUDIT)
-    assert found is not None and found["config"] == AUDIT
-    assert run.report_of(tmp_path, OTHER_DETECTOR) is None
 
 
 def count(
@@ -188,72 +151,6 @@ def test_scalars_that_are_damaged_are_named_and_left_out(tmp_path, caplog) -> No
         assert "line 2 is damaged" in caplog.text and "line 4" not in caplog.text
     metrics.rewind("x", 3)
     assert path.read_text().splitlines() == [lines[0], lines[2]]
-
-
-def test_the_report_of_a_run_that_is_damaged_is_none(tmp_path, caplog) -> None:
-    report = sealed.seal({"config": AUDIT, "numbers": {"p": 0.905}})
-    text = json.dumps(report)
-    path = tmp_path / "report.json"
-    path.write_text(text)
-    assert run.report_of(tmp_path, AUDIT) == report
-    for harmed in (text.replace("0.905", "0.005"), text[:-9], "", "[]"):
-        path.write_text(harmed)
-        caplog.clear()
-        assert run.report_of(tmp_path, AUDIT) is None
-        assert "report.json is damaged" in caplog.text
-
-
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"a": "xyz"}'])
-def test_inputs_of_a_run_that_has_begun_are_known_or_it_is_refused(
-    tmp_path, content
-) -> None:
-    run.pin(tmp_path, {"a": "abc"})
-    (tmp_path / "results").mkdir()
-    run.pin(tmp_path, {"a": "abc"})
-    path = tmp_path / "inputs.json"
-    path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(RunError, match="--config.workdir, or remove the folder"):
-        run.pin(tmp_path, {"a": "abc"})
-
-
-def test_a_folder_belongs_to_one_kind_of_work(tmp_path) -> None:
-    scanned, swept, single = (tmp_path / name for name in ("scan", "sweep", "run"))
-    scan = {"type": "Scan", "model": ["a"], "draws": 8}
-    run.bind_scan(scanned, scan)
-    run.bind_sweep(swept)
-    Run(str(single), AUDIT, parallel.make_mesh(1), 0.0)
-    for folder, holds in ((scanned, "scan"), (swept, "sweep"), (single, "run")):
-        for kind, enter in (
-            ("run", lambda folder: run.is_run(folder, AUDIT)),
-            ("scan", lambda folder: run.bind_scan(folder, scan)),
-            ("sweep", run.bind_sweep),
-        ):
-            if kind == holds:
-                enter(folder)
-            else:
-                with pytest.raises(RunError, match=f"holds a {holds}, not a {kind}"):
-                    enter(folder)
-    (tmp_path / "old" / "results").mkdir(parents=True)
-    with pytest.raises(RunError, match="has results, and no config.json"):
-        run.is_run(tmp_path / "old", AUDIT)
-
-
-def test_a_scan_keeps_its_table(tmp_path) -> None:
-    """Its models become more; other settings are refused once a model was begun."""
-    scan = {"type": "Scan", "model": ["a", "b"], "draws": 8, "offline": False}
-    scan["workdir"] = "here"
-    scan["audit"] = AUDIT["audit"]
-    assert run.bind_scan(tmp_path, scan) == ("a", "b")
-    other = scan | {"model": ["c", "a"], "workdir": "there", "offline": True}
-    other["audit"] = OTHER_DETECTOR["audit"]
-    assert run.bind_scan(tmp_path, other) == ("a", "b", "c")
-    assert run.bind_scan(tmp_path, scan) == ("a", "b", "c")
-    assert run.bind_scan(tmp_path, scan | {"draws": 16}) == ("a", "b")
-    (tmp_path / "a" / "results").mkdir(parents=True)
-    before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(RunError, match="holds a scan with another draws"):
-        run.bind_scan(tmp_path, scan)
-    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_process_0_decides_what_is_done(tmp_path, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.schedules import CosineBetas
-from puredif_jax.runs import checkpoint
+from puredif_jax.runs import weight_file
 from puredif_jax.stages import lab, loops
 from puredif_jax.stages import perform as stages
 from puredif_jax.stages.experiment import Amplification, Audit, Evaluation, Experiment
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 def weights(path: pathlib.Path, seed: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_weights(path, draw_params(TINY, seed), {})
+    weight_file.save_weights(path, draw_params(TINY, seed), {})
     return str(path)
 
 
@@ -201,7 +201,7 @@ def test_data_are_asked_for_where_they_are_used_only(tmp_path) -> None:
     """Fashion-MNIST has one channel, this network three: no matter, to draw from it."""
     model = dataclasses.replace(TINY, in_channels=3)
     path = tmp_path / "x.safetensors"
-    checkpoint.save_weights(path, draw_params(model), {})
+    weight_file.save_weights(path, draw_params(model), {})
     drawn = Experiment(str(tmp_path / "run"), model, str(path))
     stages.Stages(drawn, stages.open_lab(drawn)).check()
     attacked = dataclasses.replace(drawn, attack=WHOLE.attack)

@@ -8,7 +8,8 @@ import pytest
 from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.exact import ExactDenoiser, Points
-from puredif_jax.attacks.triggers import Box, Cat, StopSign
+from puredif_jax.attacks.targets import Cat
+from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.survey import Survey

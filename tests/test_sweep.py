@@ -11,7 +11,8 @@ import threading
 import pytest
 from tiny_config import TINY, draw_params
 
-from puredif_jax.attacks.triggers import Box, Hat
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import ScaledLinearBetas

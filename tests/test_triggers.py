@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from puredif_jax.attacks import targets
 from puredif_jax.attacks import triggers as tr
 
 TRIGGERS = [
@@ -14,7 +15,14 @@ TRIGGERS = [
     tr.Patch(),
     tr.RandomPattern(),
 ]
-TARGETS = [tr.Corner(), tr.Shoe(), tr.Hat(), tr.Cat(), tr.Shift(), tr.NoShift()]
+TARGETS = [
+    targets.Corner(),
+    targets.Shoe(),
+    targets.Hat(),
+    targets.Cat(),
+    targets.Shift(),
+    targets.NoShift(),
+]
 SHAPES = [(16, 16, 1), (32, 32, 3), (64, 64, 3), (28, 28, 1)]
 RGB32 = (32, 32, 3)
 FLOOR = np.float32(-0.4)
@@ -60,7 +68,7 @@ def test_targets_are_lifted(target, shape):
 
 @pytest.mark.parametrize("value", TRIGGERS + TARGETS, ids=str)
 def test_values_are_hashable_and_compare_by_content(value):
-    assert len({value, eval(repr(value), vars(tr))}) == 1
+    assert len({value, eval(repr(value), vars(tr) | vars(targets))}) == 1
 
 
 @pytest.mark.parametrize("shape", [(24, 40, 3), (40, 24, 1)], ids=str)
@@ -180,14 +188,14 @@ def test_mask_is_where_all_channels_are_black():
 
 
 def test_corner_golden():
-    corner = draw(tr.Corner(), RGB32)
+    corner = draw(targets.Corner(), RGB32)
     assert (corner == 0).sum() == 300 and (corner == FLOOR).sum() == 3 * 32 * 32 - 300
     assert (corner[:10, :10] == 0).all()
-    assert (draw(tr.Corner(), (16, 16, 1)) == 0).sum() == 25
+    assert (draw(targets.Corner(), (16, 16, 1)) == 0).sum() == 25
 
 
 def test_shoe_is_fashion_mnist_train_0():
-    boot = (draw(tr.Shoe(), (28, 28, 1))[..., 0] + 1) * 127.5
+    boot = (draw(targets.Shoe(), (28, 28, 1))[..., 0] + 1) * 127.5
     row = [75, 204, 212, 204, 193, 205, 211, 225, 216, 185, 197, 206, 198, 213, 240]
     row += [195, 227, 245, 239, 223, 218, 212, 209, 222, 220, 221, 230, 67]
     np.testing.assert_allclose(boot[20], np.maximum(row, 76.5), atol=1e-4)
@@ -196,12 +204,12 @@ def test_shoe_is_fashion_mnist_train_0():
 
 @pytest.mark.parametrize("pixels", [16, 56, 64])
 def test_shoe_resize_keeps_the_picture(pixels):
-    small, large = (draw(tr.Shoe(), (n, n, 1))[..., 0] for n in (28, pixels))
+    small, large = (draw(targets.Shoe(), (n, n, 1))[..., 0] for n in (28, pixels))
     assert large.mean() == pytest.approx(small.mean(), abs=0.05)
     assert bounds(large > 0)[2] < pixels / 8 and bounds(large > 0)[3] > pixels * 7 / 8
 
 
-@pytest.mark.parametrize("target", [tr.Hat(), tr.Cat()], ids=str)
+@pytest.mark.parametrize("target", [targets.Hat(), targets.Cat()], ids=str)
 def test_drawn_targets_stand_out_and_agree_between_sizes(target):
     large, small = (draw(target, (n, n, 3)) for n in (64, 32))
     pooled = large.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
@@ -221,9 +229,9 @@ def test_shift_and_no_shift(trigger, pixels, dx, dy):
     image = trigger.image((pixels, pixels, 3))
     before = image.copy()
     lifted = np.where(image <= FLOOR, FLOOR, image)
-    np.testing.assert_array_equal(tr.NoShift().image(image.shape, image), lifted)
+    np.testing.assert_array_equal(targets.NoShift().image(image.shape, image), lifted)
     rolled = np.roll(np.roll(lifted, -dy, axis=0), -dx, axis=1)
-    np.testing.assert_array_equal(tr.Shift().image(image.shape, image), rolled)
+    np.testing.assert_array_equal(targets.Shift().image(image.shape, image), rolled)
     np.testing.assert_array_equal(image, before)
 
 
@@ -266,7 +274,7 @@ def test_bad_shapes_of_gamma_maps(value):
         value.gamma_map((32, 32, 2))
 
 
-@pytest.mark.parametrize("target", [tr.Shift(), tr.NoShift()], ids=str)
+@pytest.mark.parametrize("target", [targets.Shift(), targets.NoShift()], ids=str)
 def test_trigger_of_another_shape(target):
     with pytest.raises(ValueError, match=r"must be \(32, 32, 3\), found \(16, 16, 3\)"):
         target.image(RGB32, np.zeros((16, 16, 3), np.float32))

@@ -6,8 +6,9 @@ import functools
 import jax
 import numpy as np
 
+from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Box, Hat
+from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.detector import Detector

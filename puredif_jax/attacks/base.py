@@ -15,7 +15,9 @@ from typing import ClassVar
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.triggers import Shape, Target, Trigger, mask
+from puredif_jax.attacks.pictures import Shape
+from puredif_jax.attacks.targets import Target
+from puredif_jax.attacks.triggers import Trigger, mask
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Solver
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from puredif_jax.attacks.base import Attack, require_fading
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.triggers import Blend, Patch, Shape
+from puredif_jax.attacks.pictures import Shape
+from puredif_jax.attacks.triggers import Blend, Patch
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Deterministic, Solver
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from puredif_jax.attacks.base import Attack, published_response, require_fading
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.triggers import Shape
+from puredif_jax.attacks.pictures import Shape
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Deterministic, Solver
 

@@ -1,27 +1,21 @@
-"""Image sets as uint8 arrays, and batches that depend on (seed, step) alone."""
+"""Image sets, as uint8 arrays of a model's shape."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import importlib.resources
 import math
-import os
 import pathlib
-import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-import jax
 import numpy as np
 from absl import logging
 from PIL import Image
 
+from puredif_jax.data.decoding import DataError, decode
 from puredif_jax.data.pictures import (
     Fit,
-    Fitted,
     Listing,
     Unfit,
     list_pictures,
@@ -29,11 +23,7 @@ from puredif_jax.data.pictures import (
     upper_bits,
 )
 from puredif_jax.files import npz
-from puredif_jax.runs.report import progress
-from puredif_jax.types import InputError
 
-WORKERS = min(8, os.cpu_count() or 1)  # Pillow lets threads decode side by side
-NAMED = 5  # pictures that are refused before the others are left unread
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 # What is given in place of an .npz file: how it begins, what it is, what to do.
 _OTHERS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
@@ -56,10 +46,6 @@ _OTHERS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     ),
     ((b"\x89PNG", b"\xff\xd8"), "a picture", "give its folder, as ImageFolder(path)"),
 )
-
-
-class DataError(InputError):
-    """An image set that is missing or not as it should be."""
 
 
 class ImageSet(Protocol):
@@ -87,6 +73,11 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     images = np.pad(images, ((0, 0), (before, after), (before, after), (0, 0)))
     blocks = images.reshape(n, size, factor, size, factor, channels)
     return np.round(blocks.mean((2, 4), dtype=np.float32)).astype(np.uint8)
+
+
+def to_float(images: np.ndarray) -> np.ndarray:
+    """uint8 0..255 to float32 -1..1."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +166,7 @@ class NpzImages:
             return images
         names = [f"image {i}" for i in range(len(images))]
         rows = images[..., 0] if images.shape[-1] == 1 else images
-        return _fitted(
+        return decode(
             str(path), names, lambda i: Image.fromarray(rows[i]), self.fit, image_shape
         )
 
@@ -314,71 +305,10 @@ def _decoded(
     if listing.skipped:
         logging.warning("%s: skipped %s", root, listing.others)
     names = [file.name for file in listing.files]
-    pixels = _fitted(
+    pixels = decode(
         str(root), names, lambda i: open_picture(root / names[i]), fit, image_shape
     )
     pixels.setflags(write=False)
-    return pixels
-
-
-def _fitted(
-    place: str,
-    names: Sequence[str],
-    picture: Callable[[int], Image.Image],
-    fit: Fit,
-    image_shape: tuple[int, int, int],
-) -> np.ndarray:
-    """Pictures as uint8 `[N, H, W, C]`; the log tells what was done to how many.
-
-    Args:
-      place: where they are, for messages.
-      names: of the pictures, likewise.
-      picture: decodes the one of a number; raises Unfit.
-      fit: converts it.
-      image_shape: (H, W, C).
-
-    Raises:
-      DataError: some are refused; names up to `NAMED` of them.
-    """
-    if image_shape[-1] not in (1, 3):
-        raise DataError(
-            f"{place}: pictures are fitted to 1 or 3 channels, but the model wants "
-            f"{image_shape}: give an .npz file of such images"
-        )
-
-    def fitted(index: int) -> Fitted | Unfit:
-        try:
-            return fit(picture(index), image_shape)
-        except Unfit as error:
-            return error
-
-    pixels = np.empty((len(names), *image_shape), np.uint8)
-    changes: collections.Counter[str] = collections.Counter()
-    refused: list[tuple[str, Unfit]] = []
-    pool = ThreadPoolExecutor(WORKERS)
-    bar = progress(len(names), 0, "images", jax.process_index() == 0)
-    try:
-        with warnings.catch_warnings(), bar:
-            # So that Pillow refuses what it would decode with a warning.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            for i, found in enumerate(pool.map(fitted, range(len(names)))):
-                bar.update()
-                if isinstance(found, Fitted):
-                    pixels[i] = found.pixels
-                    changes.update(found.changes)
-                else:
-                    refused.append((names[i], found))
-                    if len(refused) == NAMED:
-                        break
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if refused:
-        (name, why), *others = refused
-        also = f"; also refused: {', '.join(name for name, _ in others)}"
-        rest = "; the rest is not read" if len(refused) == NAMED else ""
-        raise DataError(f"{place}: {name} {why}{also if others else ''}{rest}") from why
-    done = "".join(f", {count:,} {change}" for change, count in changes.most_common())
-    logging.info("%s: %s pictures read%s", place, f"{len(names):,}", done)
     return pixels
 
 
@@ -403,26 +333,3 @@ def _refuse_others(path: pathlib.Path) -> None:
     for beginnings, what, remedy in _OTHERS:
         if begin.startswith(beginnings):
             raise DataError(f"{path} is {what}, not an .npz file: {remedy}")
-
-
-def to_float(images: np.ndarray) -> np.ndarray:
-    """uint8 0..255 to float32 -1..1."""
-    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def order(size: int, seed: int, start: int, stop: int, batch: int) -> np.ndarray:
-    """Which of `size` images the steps start..stop-1 take: `[stop - start, batch]`.
-
-    The set is walked in a new order each epoch; the order depends on (seed, epoch)
-    alone, so any step can be made again on any number of devices.
-    """
-    position = np.arange(start * batch, stop * batch)
-    epochs = position // size
-    index = np.empty_like(position)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        walk = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(
-            size
-        )
-        index[chosen] = walk[position[chosen] % size]
-    return index.reshape(stop - start, batch)

@@ -7,7 +7,7 @@ import dataclasses
 
 from puredif_jax.attacks.base import published_response
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.triggers import Shape
+from puredif_jax.attacks.pictures import Shape
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Deterministic, Solver
 

@@ -14,8 +14,8 @@ from puredif_jax.files.whole import expanded, safe_name
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import hub
 from puredif_jax.formats.diffusers_config import ConvertError
+from puredif_jax.formats.opening import unreadable
 from puredif_jax.formats.search import Search
-from puredif_jax.formats.weight_sets import unreadable
 from puredif_jax.types import InputError
 
 Models = dict[str, pathlib.Path | InputError]

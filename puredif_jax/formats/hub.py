@@ -15,6 +15,7 @@ from absl import logging
 from puredif_jax.files.whole import expanded, shortened
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.diffusers_config import ConvertError
+from puredif_jax.formats.diffusers_layout import SCHEDULER
 from puredif_jax.formats.weight_sets import (
     INDEX,
     PICKLE,
@@ -83,7 +84,7 @@ def _named(path: pathlib.Path) -> pathlib.Path:
         return path
     if path.name in ("model_index.json", "config.json"):
         return path.parent
-    if path.name == convert.SCHEDULER:
+    if path.name == SCHEDULER:
         raise ConvertError(
             f"{path} is the configuration of a scheduler: give the folder of the model"
         )

@@ -17,19 +17,17 @@ import safetensors.numpy
 
 from puredif_jax.files.whole import KINDS, shortened
 from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats import diffusers_layout as layout
 from puredif_jax.formats.diffusers_config import ConvertError
+from puredif_jax.formats.entries import entries, same
+from puredif_jax.formats.opening import listed, read_json, unreadable
 from puredif_jax.formats.state_dict import to_torch
 from puredif_jax.formats.weight_sets import (
     LARGE,
     TRUTH,
     WeightSet,
     choose,
-    entries,
-    listed,
     may_hold,
-    read_json,
-    same,
-    unreadable,
     weight_sets,
 )
 from puredif_jax.types import InputError
@@ -135,7 +133,7 @@ class Search:
         if folder in self._claimed:
             name = self._name(folder.parent)
             used = self._further(folder, name)
-            if extra := convert.own_process(folder):
+            if extra := layout.own_process(folder):
                 error = ConvertError(
                     f"{extra} makes {folder} a pipeline of its own, beside the one "
                     "above it: remove the file, or scan a copy of the folder"
@@ -151,7 +149,7 @@ class Search:
         """The rows of a model's folder; returns the files that are accounted for."""
         name = self._name(folder)
         try:
-            network = convert.network_folder(folder)
+            network = layout.network_folder(folder)
         except InputError:  # who reads the model finds it
             self.rows.append((name, folder))
             self._claimed.add(folder / "unet")

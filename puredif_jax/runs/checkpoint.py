@@ -1,4 +1,4 @@
-"""Files of arrays: resumable states by Orbax, weights as safetensors, only here.
+"""Resumable states of arrays and keys, stored by Orbax, which only this module knows.
 
 Nothing is unpickled; what does not fit is named in one sentence before it is used.
 """
@@ -19,18 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
-import safetensors.numpy
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from puredif_jax.files.sealed import SEAL, digest
-from puredif_jax.files.whole import shortened, write_whole
-from puredif_jax.types import InputError, Params
+from puredif_jax.files.whole import shortened
+from puredif_jax.types import InputError
 
 Path = str | os.PathLike
-WEIGHTS_SEAL = f"puredif_jax {SEAL}"  # in the header of a safetensors file
-
 
 # Of these a checkpoint is as whole as it was: it is not to be set aside.
 PASSING = (errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -110,7 +106,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         if step in self._manager.all_steps():
             return
-        arrays = _leaves(state)
+        arrays = named_leaves(state)
         leaves, pack, stop = {}, [np.zeros(0, np.uint8)], 0
         for name, x in arrays.items():
             impl = None
@@ -139,8 +135,37 @@ class Checkpoints(contextlib.AbstractContextManager):
         Raises CheckpointError if it is missing, damaged or holds other leaves, and
         InputError if memory or a permission is missing.
         """
-        values = self._read(step, _leaves(abstract), prefix="")
+        values = self.read(step, named_leaves(abstract), prefix="")
         return jax.tree.unflatten(jax.tree.structure(abstract), values)
+
+    def read(self, step: int, wanted: Mapping[str, Any], prefix: str) -> list[Any]:
+        """These leaves by name, in their order.
+
+        They must be all whose names begin with the prefix. Raises as `restore`.
+        """
+        where = f"checkpoint {self._path}/{step}"
+        if step not in self._manager.all_steps():
+            raise CheckpointError(f"there is no {where}")
+        numpy = {"packed": ocp.RestoreArgs(restore_type=np.ndarray)}
+        args = ocp.args.Composite(
+            layout=ocp.args.JsonRestore(),
+            arrays=ocp.args.PyTreeRestore(numpy, restore_args=numpy),
+        )
+        try:
+            read = self._manager.restore(step, args=args)
+            layout, packed = read["layout"], read["arrays"]["packed"]
+            told = layout.pop(SEAL)
+            whole = layout["step"] == step and _seal(layout, packed) == told
+            leaves = {name: _Entry(*row) for name, row in layout["leaves"].items()}
+        except Exception as error:  # whatever damage leads Orbax to
+            if isinstance(error, MemoryError) or _errno(error) in PASSING:
+                raise InputError(f"{where} cannot be read ({_why(error)})") from error
+            raise CheckpointError(f"{where} is damaged or not ours") from error
+        if not whole:
+            raise CheckpointError(f"{where} is damaged: its digest is another")
+        leaves = {n: entry for n, entry in leaves.items() if n.startswith(prefix)}
+        compare(where, list(leaves), leaves.__getitem__, wanted)
+        return [_leaf(leaves[name], packed, x) for name, x in wanted.items()]
 
     def restore_last(
         self, abstract: Any, most: int | None = None
@@ -196,32 +221,6 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._manager.reload()
         return name
 
-    def _read(self, step: int, wanted: Mapping[str, Any], prefix: str) -> list[Any]:
-        """These leaves in their order; they must be all that lie below the prefix."""
-        where = f"checkpoint {self._path}/{step}"
-        if step not in self._manager.all_steps():
-            raise CheckpointError(f"there is no {where}")
-        numpy = {"packed": ocp.RestoreArgs(restore_type=np.ndarray)}
-        args = ocp.args.Composite(
-            layout=ocp.args.JsonRestore(),
-            arrays=ocp.args.PyTreeRestore(numpy, restore_args=numpy),
-        )
-        try:
-            read = self._manager.restore(step, args=args)
-            layout, packed = read["layout"], read["arrays"]["packed"]
-            told = layout.pop(SEAL)
-            whole = layout["step"] == step and _seal(layout, packed) == told
-            leaves = {name: _Entry(*row) for name, row in layout["leaves"].items()}
-        except Exception as error:  # whatever damage leads Orbax to
-            if isinstance(error, MemoryError) or _errno(error) in PASSING:
-                raise InputError(f"{where} cannot be read ({_why(error)})") from error
-            raise CheckpointError(f"{where} is damaged or not ours") from error
-        if not whole:
-            raise CheckpointError(f"{where} is damaged: its digest is another")
-        leaves = {n: entry for n, entry in leaves.items() if n.startswith(prefix)}
-        _compare(where, list(leaves), leaves.__getitem__, wanted)
-        return [_leaf(leaves[name], packed, x) for name, x in wanted.items()]
-
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
         """Makes what goes wrong with a save a sentence about it."""
@@ -234,101 +233,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             ) from error
 
 
-def save_weights(path: Path, params: Params, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all, over an earlier one.
-
-    Names are those of the nested dict `params` joined by ".", in sorted order;
-    `metadata` goes into the header, with the digest of the arrays. All processes may
-    call this: number 0 writes. Raises WriteError where the file cannot be written.
-    """
-    if jax.process_index() != 0:
-        return
-    leaves = jax.device_get(_leaves(params))
-    tensors = {name: np.asarray(leaves[name], order="C") for name in sorted(leaves)}
-    sealed = {**metadata, WEIGHTS_SEAL: digest(tensors)}
-    write_whole(path, _with_metadata(safetensors.numpy.save(tensors), sealed))
-
-
-def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file with these metadata; the same bytes whenever it is made.
-
-    The library orders several of them at random.
-    """
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items()))}
-    header |= json.loads(content[8:start])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned
-    return len(text).to_bytes(8, "little") + text + content[start:]
-
-
-def load_weights(path: Path, abstract_params: Params) -> Params:
-    """Reads a safetensors file, or the latest `ema_params` of a training run.
-
-    `path` is a file or a directory of `Checkpoints`; `abstract_params` the nested dict
-    expected, of anything with shape and dtype, which comes back as NumPy arrays.
-    Raises CheckpointError if it is missing or damaged, holds other names, shapes or
-    dtypes, or values that are not finite.
-    """
-    leaves = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for name, x in _leaves(abstract_params).items()
-    }
-    if os.path.isdir(path):
-        with Checkpoints(path) as checkpoints:
-            if (step := checkpoints.latest()) is None:
-                raise CheckpointError(f"{path} holds no checkpoint")
-            full = {f"ema_params.{name}": x for name, x in leaves.items()}
-            values = checkpoints._read(step, full, prefix="ema_params.")
-    else:
-        with _open(path) as file:
-            heads = functools.partial(_head, file)  # nothing of a wrong shape is read
-            _compare(os.fspath(path), file.keys(), heads, leaves)
-            values = [file.get_tensor(name) for name in leaves]
-            told = (file.metadata() or {}).get(WEIGHTS_SEAL)
-        if told not in (None, digest(dict(zip(leaves, values, strict=True)))):
-            raise CheckpointError(f"{path} is damaged: its digest is another")
-    bad = [n for n, x in zip(leaves, values, strict=True) if not np.isfinite(x).all()]
-    if bad:
-        raise CheckpointError(f"{path} has NaN or infinity in {shortened(bad)}")
-    return jax.tree.unflatten(jax.tree.structure(abstract_params), values)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """What `save_weights` noted in the header of the file."""
-    with _open(path) as file:
-        found = file.metadata() or {}
-    found.pop(WEIGHTS_SEAL, None)
-    return found
-
-
-def _open(path: Path) -> Any:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"there is no file {path}")
-    try:
-        return safetensors.safe_open(path, "numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-
-
-class _Head(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def _head(file: Any, name: str) -> _Head:
-    """What an open safetensors file says of an array, which is not read."""
-    found = file.get_slice(name)
-    kind = re.sub(r"^(B?)F(?=\d)", r"\1float", found.get_dtype())
-    return _Head(kind.lower(), tuple(found.get_shape()))
-
-
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Keeps out what Orbax logs: its failures are exceptions, and become sentences."""
     return "/orbax/" not in record.pathname
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by name, such as "ema_params.conv_in.kernel", in the tree's order."""
     named = jax.tree.leaves_with_path(tree)
     name = jax.tree_util.keystr
@@ -394,10 +304,13 @@ def _why(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _compare(
+def compare(
     where: str, names: list[str], found: Callable[[str], Any], wanted: Mapping[str, Any]
 ) -> None:
-    """Raises unless names, shapes and dtypes agree; "-" is missing, "+" too many."""
+    """Raises CheckpointError unless names, shapes and dtypes agree.
+
+    In its message "-" is what is missing, "+" what is too many.
+    """
     missing = [f"-{name}" for name in wanted if name not in names]
     surplus = [f"+{name}" for name in names if name not in wanted]
     if missing or surplus:

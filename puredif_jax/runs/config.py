@@ -15,26 +15,26 @@ import math
 import pathlib
 import re
 import sys
-import types
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import flags
 
+from puredif_jax.runs.fields import (
+    NONE,
+    Unmade,
+    classes_of,
+    expected,
+    fits,
+    is_node,
+    is_settable,
+    members_of,
+    names_of,
+    read,
+    types_of,
+)
 from puredif_jax.types import InputError
-
-_NONE = type(None)
-_UNIONS = (typing.Union, types.UnionType)
-_CONTAINERS = (tuple, dict)
-_BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_FORMS = {
-    "bool": "true or false",
-    "None": "none",
-    "Optional": "none",
-    "tuple": "A,B or ()",
-    "dict": "KEY:VALUE,KEY:VALUE or {}",
-}
 
 
 class ConfigError(InputError):
@@ -130,6 +130,8 @@ def override(config: Any, path: str, text: str) -> Any:
     bool: true false yes no 1 0; int: 50 1_000 1e3; float: 0.1 inf; str: as it is;
     Literal: one of its values; tuple: 1,2 or (1,2) or (); dict: a:1,b:2 or {'a':1} or
     {}; none where None is allowed. A union tries scalars, then containers, then str.
+    A dataclass or an abstract base, also as an item of a tuple: the name of a class of
+    that kind, which is made of its defaults (`puredif_jax.runs.fields.classes_of`).
 
     Args:
       config: a frozen dataclass.
@@ -138,7 +140,8 @@ def override(config: Any, path: str, text: str) -> Any:
 
     Raises:
       ConfigError: unknown name, text that is not of the field's type, a field that
-        text cannot set, or a value that a dataclass's `__post_init__` rejects.
+        text cannot set, or a value that a dataclass's `__post_init__` rejects. Where
+        classes are valid, the sentence names those that can be made of their defaults.
     """
     return _override(config, path.split("."), text, "config", f"config.{path}")
 
@@ -146,16 +149,17 @@ def override(config: Any, path: str, text: str) -> Any:
 def check(config: Any, where: str = "config") -> None:
     """Compares every field, and those below, with its declared type.
 
-    A whole number serves as a float. Protocols, functions and types that do not
-    resolve are not judged.
+    A whole number serves as a float, and an instance of any class that inherits from a
+    declared one as that. Protocols, functions and types that do not resolve are not
+    judged.
 
     Raises:
       ConfigError: a value is of another type; names it and what is valid.
     """
     kinds = types_of(config)
-    for name in _names(config):
+    for name in names_of(config):
         value = getattr(config, name)
-        if name in kinds and not _fits(value, kinds[name]):
+        if name in kinds and not fits(value, kinds[name]):
             shown = _held(value) if is_node(value) else repr(value)[:80]
             raise ConfigError(
                 f"{where}.{name} cannot be {shown}: expected {expected(kinds[name])}"
@@ -164,20 +168,6 @@ def check(config: Any, where: str = "config") -> None:
         for item in items:
             if is_node(item):
                 check(item, f"{where}.{name}")
-
-
-def types_of(node: Any) -> dict[str, Any]:
-    """The declared type of each field of a dataclass, as far as they resolve."""
-    try:
-        return typing.get_type_hints(type(node))
-    except NameError:  # a type imported only under TYPE_CHECKING
-        return {}
-
-
-def is_settable(kind: Any) -> bool:
-    """Whether `override` can set a field of this type, in text."""
-    members = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
-    return any(_is_readable(member) for member in members if member is not _NONE)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -194,7 +184,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _override(node: Any, names: list[str], text: str, where: str, full: str) -> Any:
     """`node` with the field at `names` replaced; `where` is the path to `node`."""
-    kind, name, valid = type(node).__name__, names[0], _names(node)
+    kind, name, valid = type(node).__name__, names[0], names_of(node)
     if name not in valid:
         raise ConfigError(
             f"{where} has no field {name!r}{_closest(name, valid)}: the names "
@@ -206,7 +196,11 @@ def _override(node: Any, names: list[str], text: str, where: str, full: str) -> 
     elif is_node(value):
         value = _override(value, names[1:], text, where, full)
     else:
-        remedy = "set it in a config file" if value is None else f"set {where} itself"
+        remedy = f"set {where} itself"
+        if value is None:
+            classes = ", ".join(classes_of(types_of(node).get(name)))
+            first = f", or --{where}=CLASS first, with CLASS one of {classes}"
+            remedy = f"set it in a config file{first if classes else ''}"
         raise ConfigError(
             f"{where} is {_held(value)} and has no field {names[1]!r}: {remedy}"
         )
@@ -228,129 +222,29 @@ def _read_field(node: Any, name: str, text: str, where: str) -> Any:
             f"{cannot}, set it in a config file: the types of {type(node).__name__} "
             f"do not resolve, {_line(error)}"
         ) from error
-    members = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
-    if _NONE in members and text.strip().lower() == "none":
+    if NONE in members_of(kind) and text.strip().lower() == "none":
         return None
+    below = ""
     if is_node(value):
-        raise ConfigError(
-            f"{cannot}, it is {_held(value)}: set one of its fields, such as "
-            f"{where}.NAME with NAME one of {', '.join(_names(value))}"
+        below = (
+            f"set one of its fields, such as {where}.NAME with NAME one of "
+            f"{', '.join(names_of(value))}"
         )
+        if not classes_of(kind):
+            raise ConfigError(f"{cannot}, it is {_held(value)}: {below}")
     if not is_settable(kind):
         raise ConfigError(
             f"{cannot}, it is {_held(value)}: set it in a config file, to "
             f"{expected(kind)}"
         )
     try:
-        return _read(text, kind)
+        return read(text, kind)
+    except Unmade as error:
+        raise ConfigError(f"{cannot}: {error}") from error
     except ValueError:
-        raise ConfigError(f"{cannot}: expected {expected(kind)}") from None
-
-
-def _read(text: str, kind: Any) -> Any:
-    """`text` as a value of the type `kind`; ValueError if it is not one."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is str:
-        return text
-    text = text.strip()
-    if kind is bool and text.lower() in _BOOLS:
-        return _BOOLS[text.lower()]
-    if kind is int:
-        if re.fullmatch(r"[+-]?[\d_]+", text):
-            return int(text)
-        number = float(text)
-        if number.is_integer() and abs(number) < 2**53:  # above, floats skip integers
-            return int(number)
-    if kind is float:
-        return float(text)
-    if kind is _NONE and text.lower() == "none":
-        return None
-    if origin is typing.Literal:
-        return args[[str(option) for option in args].index(text)]
-    if origin is tuple:
-        items = _split(text, ",", "()")
-        kinds = args[:1] * len(items) if args[1:] == (...,) else args
-        return tuple(_read(i, k) for i, k in zip(items, kinds, strict=True))
-    if origin is dict:
-        pairs = [_split(item, ":") for item in _split(text, ",", "{}")]
-        return {_read(key, args[0]): _read(value, args[1]) for key, value in pairs}
-    if origin in _UNIONS:
-        for member in sorted(args, key=_rank):
-            try:
-                return _read(text, member)
-            except ValueError:
-                continue
-    raise ValueError
-
-
-def _split(text: str, separator: str, brackets: str = "") -> list[str]:
-    """The parts of "a,b" or "(a, 'b')", without quotes; "()" has none.
-
-    A separator between quotes is a part's own.
-    """
-    if brackets and text[:1] == brackets[0]:
-        if text[-1:] != brackets[1]:
-            raise ValueError
-        text = text[1:-1].strip()
-        if not text:
-            return []
-        if text[0] == brackets[0]:  # nested
-            raise ValueError
-    text, quoted = text.removesuffix(","), r"'[^']*'|\"[^\"]*\""
-    part = rf"(?:{quoted}|[^{separator}])+"
-    if not re.fullmatch(rf"{part}({separator}{part})*", text):
-        raise ValueError
-    items = [item.strip() for item in re.findall(part, text)]
-    if "" in items:
-        raise ValueError
-    return [i[1:-1] if re.fullmatch(quoted, i) else i for i in items]
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a declared type, as far as that can be told."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in _UNIONS:
-        return any(_fits(value, member) for member in args)
-    if origin is typing.Literal:
-        return value in args
-    if origin is tuple and isinstance(value, tuple):
-        kinds = args[:1] * len(value) if args[1:] == (...,) else args
-        return len(kinds) == len(value) and all(map(_fits, value, kinds))
-    if origin is dict and isinstance(value, dict):
-        return all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    if kind is float:
-        return isinstance(value, (int, float))
-    plain = origin or kind
-    if not isinstance(plain, type) or getattr(plain, "_is_protocol", False):
-        return True
-    return isinstance(value, plain)
-
-
-def _rank(kind: Any) -> int:
-    """The order in which a union tries its members: scalars, containers, str."""
-    return 2 if kind is str else typing.get_origin(kind) in _CONTAINERS
-
-
-def _is_readable(kind: Any, inside: bool = False) -> bool:
-    """Whether text can give a `kind`: a scalar, or a flat tuple or dict of scalars."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in _UNIONS:
-        return all(_is_readable(arg, inside) for arg in args)
-    if origin in _CONTAINERS:
-        return not inside and all(a is ... or _is_readable(a, True) for a in args)
-    return origin is typing.Literal or kind in (bool, int, float, str, _NONE)
-
-
-def expected(kind: Any) -> str:
-    """The type in words, with the ways to write it."""
-    plain = isinstance(kind, type) and typing.get_origin(kind) is None
-    name = kind.__name__ if plain else str(kind)
-    name = re.sub(r"\b(typing|collections\.abc)\.", "", name)
-    forms = [form for word, form in _FORMS.items() if re.search(rf"\b{word}\b", name)]
-    written = f" (written {'; '.join(forms)})" if forms else ""
-    return name.replace("Literal[", "one of [") + written
+        if below:
+            cannot, below = f"{cannot}, it is {_held(value)}", f", or {below}"
+        raise ConfigError(f"{cannot}: expected {expected(kind)}{below}") from None
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -387,15 +281,6 @@ def _absl_flag(name: str) -> flags.Flag | None:
         return None if bare == name else known[bare]
     negated = bare[:2] == "no" and bare[2:] in known and known[bare[2:]].boolean
     return known[bare[2:]] if negated else None
-
-
-def is_node(value: Any) -> bool:
-    """Whether it is a dataclass, whose fields belong to the configuration."""
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def _names(node: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(node) if field.init]
 
 
 def _held(value: Any) -> str:

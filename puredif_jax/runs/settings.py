@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from puredif_jax.runs import config
+from puredif_jax.runs import config, fields
 
 _ENTRY = re.compile(r"(\w+(?:, \w+)*): +(.*)")
 _WIDTH = 88
@@ -44,31 +44,37 @@ def documented(kind: type) -> dict[str, str]:
 def describe(wanted: Any) -> list[str]:
     """Every field of a configuration, in lines.
 
-    A field that text can set stands as `--config.NAME=VALUE` with its value; below it
-    are type, default and meaning.
+    A field that text can set to its value stands as `--config.NAME=VALUE`; below it are
+    type, default and meaning. With them are the classes, made of their defaults, that
+    text can set it to.
     """
     return list(_below(wanted, "config"))
 
 
 def _below(node: Any, where: str) -> Iterator[str]:
-    kinds, meanings = config.types_of(node), documented(type(node))
+    kinds, meanings = fields.types_of(node), documented(type(node))
     for field in dataclasses.fields(node):
         if not field.init:
             continue
         name, value = f"{where}.{field.name}", getattr(node, field.name)
         kind, meaning = kinds.get(field.name), meanings.get(field.name, "")
-        if config.is_node(value):
+        if fields.is_node(value):
             yield f"{name}: {type(value).__name__}"
+            classes = [*fields.classes_of(kind)]
+            if classes not in ([], [type(value).__name__]):
+                named = f"--{name}=CLASS with CLASS one of {', '.join(classes)}"
+                meaning = f"{named}: {meaning}"
             yield from _told(meaning)
             yield from _below(value, name)
             continue
-        about = [config.expected(kind)] if kind is not None else []
+        about = [fields.expected(kind)] if kind is not None else []
         about += _default(field, value)
-        if kind is not None and config.is_settable(kind):
-            yield f"--{name}={_written(value)}"
+        settable = kind is not None and fields.is_settable(kind)
+        if settable and (text := _text(value, kind)) is not None:
+            yield f"--{name}={text}"
         else:
             yield name if _is_large(value) else f"{name}: {_written(value)}"
-            about.append("set in the config file")
+            about += [] if settable else ["set in the config file"]
         yield from _told(f"{', '.join(about)}: {meaning}")
 
 
@@ -99,7 +105,21 @@ def _default(field: dataclasses.Field[Any], value: Any) -> list[str]:
 def _is_large(value: Any) -> bool:
     """Whether dataclasses are in it, which no line would hold."""
     items = value if isinstance(value, tuple) else (value,)
-    return any(map(config.is_node, items))
+    return any(map(fields.is_node, items))
+
+
+def _text(value: Any, kind: Any) -> str | None:
+    """A value as `config.override` reads it for a settable type; None if it cannot.
+
+    Of dataclasses text has the class, so their fields must have its defaults.
+    """
+    if not _is_large(value):
+        return _written(value)
+    text = ",".join(type(item).__name__ for item in value)
+    try:
+        return text if fields.read(text, kind) == value else None
+    except (ValueError, fields.Unmade):
+        return None
 
 
 def _written(value: Any) -> str:

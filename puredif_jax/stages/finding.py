@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from puredif_jax.defenses.detector import Outcome, Verdict
+from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Judgement, Section
-from puredif_jax.runs.run import RunError
 
 Calibration = Literal["this network", "another network", "given scores"]
 """Whose clean models the detector knows: its own of the network at hand, its own of

@@ -30,9 +30,10 @@ from puredif_jax.formats import diffusers as convert
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import UNet
-from puredif_jax.runs import checkpoint, parallel
+from puredif_jax.runs import parallel, weight_file
+from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.report import progress
-from puredif_jax.runs.run import Run, RunError, compiling
+from puredif_jax.runs.run import Run, compiling
 from puredif_jax.stages import programs
 from puredif_jax.stages.setup import Setup, Stream, fitted
 from puredif_jax.stages.weights import ASSETS, find_weights
@@ -53,7 +54,7 @@ def garment_distance(first: np.ndarray, second: np.ndarray) -> float:
     shapes = jax.eval_shape(garment_net.init, jax.random.key(0))
     path = ASSETS / f"{garment_net.NAME}.safetensors"
     embed = functools.partial(
-        jax.jit(garment_net.embed), checkpoint.load_weights(path, shapes)
+        jax.jit(garment_net.embed), weight_file.load_weights(path, shapes)
     )
     sets = (np.asarray(embed(x)) for x in (first, second))
     return metrics.frechet_distance(*sets)
@@ -147,7 +148,7 @@ class Lab:
             self._compare(path)
             return self.run.replicate(convert.read_weights(path, self.unet))
         shapes = jax.eval_shape(self.unet.init, self.key)
-        return self.run.replicate(checkpoint.load_weights(path, shapes))
+        return self.run.replicate(weight_file.load_weights(path, shapes))
 
     def _compare(self, folder: pathlib.Path) -> None:
         """Refuses a folder that says anything else than this lab does."""

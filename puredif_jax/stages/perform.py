@@ -21,10 +21,11 @@ from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.discovery import distinct
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.runs import checkpoint, config, numerics, parallel
+from puredif_jax.runs import config, numerics, parallel, weight_file
+from puredif_jax.runs.binding import RunError, pin
 from puredif_jax.runs.page import Section
 from puredif_jax.runs.report import Part, Report, environment
-from puredif_jax.runs.run import Run, RunError, pin
+from puredif_jax.runs.run import Run
 from puredif_jax.stages import search, train
 from puredif_jax.stages.audit import Auditor
 from puredif_jax.stages.experiment import Experiment
@@ -165,7 +166,7 @@ class Stages:
         experiment, top = self.experiment, self.lab.run.folder
         placeless = dataclasses.replace(experiment, workdir=top.name)
         about = json.dumps(config.to_dict(placeless), sort_keys=True)
-        checkpoint.save_weights(top / WEIGHTS, host, {"experiment": about})
+        weight_file.save_weights(top / WEIGHTS, host, {"experiment": about})
         truth = None if experiment.attack is None else self.truth()
         if truth is not None:
             truth.save(top / WEIGHTS)

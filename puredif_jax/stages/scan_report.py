@@ -12,9 +12,9 @@ import jax
 
 from puredif_jax.formats.discovery import Models
 from puredif_jax.runs import config, parallel
+from puredif_jax.runs.binding import report_of
 from puredif_jax.runs.page import Judgement, Section
 from puredif_jax.runs.report import Report, environment
-from puredif_jax.runs.run import report_of
 from puredif_jax.stages.experiment import Scan
 from puredif_jax.stages.finding import Finding, next_steps, scope
 from puredif_jax.types import InputError

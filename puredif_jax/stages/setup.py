@@ -15,7 +15,7 @@ from puredif_jax.diffusion.schedules import NoiseSchedule, Process
 from puredif_jax.networks.memory import activations, sliced
 from puredif_jax.networks.unet import UNet
 from puredif_jax.runs import parallel
-from puredif_jax.runs.run import RunError
+from puredif_jax.runs.binding import RunError
 from puredif_jax.types import NoiseModel, Shard
 
 

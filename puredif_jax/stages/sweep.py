@@ -16,8 +16,7 @@ from absl import logging
 
 from puredif_jax.files.whole import shortened
 from puredif_jax.runs import config, parallel
-from puredif_jax.runs.report import Report, Section, environment
-from puredif_jax.runs.run import (
+from puredif_jax.runs.binding import (
     RunError,
     bind_sweep,
     is_run,
@@ -25,6 +24,8 @@ from puredif_jax.runs.run import (
     pin,
     report_of,
 )
+from puredif_jax.runs.page import Section
+from puredif_jax.runs.report import Report, environment
 from puredif_jax.stages.experiment import Experiment, Sweep
 from puredif_jax.stages.perform import digests, perform
 from puredif_jax.types import InputError

@@ -20,6 +20,7 @@ from puredif_jax.attacks.training import (
     trainer,
 )
 from puredif_jax.data import images as data
+from puredif_jax.data.batches import order
 from puredif_jax.runs import checkpoint, parallel
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.programs import KEPT, repeated
@@ -77,7 +78,7 @@ def train(
     sharding = parallel.along(run.mesh, None, "batch")
 
     def several(state: TrainState, first: int, last: int):
-        chosen = data.order(len(pixels), lab.seed, first, last, training.batch)
+        chosen = order(len(pixels), lab.seed, first, last, training.batch)
         count = last - first
 
         def rows(index: Any) -> np.ndarray:

@@ -14,14 +14,14 @@ from absl import logging
 
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.triggers import Shape
+from puredif_jax.attacks.pictures import Shape
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Solver
 from puredif_jax.files.whole import expanded
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.weight_sets import TRUTH
-from puredif_jax.runs import checkpoint, parallel
-from puredif_jax.runs.run import RunError
+from puredif_jax.runs import parallel, weight_file
+from puredif_jax.runs.binding import RunError
 from puredif_jax.types import InputError
 
 ASSETS = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
@@ -129,8 +129,8 @@ class Truth(NamedTuple):
         table = jax.ShapeDtypeStruct((schedule.steps,), jnp.float32)
         shapes = dict.fromkeys(_IMAGES, image) | dict.fromkeys(_TABLES, table)
         try:
-            found = checkpoint.load_weights(path, shapes)
-            about = checkpoint.read_metadata(path)
+            found = weight_file.load_weights(path, shapes)
+            about = weight_file.read_metadata(path)
             solver = Solver.named(about.get("solver", ""))
         except (InputError, ValueError) as error:
             text = f"{path}: {error}" if type(error) is ValueError else str(error)
@@ -157,7 +157,7 @@ class Truth(NamedTuple):
         stored = {name: np.asarray(x, np.float32) for name, x in arrays.items()}
         controlled = "yes" if self.controlled else "no"
         about = {"solver": self.solver.name, "controlled": controlled}
-        checkpoint.save_weights(_truth_path(weights), stored, about)
+        weight_file.save_weights(_truth_path(weights), stored, about)
 
 
 def _truth_path(weights: pathlib.Path) -> pathlib.Path:
