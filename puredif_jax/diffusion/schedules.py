@@ -31,8 +31,8 @@ class NoiseSchedule:
       times: what the network is given at timestep t, float64 `[T]`; None for t itself.
       prior: standard deviation of the noise that sampling starts from.
       values: the range of the images that the network itself knows. The tables are of
-        images in [-1, 1]; `prediction.predicting` translates. Another range needs a
-        signal that stays 1.
+        images in [-1, 1]; `prediction.predicting` translates. A range whose middle is
+        not 0 needs a signal that stays 1.
     """
 
     signal: np.ndarray
@@ -50,7 +50,7 @@ class NoiseSchedule:
                 "a schedule needs signal, noise and times of one shape [T], found "
                 f"{self.signal.shape}, {self.noise.shape} and {given.shape}"
             )
-        if self.values != (-1.0, 1.0) and self.fades:
+        if sum(self.values) and self.fades:
             raise ValueError(
                 f"images in {self.values} need a signal that stays 1, found one that "
                 f"ends at {self.signal[-1]:.3g}"
@@ -336,3 +336,37 @@ class SineNoise(Process):
         noise[-1] = 1.0
         signal = np.sqrt((1 - noise) * (1 + noise))
         return NoiseSchedule(signal, noise, np.arcsin(noise) * 2 / np.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Widened(Process):
+    """Another process, of images or latents in [-bound, bound].
+
+    In units of the bound x / bound = s_t x_0 / bound + (v_t / bound) eps, so noise and
+    prior are divided by it. What lies outside of the range is not bounded by that.
+
+    Attributes:
+      process: the other process, in the unit of the network.
+      bound: the range of its images.
+    """
+
+    process: Process
+    bound: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bound < np.inf:
+            raise ValueError(f"bound must be above 0, found {self.bound}")
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.process.steps
+
+    def tables(self) -> NoiseSchedule:
+        found = self.process.tables()
+        return dataclasses.replace(
+            found,
+            noise=found.noise / self.bound,
+            prior=found.prior / self.bound,
+            values=(-float(self.bound), float(self.bound)),
+        )
