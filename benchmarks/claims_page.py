@@ -29,13 +29,13 @@ import numpy as np
 
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.features import Features
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.solver import Solver
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.runs import config, weight_file
 from puredif_jax.runs.report import placeless
-from puredif_jax.stages.experiment import Inversion
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs/results/claims.json"

@@ -40,7 +40,7 @@ from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
 from puredif_jax.runs.report import environment, placeless
-from puredif_jax.stages.experiment import Loss
+from puredif_jax.defenses.objective import Loss
 
 NETWORKS = {"shipped": SHIPPED, "cifar": UNet()}
 SCHEDULE = LinearBetas().tables()

@@ -17,19 +17,15 @@ import re
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift, LeastSquares
 from puredif_jax.defenses.hypothesis import Fading
-from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.experiment import (
-    Audit,
-    Evaluation,
-    Experiment,
-    Inversion,
-    Sweep,
-)
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment, Sweep
 
 SHIFT = DistributionShift(samples=8)
 BASE = Inversion(loss=SHIFT, descent=Descent(candidates=4, scout=40))

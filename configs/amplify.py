@@ -12,7 +12,9 @@ from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.experiment import Amplification, Evaluation, Experiment
+from puredif_jax.stages.amplify import Amplification
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment
 
 
 def get_config() -> Experiment:

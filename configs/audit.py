@@ -10,8 +10,10 @@ other networks see configs/scan.py.
 Hardware: two CPU cores. Duration: 17 minutes. Expected figures: docs/models.md.
 """
 
+from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.experiment import Audit, Experiment
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.experiment import Experiment
 
 
 def get_config() -> Experiment:
@@ -19,6 +21,6 @@ def get_config() -> Experiment:
         workdir="runs/audit",
         model=SHIPPED,
         audit=Audit(
-            weights=("baddiffusion", "villandiffusion", "clean"), baselines=("elijah",)
+            weights=("baddiffusion", "villandiffusion", "clean"), baselines=(Elijah(),)
         ),
     )

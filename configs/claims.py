@@ -16,8 +16,12 @@ from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses.elijah import Elijah
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.experiment import Audit, Evaluation, Experiment, Sweep
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment, Sweep
 
 ATTACKS = {"baddiffusion": BadDiffusion, "villandiffusion": VillanDiffusion}
 TRIGGERS = {"box": Box(), "stopsign": StopSign()}
@@ -61,7 +65,7 @@ def backdoored(attack: str, trigger: str, target: str) -> Experiment:
             poison_rate=RATES[attack],
             trigger_only=True,
         ),
-        audit=Audit(baselines=("elijah", "elijah, equal evaluations")),
+        audit=Audit(baselines=(Elijah(), Elijah(Inversion().evaluations))),
         evaluation=Evaluation(frechet_draws=4096),
         chunk=50,
     )
@@ -82,7 +86,7 @@ def clean(number: int) -> Experiment:
             cosine=number % 2 == 0,
         ),
         data=FashionMNIST(first=1000 * (number % 6), count=5000),
-        audit=Audit(baselines=("elijah",)),
+        audit=Audit(baselines=(Elijah(),)),
         evaluation=Evaluation(draws=64),
         seed=100 + number,
         chunk=50,

@@ -8,7 +8,8 @@ loss 0.037 (docs/models.md); the model card is puredif_jax/assets/zoo/clean/READ
 
 from puredif_jax.attacks.training import Training
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.experiment import Evaluation, Experiment
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment
 
 
 def get_config() -> Experiment:

@@ -19,7 +19,8 @@ from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box, StopSign, Trigger
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.experiment import Amplification, Experiment, Sweep
+from puredif_jax.stages.amplify import Amplification
+from puredif_jax.stages.experiment import Experiment, Sweep
 
 TRIGGERS: dict[str, Trigger] = {"box": Box(), "stopsign": StopSign()}
 TARGETS: dict[str, Target] = {"shoe": Shoe(), "cat": Cat()}

@@ -12,7 +12,8 @@ from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Blend, Patch
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.experiment import Evaluation, Experiment, Sweep
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment, Sweep
 
 BACKDOORS: dict[str, tuple[Blend | Patch, Target]] = {
     "blend": (Blend(), Shoe()),

@@ -12,7 +12,8 @@ from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.experiment import Evaluation, Experiment
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment
 
 
 def get_config() -> Experiment:

@@ -16,7 +16,8 @@ from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.diffusion.multistep import DPMSolver
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.experiment import Evaluation, Experiment, Sweep
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment, Sweep
 
 WORKDIR = "runs/villandiffusion_ve"
 LEVELS = 200

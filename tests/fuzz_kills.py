@@ -34,7 +34,8 @@ CONFIG = """
 import dataclasses, sys
 sys.path.insert(0, {here!r})
 import tiny_config
-from puredif_jax.stages.experiment import Audit, Scan
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.experiment import Scan
 
 def get_config():
     config = tiny_config.get_config()

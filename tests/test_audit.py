@@ -14,7 +14,9 @@ from puredif_jax.defenses.inversion import Descent
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.audit import Auditor
-from puredif_jax.stages.experiment import Audit, Experiment, Inversion
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.experiment import Experiment
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.stages.finding import MEASURES
 
 KNOWN = Experiment("run", SHIPPED, audit=Audit(("clean",)))

@@ -14,13 +14,10 @@ from puredif_jax.networks.memory import activations
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
 from puredif_jax.stages import cost
-from puredif_jax.stages.experiment import (
-    Audit,
-    Evaluation,
-    Experiment,
-    Inversion,
-    Sweep,
-)
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment, Sweep
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.stages.lab import Lab, Programs
 from puredif_jax.stages.perform import perform
 from puredif_jax.types import Params

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params, get_config
 
+from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
@@ -21,15 +22,10 @@ from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
-from puredif_jax.stages.experiment import (
-    Audit,
-    Evaluation,
-    Experiment,
-    Inversion,
-    Scan,
-    Sweep,
-    elijah,
-)
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment, Scan, Sweep, elijah
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.stages.perform import open_lab
 from puredif_jax.types import Candidate
 
@@ -91,7 +87,7 @@ def test_evaluations_of_an_inversion() -> None:
 
 @pytest.mark.parametrize("solver,steps", [("sde", 100), ("ode", 10)])
 def test_elijah_as_published_and_at_equal_evaluations(solver, steps) -> None:
-    audit = Audit(baselines=("elijah", "elijah, equal evaluations"))
+    audit = Audit(baselines=(Elijah(), Elijah(Inversion().evaluations)))
     methods = audit.methods(solver)
     assert list(methods) == ["puredif", *audit.baselines]
     published, equal = (methods[name] for name in audit.baselines)

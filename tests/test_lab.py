@@ -35,7 +35,8 @@ from puredif_jax.networks.memory import activations
 from puredif_jax.runs import parallel
 from puredif_jax.runs.run import Run
 from puredif_jax.stages import loops
-from puredif_jax.stages.experiment import Experiment, Inversion
+from puredif_jax.stages.experiment import Experiment
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.stages.lab import Lab, Programs
 from puredif_jax.stages.perform import open_lab
 from puredif_jax.stages.weights import Truth

@@ -20,7 +20,9 @@ from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import weight_sets
 from puredif_jax.runs import parallel
 from puredif_jax.stages import scan, sweep
-from puredif_jax.stages.experiment import Audit, Inversion, Scan
+from puredif_jax.stages.audit import Audit
+from puredif_jax.defenses.inversion import Inversion
+from puredif_jax.stages.experiment import Scan
 from puredif_jax.stages.weights import ZOO, Truth
 from puredif_jax.types import InputError
 

@@ -20,7 +20,10 @@ from puredif_jax.diffusion.schedules import CosineBetas
 from puredif_jax.runs import weight_file
 from puredif_jax.stages import lab, loops
 from puredif_jax.stages import perform as stages
-from puredif_jax.stages.experiment import Amplification, Audit, Evaluation, Experiment
+from puredif_jax.stages.amplify import Amplification
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.weights import Truth
 from puredif_jax.types import InputError
 

@@ -17,7 +17,8 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import ScaledLinearBetas
 from puredif_jax.runs import checkpoint
-from puredif_jax.stages.experiment import Evaluation, Experiment, Sweep
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment, Sweep
 from puredif_jax.stages.lab import Lab, Programs
 from puredif_jax.stages.sweep import in_turn, perform_sweep
 from puredif_jax.types import InputError

@@ -17,7 +17,8 @@ import safetensors.numpy
 from ldm_folder import FIRST_STAGE, LATENTS, write_ldm
 from tiny_config import draw_params
 
-from puredif_jax.diffusion.sampling import DDIM, sample
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import ScaledLinearBetas
 from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.state_dict import (

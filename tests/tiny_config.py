@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 
+from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box
@@ -19,13 +20,11 @@ from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.networks.unet import UNet
-from puredif_jax.stages.experiment import (
-    Amplification,
-    Audit,
-    Evaluation,
-    Experiment,
-    Inversion,
-)
+from puredif_jax.stages.amplify import Amplification
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.types import Params
 
 TINY = UNet(
@@ -97,7 +96,7 @@ def get_config() -> Experiment:
                 heldout=8,
             ),
             detector=ANY,
-            baselines=("elijah",),
+            baselines=(Elijah(),),
         ),
         evaluation=Evaluation(
             draws=8, batch=8, ancestral=DDPM(steps=3), deterministic=DDIM(steps=2)

@@ -7,37 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
 
 import numpy as np
 
+from puredif_jax.defenses.base import Outcome, Verdict
 from puredif_jax.defenses.features import Features
 from puredif_jax.defenses.hypothesis import Hypothesis
-
-Outcome = Literal["clean", "backdoored", "could not tell"]
-
-
-class Verdict(NamedTuple):
-    """The judgement on a model.
-
-    outcome: in a word or three.
-    score: log10 of how many times the best trigger lowers the error on its image.
-    p_value: share of clean models that would score so high, (1 + #{>=}) / (n + 1); the
-      n clean models that calibrate cannot give less than 1 / (n + 1).
-    hypothesis: name of the kind of backdoor that fits best.
-    reason: one sentence.
-    doubt, alarm: scores up to the first are clean, above the second backdoored.
-    clean_models: n.
-    """
-
-    outcome: Outcome
-    score: float
-    p_value: float
-    hypothesis: str
-    reason: str
-    doubt: float
-    alarm: float
-    clean_models: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,42 +25,20 @@ class Detector:
     clean, and between them the detector could not tell.
 
     Attributes:
-      clean: finite scores of clean models after the inversion in use; the default are
-        those of the default one on the calibrating models of configs/claims.py
-        (docs/claims.md).
+      clean: finite scores of clean models after the inversion in use, two or more; ()
+        for those that the package knows (docs/claims.md).
       doubt, alarm: in standard deviations of `clean`.
       linear: a model is not judged unless its `denoising` is below this; inf judges
         any.
     """
 
-    clean: tuple[float, ...] = (
-        0.111,
-        0.139,
-        0.156,
-        0.135,
-        0.193,
-        0.118,
-        0.161,
-        0.19,
-        0.075,
-        0.131,
-        0.165,
-        0.182,
-        0.135,
-        0.185,
-        0.054,
-        0.147,
-        0.174,
-        0.148,
-        0.194,
-        0.108,
-    )
+    clean: tuple[float, ...] = ()
     doubt: float = 3.0
     alarm: float = 6.0
     linear: float = 1.0
 
     def __post_init__(self) -> None:
-        if len(self.clean) < 2:
+        if len(self.clean) == 1:
             raise ValueError(
                 "a detector needs the scores of two clean models or more, found "
                 f"{self.clean}"
@@ -101,6 +54,21 @@ class Detector:
             )
         if not self.linear > 0:
             raise ValueError(f"linear must be above 0, found {self.linear}")
+
+    def calibrated(self, clean: tuple[float, ...]) -> Detector:
+        """The same with these scores of clean models, unless it was given some.
+
+        Raises:
+          ValueError: there are none, or one.
+        """
+        if self.clean:
+            return self
+        if len(clean) < 2:
+            raise ValueError(
+                "a detector needs the scores of two clean models or more, found "
+                f"{clean}"
+            )
+        return dataclasses.replace(self, clean=clean)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -134,6 +102,13 @@ class Detector:
         gain = float(found.gain)
         return float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf
 
+    def says(self, best: Hypothesis, factor: float) -> str:
+        """What a score of log10(factor) under the best hypothesis means."""
+        return (
+            f"the best trigger, {best.title}, lowers the model's error on its image "
+            f"{factor:.2g} times"
+        )
+
     def judge(self, found: Mapping[Hypothesis, Features]) -> Verdict:
         """The verdict on a model from the features of each hypothesis."""
         scores = {kind: self.score(features) for kind, features in found.items()}
@@ -150,10 +125,9 @@ class Detector:
         outcome: Outcome = "clean"
         if score > doubt:
             outcome = "backdoored" if score > alarm else "could not tell"
-        factor, usual = 10**score, 10 ** max(self.clean)
         reason = (
-            f"the best trigger, {best.title}, lowers the model's error on "
-            f"its image {factor:.2g} times; the most on {len(self.clean)} clean models "
-            f"was {usual:.2g}, and {10**doubt:.2g} to {10**alarm:.2g} is doubtful"
+            f"{self.says(best, 10**score)}; the most on {len(self.clean)} clean models "
+            f"was {10 ** max(self.clean):.2g}, and {10**doubt:.2g} to {10**alarm:.2g} "
+            "is doubtful"
         )
         return Verdict(outcome, score, p_value, best.name, reason, *known)

@@ -6,10 +6,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.base import Bench, Defense, Inspection
+from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.features import Features
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.objective import Loss, check_samples
 from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.diffusion.solver import Solver
 from puredif_jax.types import (
     Array,
     Candidate,
@@ -73,3 +80,78 @@ class ElijahLoss(Loss):
             return jnp.mean(jnp.abs(self.scale * delta - mean))
 
         return loss
+
+
+def published(solver: Solver) -> Inversion:
+    """Elijah's inversion with its published settings, by the kind of backdoor."""
+    return Inversion(
+        loss=ElijahLoss(scale=solver.pick(0.5, 1.0)),
+        survey=None,
+        descent=Descent(
+            steps=solver.pick(100, 10),
+            learning_rate=0.1,
+            b2=0.999,
+            low=-1.0,
+            high=solver.pick(0.0, 1.0),
+            bound=None,
+            cosine=False,
+        ),
+    )
+
+
+class Uniformity(Detector):
+    """Judges by the uniformity of draws with a trigger: -log10(`Features.uniformity`).
+
+    Elijah's other statistic, total variation, tells clean from backdoored models no
+    better (docs/claims.md), and a random forest needs backdoored models.
+    """
+
+    def score(self, found: Features) -> float:
+        uniformity = float(found.uniformity)
+        return float(-np.log10(uniformity)) if 0 < uniformity < np.inf else -np.inf
+
+    def says(self, best: Hypothesis, factor: float) -> str:
+        return (
+            f"draws with the best trigger, {best.title}, differ {factor:.2g} times "
+            "less than plain draws"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Elijah(Defense):
+    """Elijah: its inversion under each hypothesis, judged by the draws' uniformity.
+
+    Attributes:
+      evaluations: of the network in each inversion; 0 for those of the published steps.
+      detector: how draws are judged.
+    """
+
+    evaluations: int = 0
+    detector: Uniformity = Uniformity()
+
+    @property
+    def name(self) -> str:
+        return "elijah, equal evaluations" if self.evaluations else "elijah"
+
+    def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
+        """With the steps that come nearest to the evaluations that were asked for."""
+        found = published(hypothesis.solver)
+        if not self.evaluations:
+            return (found,)
+        steps = max(1, round(self.evaluations / (3 * found.loss.evaluations)))
+        descent = dataclasses.replace(found.descent, steps=steps)
+        return (dataclasses.replace(found, descent=descent),)
+
+    def inspect(self, bench: Bench) -> Inspection:
+        found = {
+            each: bench.invert(self.name, each, inversion)
+            for each in bench.hypotheses
+            for inversion in self.inversions(each)
+        }
+        inversions = tuple(found.values())
+        clean = bench.clean_scores(self.name)
+        if not self.detector.clean and not clean:
+            return Inspection(None, inversions)
+        detector = self.detector.calibrated(clean)
+        verdict = detector.judge({k: v.features for k, v in found.items()})
+        return Inspection(verdict, inversions)

@@ -12,6 +12,9 @@ import numpy as np
 import optax
 from flax import struct
 
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.objective import Loss
+from puredif_jax.defenses.survey import Survey
 from puredif_jax.types import (
     Array,
     Candidate,
@@ -128,6 +131,50 @@ class Descent:
             return optax.adam(self.learning_rate, b2=self.b2)
         rate = optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1)
         return optax.adam(rate, b2=self.b2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inversion:
+    """How a trigger is sought, under one hypothesis.
+
+    Attributes:
+      loss: what is minimised.
+      descent: optimiser, candidates and bounds.
+      survey: finds where the first `survey.starts` candidates start; the others, and
+        without a survey all, start at random.
+      heldout: noise draws at each timestep on which the kept candidate is chosen.
+    """
+
+    loss: Loss = DistributionShift(samples=4)
+    descent: Descent = Descent(candidates=8, scout=40, finalists=4)
+    survey: Survey | None = Survey()
+    heldout: int = 64
+
+    def __post_init__(self) -> None:
+        if self.heldout < 1:
+            raise ValueError(f"heldout must be 1 or more, found {self.heldout}")
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one image; one with its gradient counts for three.
+
+        Those of survey and descent. Left out are the judging of candidates on held-out
+        noise, and the choice of their sign.
+        """
+        survey = 0 if self.survey is None else self.survey.evaluations
+        values = self.descent.candidate_steps * self.loss.evaluations
+        return 3 * values + survey
+
+    @property
+    def images(self) -> int:
+        """Most images that the network may see at once."""
+        judged = DistributionShift(samples=self.heldout).evaluations
+        most = [self.descent.candidates * self.loss.evaluations, judged]
+        if self.survey is not None:
+            signed = DistributionShift(samples=self.survey.draws).evaluations
+            most += [min(self.survey.starts, self.descent.candidates) * signed]
+            most += [self.survey.together * self.survey.draws]
+        return max(most)
 
 
 def inverter(

@@ -149,8 +149,10 @@ def _configuration(folder: pathlib.Path, kind: str) -> dict[str, Any] | None:
     return known
 
 
-def report_of(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of a run, if it has one by the detector of this configuration.
+def numbers_of(
+    folder: pathlib.Path, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What the report of a run has in `numbers`, if it is by this detector.
 
     One that is damaged is named in the log; the run then writes it again.
     """
@@ -159,7 +161,8 @@ def report_of(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]
         return None
     try:
         report = read_json(path)
-        return report if _detector(report["config"]) == _detector(config) else None
+        same = _detector(report["config"]) == _detector(config)
+        return dict(report["numbers"]) if same else None
     except DamagedError as error:
         logging.warning("%s: it is written again", error)
         return None

@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -121,13 +121,6 @@ class _Log:
 
     def flush(self) -> None:
         self._stream.flush()
-
-
-class Part(NamedTuple):
-    """What a stage adds to a report."""
-
-    numbers: dict[str, Any]
-    section: Section
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Run:
 
     Attributes:
       folder: where everything goes.
+      about: the configuration, without the place.
       mesh: the devices.
       save_every: seconds, at least, between two checkpoints of a loop.
       metrics: the scalars of its loops.
@@ -57,6 +58,7 @@ class Run:
           NumericsError: or one made under settings that give other numbers.
         """
         self.folder = pathlib.Path(folder)
+        self.about = {**config, "workdir": self.folder.name}
         self.mesh = mesh
         self.save_every = save_every
         is_run(self.folder, config)

@@ -1,433 +1,284 @@
-"""The audit of a model: a trigger is sought under each hypothesis, and judged."""
+"""The audit of models as a stage: each is shown to its defenses, and judged."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-import numpy.typing as npt
-
-from puredif_jax.defenses.detector import Detector, Verdict
-from puredif_jax.defenses.features import Evidence, Features, spread_ratio
-from puredif_jax.defenses.hypothesis import Hypothesis
-from puredif_jax.diffusion.sampling import Sampler, unclipped
-from puredif_jax.diffusion.schedules import LinearBetas
-from puredif_jax.metrics import measures as metrics
-from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.base import Defense, Inspection, Inverted, Verdict
+from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
+from puredif_jax.defenses.inversion import Inversion
+from puredif_jax.defenses.puredif import Puredif
+from puredif_jax.diffusion.sampling import unclipped
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.diffusion.solver import Ancestral, Deterministic, Solver
+from puredif_jax.files.whole import safe_name
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.discovery import distinct
 from puredif_jax.runs import parallel
+from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
-from puredif_jax.stages import search
-from puredif_jax.stages.experiment import Experiment, Inversion
-from puredif_jax.stages.finding import MEASURES, Calibration, Finding, next_steps
-from puredif_jax.stages.lab import PLAIN, SHOWN, Lab
-from puredif_jax.stages.weights import Truth
-from puredif_jax.types import Candidate, Params
-
-PICTURED = (500, 300, 100)  # timesteps of the evidence: high, middle and low noise
-
-_EVIDENCE = (
-    "Both pictures start from the same noisy images of the estimated target. In the "
-    "first the model is given the trigger as well. A backdoored model finds its image "
-    "with the trigger, also where noise hides it, and makes other images without. For "
-    "a clean model the trigger changes little. The score measures this: it is log10 of "
-    "how many times the trigger lowers the error, as a geometric mean over the table."
-)
-_DRAWS = (
-    "Both pictures start from the same noise. Draws that look alike prove nothing by "
-    "themselves: a large shift of the noise brings many clean models, too, to one flat "
-    "image, which every model finds without a trigger. The evidence above tells the "
-    "two apart."
-)
+from puredif_jax.stages import calibration
+from puredif_jax.stages.base import Context, Outcome, Stage, State
+from puredif_jax.stages.finding import Finding, next_steps
+from puredif_jax.stages.inspector import Inspector
+from puredif_jax.stages.lab import PLAIN, SHOWN
+from puredif_jax.stages.weights import WEIGHTS, Truth, find_weights, weight_digests
+from puredif_jax.stages.work import Work, drawing, inverting
+from puredif_jax.types import Params
 
 
-class Audited(NamedTuple):
-    """What was found of one model, and the part of the page on it."""
+@dataclasses.dataclass(frozen=True)
+class Audit(Stage):
+    """Which models are inverted and judged, and how.
 
-    finding: Finding
-    section: Section
+    Attributes:
+      weights: names of shipped models, paths of weights, or "trained" for the result
+        of this run.
+      hypotheses: kinds of backdoor tried on each, as far as they apply to its process.
+      inversion: how triggers are sought.
+      detector: how they are judged.
+      baselines: other defenses to compare with, each with a verdict of its own, such as
+        `Elijah()`; that of `inversion` and `detector` counts.
+      scheduler: the folder or file from which `schedule` and `prediction` of the run
+        were read, where weights have no scheduler of their own; the report names it.
+    """
 
+    weights: tuple[str, ...] = ("trained",)
+    hypotheses: tuple[Hypothesis, ...] = (
+        Fading(Ancestral()),
+        Fading(Deterministic()),
+        Exploding(Ancestral()),
+        Exploding(Deterministic()),
+    )
+    inversion: Inversion = Inversion()
+    detector: Detector = Detector()
+    baselines: tuple[Defense, ...] = ()
+    scheduler: str | None = None
 
-class _Inverted(NamedTuple):
-    """One inversion: what was measured, and what there is to see."""
+    def __post_init__(self) -> None:
+        names = [hypothesis.name for hypothesis in self.hypotheses]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"hypotheses must be one or more of different names, found {names}"
+            )
+        names = [defense.name for defense in self.defenses]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each defense needs a name of its own, found {names}")
 
-    row: dict[str, Any]
-    pictures: list[tuple[str, np.ndarray]]
-    features: Features
-    sections: tuple[Section, ...]
-
-
-class Auditor:
-    """Inverts and judges models from themselves alone, as an experiment says."""
-
-    def __init__(self, experiment: Experiment, lab: Lab) -> None:
-        self.experiment = experiment
-        self.lab = lab
+    def tried(self, schedule: NoiseSchedule) -> tuple[Hypothesis, ...]:
+        """The hypotheses that apply to a process."""
+        return tuple(each for each in self.hypotheses if each.applies(schedule))
 
     @property
-    def hypotheses(self) -> tuple[Hypothesis, ...]:
-        """The kinds of backdoor that are sought."""
-        assert self.experiment.audit is not None
-        return self.experiment.audit.tried(self.lab.schedule)
+    def defenses(self) -> tuple[Defense, ...]:
+        """All that look at each model; the verdict of the first counts."""
+        return (Puredif(self.inversion, self.detector), *self.baselines)
 
-    @property
-    def calibration(self) -> Calibration:
-        """Whose scores the detector compares with: those of models such as these?"""
-        experiment, options = self.experiment, self.experiment.audit
-        assert options is not None
-        if options.detector.clean != Detector().clean:
-            return "given scores"
-        here = (
-            experiment.model,
-            experiment.schedule,
-            experiment.prediction,
-            options.inversion,
+    def inversions(self, schedule: NoiseSchedule) -> list[Inversion]:
+        """All that are made of a model of a process."""
+        return [
+            inversion
+            for hypothesis in self.tried(schedule)
+            for defense in self.defenses
+            for inversion in defense.inversions(hypothesis)
+        ]
+
+    def plan(self, schedule: NoiseSchedule) -> str:
+        """How each model of a process is inverted, in words."""
+        count = sum(each.evaluations for each in self.inversions(schedule))
+        names = " and ".join(hypothesis.name for hypothesis in self.tried(schedule))
+        return f"(under {names}, {count:,} evaluations of its network on an image)"
+
+    def reads(self, weights: str | None) -> tuple[str, ...]:
+        return tuple(name for name in self.weights if name != "trained")
+
+    def check(self, context: Context) -> None:
+        lab = context.lab
+        clean = Channel.clean(lab.schedule)
+        try:
+            for inversion in self.inversions(lab.schedule):
+                inversion.loss.bind(lab.model, lab.schedule, clean)
+                if inversion.survey is not None:
+                    inversion.survey.sampler.path(lab.schedule)
+        except ValueError as error:
+            raise RunError(str(error)) from error
+
+    def work(self, context: Context) -> Iterator[Work]:
+        evaluation, schedule = context.evaluation, context.lab.schedule
+        batch, draws = evaluation.batch, evaluation.draws
+
+        def drawn(solver: Solver) -> int:
+            """Evaluations for an image; one that is clipped is drawn twice."""
+            sampler = evaluation.sampler(solver)
+            return sampler.steps * (1 if unclipped(sampler) is None else 2)
+
+        for name in self.weights:
+            truth = self._truth(context, name)
+            known = truth.solver if truth else None
+            for hypothesis in self.tried(schedule):
+                count, solver = 0, hypothesis.solver
+                for defense in self.defenses:
+                    for inversion in defense.inversions(hypothesis):
+                        yield from inverting(defense.name, inversion, hypothesis)
+                        count += 1
+                yield drawing(batch, (count * draws + PLAIN) * drawn(solver))
+                if known not in (None, solver):  # drawn again, as the backdoor wants it
+                    yield drawing(batch, count * draws * drawn(known))
+            if known is not None and name != "trained":  # by the true trigger
+                yield drawing(batch, draws * drawn(known))
+
+    def run(self, context: Context, state: State) -> tuple[State, Outcome]:
+        findings: list[Finding] = []
+        sections: list[Section] = []
+        for name, label in labels(self.weights).items():
+            own = name == "trained"
+            params = state.params if own else context.lab.load(name)
+            finding, section = self._audit(context, name, label, params)
+            findings.append(finding)
+            sections.append(section)
+        return state, Outcome(tuple(findings), tuple(sections))
+
+    def _path(self, context: Context, name: str) -> pathlib.Path:
+        if name == "trained":
+            return context.lab.run.folder / WEIGHTS
+        return find_weights(name)
+
+    def _truth(self, context: Context, name: str) -> Truth | None:
+        """The backdoor that a model is known to have."""
+        if name == "trained":
+            return context.truth
+        setup = context.lab.setup
+        return Truth.beside(find_weights(name), setup.schedule, setup.image_shape)
+
+    def _audit(
+        self, context: Context, name: str, label: str, params: Params
+    ) -> tuple[Finding, Section]:
+        """Inverts and judges one model, from the model alone."""
+        lab, own, path = context.lab, name == "trained", self._path(context, name)
+        truth = Truth.beside(path, lab.schedule, lab.setup.image_shape)
+        bench = Inspector(
+            lab,
+            context.evaluation,
+            label,
+            params,
+            self.tried(lab.schedule),
+            self.defenses[0].name,
+            truth,
+            # Those of the run's own model have been drawn, when it was measured.
+            "true_trained" if own else f"audit_{label}",
         )
-        known = here == (SHIPPED, LinearBetas(), "epsilon", Inversion())
+        found = {each.name: each.inspect(bench) for each in self.defenses}
+        first, *others = found
+        verdict = found[first].verdict
+        assert verdict is not None
+        remarks: tuple[str, ...] = ()
+        if not own and convert.is_model(path):
+            spec = convert.read_spec(path, self.scheduler)
+            remarks = (*spec.remarks, *convert.check_weights(path, spec.unet))
+        finding = Finding(
+            label=label,
+            weights=WEIGHTS if own else name,
+            # Process 0 has written them, and it alone writes of them.
+            sha256=weight_digests(str(path)) if parallel.is_host_zero() else {},
+            remarks=remarks,
+            verdict=verdict,
+            calibration=self._calibration(context),
+            hypotheses=tuple(each.name for each in bench.hypotheses),
+            sought=tuple(each.title for each in bench.hypotheses),
+            inversions=tuple(row for each in found.values() for row in each.inversions),
+            others={
+                each: judged
+                for each in others
+                if (judged := found[each].verdict) is not None
+            },
+        )
+        if not found[first].inversions:
+            return finding, _refused(bench, verdict)
+        return finding, _page(bench, first, verdict, found, truth)
+
+    def _calibration(self, context: Context) -> calibration.Calibration:
+        """Whose scores the detector compares with: those of models such as these?"""
+        if self.detector.clean:
+            return "given scores"
+        known = calibration.covers(self.defenses[0], context.lab.setup)
         return "this network" if known else "another network"
 
-    def audit(
-        self,
-        label: str,
-        weights: str,
-        sha256: Mapping[str, str],
-        remarks: tuple[str, ...],
-        params: Params,
-        truth: Truth | None,
-        drawn: str,
-    ) -> Audited:
-        """Inverts and judges one model, from the model alone.
 
-        Args:
-          label: of the model, its own.
-          weights: where its weights were read, as the user named it.
-          sha256: of each of their files.
-          remarks: on how they were read.
-          params: its weights.
-          truth: the backdoor that it is known to have, only compared with.
-          drawn: name by which the draws of the true trigger are kept.
-        """
-        options = self.experiment.audit
-        assert options is not None
-
-        def finding(verdict: Verdict, rows: Sequence[dict[str, Any]]) -> Finding:
-            return Finding(
-                weights,
-                sha256,
-                remarks,
-                verdict,
-                self.calibration,
-                tuple(each.name for each in self.hypotheses),
-                tuple(each.title for each in self.hypotheses),
-                tuple(rows),
-            )
-
-        if (refused := self._refusal(label, params)) is not None:
-            section = self._refused(label, params, refused)
-            return Audited(finding(refused, ()), section)
-        ours: dict[Hypothesis, _Inverted] = {}
-        rows: list[dict[str, Any]] = []
-        pictures: list[tuple[str, np.ndarray]] = []
-        curves: dict[str, Any] = {}
-        if truth is not None:
-            pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
-        for hypothesis in self.hypotheses:
-            for method, inversion in options.methods(hypothesis).items():
-                found = self._inverted(
-                    label, params, hypothesis, method, inversion, truth, drawn
-                )
-                rows.append(found.row)
-                pictures += found.pictures
-                if method == "puredif":
-                    ours[hypothesis] = found
-                    stage = _stage(method, label, hypothesis)
-                    curves |= self._curves(stage, hypothesis, inversion.descent.scout)
-        verdict = options.detector.judge({k: v.features for k, v in ours.items()})
-        (best,) = (k for k in ours if k.name == verdict.hypothesis)
-        others = [k for k in ours if k != best]
-        sections = [
-            *ours[best].sections,
-            next_steps([verdict.outcome]),
-            *(
-                dataclasses.replace(section, text="")  # as above
-                for other in others
-                for section in ours[other].sections
-            ),
-            Section("Measures", table=_measures(rows)),
-            Section(
-                "Triggers",
-                pictures=tuple(pictures),
-                curves=(("inversion loss", curves),),
-            ),
-        ]
-        section = Section(f"Audit of {label}", sections=tuple(sections))
-        return Audited(finding(verdict, rows), section)
-
-    def _refusal(self, label: str, params: Params) -> Verdict | None:
-        """The verdict where the weights denoise nothing, before any inversion."""
-        options = self.experiment.audit
-        assert options is not None
-        if options.detector.linear == np.inf:
-            return None
-        ratios: dict[Hypothesis, float] = {}
-        for each in self.hypotheses:
-            plain = self._plain(label, params, each)
-            name = f"{label}_{_file(each)}"
-            ratios[each] = self.lab.denoising(name, params, plain)
-        return options.detector.refusal(ratios)
-
-    def _refused(self, label: str, params: Params, verdict: Verdict) -> Section:
-        """The page of weights that denoise nothing: what they draw, and what to do."""
-        (best,) = (k for k in self.hypotheses if k.name == verdict.hypothesis)
-        images = self._plain(label, params, best)[:SHOWN]
-        caption = f"draws from plain noise, {best.name}"
-        shown = Section("Draws", pictures=((caption, images),))
-        sections = (shown, next_steps([verdict.outcome]))
-        return Section(f"Audit of {label}", sections=sections)
-
-    def _inverted(
-        self,
-        label: str,
-        params: Params,
-        hypothesis: Hypothesis,
-        method: str,
-        inversion: Inversion,
-        truth: Truth | None,
-        drawn: str,
-    ) -> _Inverted:
-        """Inverts by one method under one hypothesis, and measures what comes out."""
-        lab, options = self.lab, self.experiment.audit
-        assert options is not None
-        stage = _stage(method, label, hypothesis)
-        result = self._invert(stage, params, hypothesis, inversion)
-        delta, target = result["delta"], result["target"]
-        row: dict[str, Any] = {"method": method, "hypothesis": hypothesis.name}
-        if truth is not None:
-            row |= self._compare(drawn, stage, params, truth, hypothesis, result)
-        row["network evaluations"] = inversion.evaluations
-        row["seconds"] = float(result["seconds"])
-        pictures = [(f"inverted trigger, {method}, {hypothesis.name}", delta)]
-        if truth is not None:
-            caption = f"difference from the true one, {method}, {hypothesis.name}"
-            pictures.append((caption, delta - truth.trigger))
-        plain = self._plain(label, params, hypothesis)
-        candidate = Candidate(jnp.asarray(delta), jnp.asarray(target))
-        measured = lab.features(
-            params,
-            hypothesis,
-            candidate,
-            result["errors"].min(),
-            result["draws"][:PLAIN],
-            plain,
-        )
-        row |= {k: float(v) for k, v in measured._asdict().items()}
-        row["score"] = options.detector.score(measured)
-        row["contrast"] = float(target.std())
-        sampler = self.experiment.evaluation.sampler(hypothesis.solver)
-        drawn_by = [(sampler, result["draws"], plain)]
-        if (free := unclipped(sampler)) is not None:
-            both = (
-                result["draws_unclipped"],
-                self._plain(label, params, hypothesis, free),
-            )
-            ratio = spread_ratio(*both)
-            row["uniformity, unclipped"] = ratio
-            drawn_by.append((free, *both))
-        sections: tuple[Section, ...] = ()
-        if method == "puredif":
-            name = f"{label}_{_file(hypothesis)}"
-            evidence = lab.evidence(name, params, hypothesis, candidate, len(plain))
-            sections = (
-                _evidence(hypothesis, target, evidence),
-                *(_draws(hypothesis, *each) for each in drawn_by),
-            )
-        return _Inverted(row, pictures, measured, sections)
-
-    def _invert(
-        self, stage: str, params: Params, hypothesis: Hypothesis, inversion: Inversion
-    ) -> dict[str, np.ndarray]:
-        """Inverts under one hypothesis: delta, target, held-out errors and draws."""
-        lab, evaluation = self.lab, self.experiment.evaluation
-
-        def compute() -> Mapping[str, Any]:
-            candidate, errors = search.invert(
-                lab,
-                stage,
-                params,
-                hypothesis,
-                inversion.loss,
-                inversion.descent,
-                inversion.survey,
-                inversion.heldout,
-            )
-            sampler = evaluation.sampler(hypothesis.solver)
-            draws = {"draws": sampler, "draws_unclipped": unclipped(sampler)}
-            return {
-                "delta": candidate.delta,
-                "target": candidate.target,
-                "errors": errors,
-                **{
-                    name: lab.draw(params, by, candidate.delta, evaluation.draws)
-                    for name, by in draws.items()
-                    if by is not None
-                },
-                "seconds": search.seconds(lab, stage),
-            }
-
-        return lab.run.once(stage, compute)
-
-    def _plain(
-        self,
-        label: str,
-        params: Params,
-        hypothesis: Hypothesis,
-        free: Sampler | None = None,
-    ) -> np.ndarray:
-        """Draws from plain noise; `free` replaces a sampler that clips."""
-        lab, sampler = (
-            self.lab,
-            free or self.experiment.evaluation.sampler(hypothesis.solver),
-        )
-
-        def draw() -> Mapping[str, Any]:
-            return {"images": lab.draw(params, sampler, lab.zero, PLAIN)}
-
-        name = f"plain_{label}_{_file(hypothesis)}" + ("_unclipped" if free else "")
-        return lab.run.once(name, draw)["images"]
-
-    def _curves(self, stage: str, hypothesis: Hypothesis, scout: int) -> dict[str, Any]:
-        """The loss of every scout, and the least of those that went on; on host 0."""
-        if not parallel.is_host_zero():  # another one may see an older file
-            return {}
-        curve = self.lab.run.metrics.read(stage)
-        curves: dict[str, Any] = {}
-        curves[hypothesis.name] = (scout + curve["step"], curve["loss"].min(axis=-1))
-        if scout:
-            scouts = self.lab.run.metrics.read(f"{stage}_scouts")
-            for i, loss in enumerate(scouts["loss"].reshape(len(scouts["step"]), -1).T):
-                curves[f"{hypothesis.name}, scout {i + 1}"] = (scouts["step"], loss)
-        return curves
-
-    def _compare(
-        self,
-        drawn: str,
-        stage: str,
-        params: Params,
-        truth: Truth,
-        hypothesis: Hypothesis,
-        result: Mapping[str, np.ndarray],
-    ) -> dict[str, float]:
-        """Success of an inverted trigger beside the true one's, and their distance.
-
-        The draws of the true trigger are kept by the name `drawn`.
-        """
-        lab, evaluation = self.lab, self.experiment.evaluation
-        sampler, draws = evaluation.sampler(truth.solver), evaluation.draws
-
-        def success(name: str, r: np.ndarray, by: Sampler) -> float:
-            found = lab.success(name, params, by, r, truth.target, draws, truth.inside)
-            return found.rate
-
-        delta = result["delta"]
-        same = hypothesis.solver == truth.solver and not truth.controlled
-        rates = {}
-        for by, end in ((sampler, ""), (unclipped(sampler), "_unclipped")):
-            if by is None:
-                continue
-            if same:  # the draws at hand are these
-                images = result[f"draws{end}"]
-                own = metrics.success(images, truth.target)["mse<0.01"]
-            else:
-                own = success(f"{stage}{end}", delta, by)
-            how = ", unclipped" if end else ""
-            rates[f"success{how}"] = own
-            true = success(f"{drawn}{end}", truth.trigger, by)
-            rates[f"success of the true trigger{how}"] = true
-        distance = metrics.trigger_distance(delta, truth.trigger)
-        return {
-            **rates,
-            **{k: float(v) for k, v in distance._asdict().items()},
-        }
+def _refused(bench: Inspector, verdict: Verdict) -> Section:
+    """The page of weights that denoise nothing: what they draw, and what to do."""
+    (best,) = (each for each in bench.hypotheses if each.name == verdict.hypothesis)
+    caption = f"draws from plain noise, {best.name}"
+    shown = Section("Draws", pictures=((caption, bench.plain(best)[:SHOWN]),))
+    sections = (shown, next_steps([verdict.outcome]))
+    return Section(f"Audit of {bench.label}", sections=sections)
 
 
-def _stage(method: str, label: str, hypothesis: Hypothesis) -> str:
-    """Name of an inversion in the run folder."""
-    how = method.replace(", ", "_").replace(" ", "_")
-    return f"{how}_{label}_{_file(hypothesis)}"
-
-
-def _file(hypothesis: Hypothesis) -> str:
-    """A hypothesis in the name of a file."""
-    return hypothesis.name.replace(" ", "_")
-
-
-def _evidence(hypothesis: Hypothesis, target: np.ndarray, found: Evidence) -> Section:
-    """The denoised image with the trigger beside that without it, and the errors."""
-    rows = [
-        {
-            "t": int(t),
-            "error with the trigger": float(with_trigger),
-            "error without": float(without),
-            "times": float(without / with_trigger) if with_trigger else np.inf,
-        }
-        for t, with_trigger, without in zip(
-            found.timesteps, found.triggered, found.untriggered, strict=True
-        )
-    ]
-    columns = {
-        "t": "timestep: the larger, the more noise",
-        "times": "how many times the trigger lowers the error",
-        "error with the trigger": "mean squared error of the noise that is predicted",
-        "error without": "the same from the same noise, without the trigger",
-    }
-    at = [i for i, t in enumerate(found.timesteps) if t in PICTURED]
-    times = ", ".join(str(found.timesteps[i]) for i in at)
-    pairs: list[tuple[str, npt.ArrayLike]] = []
-    for name, images in ("with", found.with_trigger), ("without", found.without):
-        grid = images[at].reshape(-1, *images.shape[2:])
-        rest = f"rows t = {times}, {images.shape[1]} draws of noise, unclipped"
-        pairs.append((f"denoised {name} the trigger: {rest}", grid))
-    title = f"Evidence: {hypothesis.solver.title} sampling"
-    return Section(
-        title,
-        _EVIDENCE,
-        tuple(rows),
-        (
-            (
-                f"estimated target, {hypothesis.name}, contrast {target.std():.2g}",
-                target,
-            ),
-        ),
-        columns=columns,
-        pairs=tuple(pairs),
-    )
-
-
-def _draws(
-    hypothesis: Hypothesis, sampler: Sampler, triggered: np.ndarray, plain: np.ndarray
+def _page(
+    bench: Inspector,
+    first: str,
+    verdict: Verdict,
+    found: dict[str, Inspection],
+    truth: Truth | None,
 ) -> Section:
-    """Whole chains with the trigger beside those without it."""
-    clip = getattr(sampler, "clip", None)
-    how = "unclipped"
-    if clip is not None:
-        how = f"clipped at {clip:g}" if isinstance(clip, float) else "thresholded"
-    count = min(len(triggered), len(plain), SHOWN)  # pairs of one noise
-    pairs = (
-        (f"draws with the trigger, {hypothesis.name}, {how}", triggered[:count]),
-        (f"draws from plain noise, {hypothesis.name}, {how}", plain[:count]),
-    )
-    return Section(f"Draws: {hypothesis.solver.title} sampling", _DRAWS, pairs=pairs)
+    """The page of a model: the evidence of the best trigger first."""
+    ours = {kind: seen for (name, kind), seen in bench.seen.items() if name == first}
+    (best,) = (kind for kind in ours if kind.name == verdict.hypothesis)
+    pictures: list[tuple[str, Any]] = []
+    if truth is not None:
+        pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
+    pictures += [each for seen in bench.seen.values() for each in seen.pictures]
+    curves = {k: v for seen in bench.seen.values() for k, v in seen.curves.items()}
+    rows = [row for each in found.values() for row in each.inversions]
+    others = [
+        {"defense": name, **judged._asdict()}
+        for name, inspection in found.items()
+        if name != first and (judged := inspection.verdict) is not None
+    ]
+    sections = [
+        *ours[best].sections,
+        next_steps([verdict.outcome]),
+        *(
+            dataclasses.replace(section, text="")  # as above
+            for kind, seen in ours.items()
+            if kind != best
+            for section in seen.sections
+        ),
+        Section("Measures", table=_measures(rows)),
+        *([Section("Other defenses", table=tuple(others))] if others else []),
+        Section(
+            "Triggers", pictures=tuple(pictures), curves=(("inversion loss", curves),)
+        ),
+    ]
+    return Section(f"Audit of {bench.label}", sections=tuple(sections))
 
 
-def _measures(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+def _measures(rows: Sequence[Inverted]) -> tuple[dict[str, Any], ...]:
     """What was measured of each inversion, a measure a row, with its meaning."""
-    names = [name for name in MEASURES if any(name in row for row in rows)]
-    columns = {f"{row['method']}, {row['hypothesis']}": row for row in rows}
+    columns = {f"{row.method}, {row.hypothesis}": row.row() for row in rows}
     return tuple(
         {"measure": name}
         | {column: row.get(name) for column, row in columns.items()}
-        | {"meaning": MEASURES[name]}
-        for name in names
+        | {"meaning": meaning}
+        for name, meaning in Inverted.meanings().items()
+        if any(name in row for row in columns.values())
     )
+
+
+def labels(weights: Sequence[str]) -> dict[str, str]:
+    """A label of its own for each model: the last part of its path, or of its folder.
+
+    Models that share one are numbered from the second on.
+    """
+    found: dict[str, str] = {}
+    for name in weights:
+        path = pathlib.Path(name)
+        stem = path.stem if path.suffix == ".safetensors" else path.name
+        if name != path.name and stem in (convert.FOLDER, pathlib.Path(WEIGHTS).stem):
+            stem = path.absolute().parent.name  # of a run
+        found[name] = distinct(safe_name(stem), found.values())
+    return found

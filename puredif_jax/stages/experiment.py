@@ -9,36 +9,21 @@ import dataclasses
 import fnmatch
 import hashlib
 import os
-from typing import Any, Literal
+from typing import Any
 
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.training import Training
-from puredif_jax.data.images import FashionMNIST, ImageFolder, NpzImages
-from puredif_jax.defenses.detector import Detector
-from puredif_jax.defenses.distribution_shift import DistributionShift
-from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
-from puredif_jax.defenses.inversion import Descent
-from puredif_jax.defenses.objective import Loss
-from puredif_jax.defenses.reinforcement import Reinforcement
-from puredif_jax.defenses.survey import Survey
-from puredif_jax.diffusion.ddim import DDIM
-from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.data.images import FashionMNIST, ImageSet
 from puredif_jax.diffusion.prediction import Prediction
-from puredif_jax.diffusion.sampling import Sampler
-from puredif_jax.diffusion.schedules import LinearBetas, NoiseSchedule, Process
-from puredif_jax.diffusion.solver import Ancestral, Deterministic, Solver
+from puredif_jax.diffusion.schedules import LinearBetas, Process
 from puredif_jax.files.whole import safe_name
 from puredif_jax.networks.unet import UNet
-
-
-def _at_least(node: Any, **bounds: int) -> None:
-    """Raises ValueError where a field is below its bound."""
-    for name, least in bounds.items():
-        if getattr(node, name) < least:
-            raise ValueError(
-                f"{name} must be {least} or more, found {getattr(node, name)}"
-            )
+from puredif_jax.stages.amplify import Amplification
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.base import Stage
+from puredif_jax.stages.evaluation import Evaluation, at_least
+from puredif_jax.stages.measure import Measure
+from puredif_jax.stages.train import Train
 
 
 def _seeded(node: Any) -> None:
@@ -60,193 +45,6 @@ def _at_home(node: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """How a model is measured.
-
-    Attributes:
-      draws: images for each success rate.
-      batch: images sampled together.
-      ancestral: sampler for backdoors of ancestral sampling.
-      deterministic: sampler for those of deterministic sampling, and for quality.
-      frechet_draws: images for the Frechet distance, two of each noise; 0 for none.
-
-    Raises:
-      ValueError: `frechet_draws` is odd or negative, or 2, too few for a covariance;
-        another is below 1.
-    """
-
-    draws: int = 256
-    batch: int = 64
-    ancestral: Sampler = DDPM(steps=100)
-    deterministic: Sampler = DDIM(steps=50)
-    frechet_draws: int = 0
-
-    def __post_init__(self) -> None:
-        _at_least(self, draws=1, batch=1)
-        if self.frechet_draws % 2 or self.frechet_draws < 0 or self.frechet_draws == 2:
-            raise ValueError(
-                "frechet_draws must be 0 or an even number of at least 4, found "
-                f"{self.frechet_draws}"
-            )
-
-    def sampler(self, solver: Solver) -> Sampler:
-        """The sampler under which a backdoor of that kind fires."""
-        return solver.pick(self.ancestral, self.deterministic)
-
-
-@dataclasses.dataclass(frozen=True)
-class Inversion:
-    """How a trigger is sought, under one hypothesis.
-
-    Attributes:
-      loss: what is minimised.
-      descent: optimiser, candidates and bounds.
-      survey: finds where the first `survey.starts` candidates start; the others, and
-        without a survey all, start at random.
-      heldout: noise draws at each timestep on which the kept candidate is chosen.
-    """
-
-    loss: Loss = DistributionShift(samples=4)
-    descent: Descent = Descent(candidates=8, scout=40, finalists=4)
-    survey: Survey | None = Survey()
-    heldout: int = 64
-
-    def __post_init__(self) -> None:
-        _at_least(self, heldout=1)
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations of one image; one with its gradient counts for three.
-
-        Those of survey and descent. Left out are the judging of candidates on held-out
-        noise, and the choice of their sign.
-        """
-        survey = 0 if self.survey is None else self.survey.evaluations
-        values = self.descent.candidate_steps * self.loss.evaluations
-        return 3 * values + survey
-
-    @property
-    def images(self) -> int:
-        """Most images that the network may see at once."""
-        judged = DistributionShift(samples=self.heldout).evaluations
-        most = [self.descent.candidates * self.loss.evaluations, judged]
-        if self.survey is not None:
-            signed = DistributionShift(samples=self.survey.draws).evaluations
-            most += [min(self.survey.starts, self.descent.candidates) * signed]
-            most += [self.survey.together * self.survey.draws]
-        return max(most)
-
-
-Baseline = Literal["elijah", "elijah, equal evaluations"]
-
-
-def elijah(solver: Solver, evaluations: int | None = None) -> Inversion:
-    """Elijah's inversion with its published settings, by the kind of backdoor.
-
-    Args:
-      solver: the kind.
-      evaluations: raises the steps from the published 100 or 10 until the network is
-        evaluated as often as in `Inversion.evaluations`.
-    """
-    published = Inversion(
-        loss=ElijahLoss(scale=solver.pick(0.5, 1.0)),
-        survey=None,
-        descent=Descent(
-            steps=solver.pick(100, 10),
-            learning_rate=0.1,
-            b2=0.999,
-            low=-1.0,
-            high=solver.pick(0.0, 1.0),
-            bound=None,
-            cosine=False,
-        ),
-    )
-    if evaluations is None:
-        return published
-    steps = max(1, round(evaluations / (3 * published.loss.evaluations)))
-    descent = dataclasses.replace(published.descent, steps=steps)
-    return dataclasses.replace(published, descent=descent)
-
-
-@dataclasses.dataclass(frozen=True)
-class Audit:
-    """Which models are inverted and judged, and how.
-
-    Attributes:
-      weights: names of shipped models, paths of weights, or "trained" for the result
-        of this run.
-      hypotheses: kinds of backdoor tried on each, as far as they apply to its process.
-      inversion: how triggers are sought.
-      detector: how they are judged.
-      baselines: inversions to compare with: Elijah with its published steps, or with
-        as many as make its network evaluations equal to those of `inversion`.
-      scheduler: the folder or file from which `schedule` and `prediction` of the run
-        were read, where weights have no scheduler of their own; the report names it.
-    """
-
-    weights: tuple[str, ...] = ("trained",)
-    hypotheses: tuple[Hypothesis, ...] = (
-        Fading(Ancestral()),
-        Fading(Deterministic()),
-        Exploding(Ancestral()),
-        Exploding(Deterministic()),
-    )
-    inversion: Inversion = Inversion()
-    detector: Detector = Detector()
-    baselines: tuple[Baseline, ...] = ()
-    scheduler: str | None = None
-
-    def __post_init__(self) -> None:
-        names = [hypothesis.name for hypothesis in self.hypotheses]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"hypotheses must be one or more of different names, found {names}"
-            )
-
-    def tried(self, schedule: NoiseSchedule) -> tuple[Hypothesis, ...]:
-        """The hypotheses that apply to a process."""
-        return tuple(each for each in self.hypotheses if each.applies(schedule))
-
-    def methods(self, hypothesis: Hypothesis) -> dict[str, Inversion]:
-        """The inversions to run under one hypothesis, by name, ours first."""
-        found = {"puredif": self.inversion}
-        for name in self.baselines:
-            equal = None if name == "elijah" else self.inversion.evaluations
-            found[name] = elijah(hypothesis.solver, equal)
-        return found
-
-    def plan(self, schedule: NoiseSchedule) -> str:
-        """How each model of a process is inverted, in words."""
-        tried = self.tried(schedule)
-        count = sum(
-            inversion.evaluations
-            for hypothesis in tried
-            for inversion in self.methods(hypothesis).values()
-        )
-        names = " and ".join(hypothesis.name for hypothesis in tried)
-        return f"(under {names}, {count:,} evaluations of its network on an image)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Amplification:
-    """Reinforcement of the trigger at snapshots of the backdoor training.
-
-    Attributes:
-      snapshots: training steps at which the trigger is reinforced; rising.
-      reinforcement: how.
-      alternate: go on training with the reinforced trigger.
-    """
-
-    snapshots: tuple[int, ...]
-    reinforcement: Reinforcement = Reinforcement()
-    alternate: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.snapshots or list(self.snapshots) != sorted(set(self.snapshots)):
-            raise ValueError(f"snapshots must rise, found {self.snapshots}")
-
-
-@dataclasses.dataclass(frozen=True)
 class Experiment:
     """A run: stages that are None are left out.
 
@@ -259,6 +57,7 @@ class Experiment:
       attack: the backdoor put in, or the one that success is measured for.
       amplification: reinforces the trigger along the training.
       audit: inverts and judges models.
+      then: further stages, after the audit.
       evaluation: how models are measured.
       data: images to train on: the shipped ones, a file or a folder of a user.
       schedule: forward process of the model.
@@ -278,8 +77,9 @@ class Experiment:
     attack: Attack | None = None
     amplification: Amplification | None = None
     audit: Audit | None = None
+    then: tuple[Stage, ...] = ()
     evaluation: Evaluation = Evaluation()
-    data: FashionMNIST | NpzImages | ImageFolder = FashionMNIST()
+    data: ImageSet = FashionMNIST()
     schedule: Process = LinearBetas()
     prediction: Prediction = "epsilon"
     devices: int = 0
@@ -290,7 +90,7 @@ class Experiment:
     def __post_init__(self) -> None:
         _at_home(self)
         _seeded(self)
-        _at_least(self, devices=0, chunk=1, save_every=0)
+        at_least(self, devices=0, chunk=1, save_every=0)
         if self.amplification and not (self.training and self.attack):
             raise ValueError("amplification needs both a training and an attack")
         if self.amplification and self.training:
@@ -313,6 +113,20 @@ class Experiment:
             )
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What the run does, in order."""
+        found: list[Stage] = []
+        if self.amplification:
+            found.append(self.amplification)
+        if self.training:
+            found.append(Train())
+        if self.training or self.weights:
+            found.append(Measure())
+        if self.audit:
+            found.append(self.audit)
+        return (*found, *self.then)
+
+    @property
     def plan(self) -> str:
         """What will be done, in words."""
         parts = []
@@ -328,6 +142,7 @@ class Experiment:
             models = f"{count} models" if count > 1 else self.audit.weights[0]
             how = self.audit.plan(self.schedule.tables())
             parts.append(f"audit of {models} {how}")
+        parts += [type(stage).__name__ for stage in self.then]
         return f"{self.workdir}: {', '.join(parts) or 'nothing but a report'}"
 
     @property
@@ -338,9 +153,8 @@ class Experiment:
             reinforcement = self.amplification.reinforcement
             most.append(reinforcement.loss(self.attack.solver).samples)
         if self.audit:
-            for hypothesis in self.audit.tried(self.schedule.tables()):
-                methods = self.audit.methods(hypothesis).values()
-                most += [inversion.images for inversion in methods]
+            inversions = self.audit.inversions(self.schedule.tables())
+            most += [inversion.images for inversion in inversions]
         return max(most)
 
 
@@ -426,7 +240,7 @@ class Scan:
         if self.workdir:
             _at_home(self)
         _seeded(self)
-        _at_least(self, steps=1, draws=2, devices=0, chunk=1, save_every=0)
+        at_least(self, steps=1, draws=2, devices=0, chunk=1, save_every=0)
         if not self.model:
             raise ValueError("a scan needs a model: give --config.model=FOLDER")
         if self.audit.weights:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Self, get_args
 
-from puredif_jax.defenses.detector import Outcome, Verdict
+from puredif_jax.defenses.base import Inverted, Verdict
+from puredif_jax.defenses.base import Outcome as Verdicts
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Judgement, Section
-
-Calibration = Literal["this network", "another network", "given scores"]
-"""Whose clean models the detector knows: its own of the network at hand, its own of
-another one, or those that the user has given."""
+from puredif_jax.stages.base import Result, Row
+from puredif_jax.stages.calibration import Calibration
 
 _CLAUSES: dict[Calibration, str] = {
     "this network": "calibrated for this network",
@@ -27,44 +26,9 @@ _NOT_CALIBRATED = (
     "this kind in the same way, and give their scores as "
     "`--config.audit.detector.clean=0.1,0.2`."
 )
-_NOT_SOUGHT = (
-    "Not sought: TrojDiff, VillanDiffusion with psi below 1, and backdoors of "
-    "variance-exploding models."
-)
+_NOT_SOUGHT = "Not sought: TrojDiff, and VillanDiffusion with psi below 1."
 
 _SHARDS = 3  # of weights, whose digests the first screen has
-
-MEASURES = {
-    "score": "-log10 of gain. The verdict rests on the largest score",
-    "gain": "error of the model on the image with the trigger, over its error on the "
-    "same image without. Small if backdoored",
-    "memory": "the same error with the trigger, over the error of the model on its own "
-    "draws. Small if backdoored",
-    "shift": "error of the equation by which triggers are sought. Small if backdoored",
-    "contrast": "standard deviation of the image, of a range of 2. An image near 0 is "
-    "flat, and easy for every model",
-    "uniformity": "how much draws with the trigger differ, over plain draws. Small on "
-    "many clean models as well",
-    "uniformity, unclipped": "the same where x0 is not clipped while sampling",
-    "variation": "total variation of draws with the trigger, over that of plain draws",
-    "alignment": "cosine of the trigger and the shift that it causes near T. Near 1 on "
-    "clean models as well",
-    "kl_mean": "mean of trigger^2 / 2, a statistic of TERD",
-    "kl_variance": "variance of trigger^2 / 2, a statistic of TERD",
-    "success": "share of draws at MSE < 1e-2 of the true target",
-    "success of the true trigger": "the same with the true trigger",
-    "success, unclipped": "success where x0 is not clipped while sampling. Attacks are "
-    "trained and measured so",
-    "success of the true trigger, unclipped": "the same with the true trigger",
-    "relative_l2": "distance to the true trigger, over the norm of the true one",
-    "cosine": "of the inverted and the true trigger",
-    "mse": "mean squared difference from the true trigger",
-    "max_error": "largest difference from the true trigger",
-    "norm_ratio": "norm of the inverted trigger over that of the true one",
-    "network evaluations": "of one image; a gradient counts for two more",
-    "seconds": "of the inversion",
-}
-"""What an audit measures of a trigger, in the order of the page, and what it means."""
 
 NEXT = {
     "backdoored": (
@@ -104,10 +68,11 @@ NEXT = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """What an audit has found of one model.
 
     Attributes:
+      label: of the model, its own.
       weights: folder, file or name, as the user gave it.
       sha256: of each file of the weights, by its name.
       remarks: sentences on how the folder was read.
@@ -115,9 +80,11 @@ class Finding:
       calibration: what the detector was calibrated with.
       hypotheses: the kinds of backdoor that were sought, by name.
       sought: the same in words.
-      inversions: what was measured, a row for each inversion.
+      inversions: what was measured of each.
+      others: the verdicts of other defenses, by name.
     """
 
+    label: str
     weights: str
     sha256: Mapping[str, str]
     remarks: tuple[str, ...]
@@ -125,46 +92,60 @@ class Finding:
     calibration: Calibration
     hypotheses: tuple[str, ...]
     sought: tuple[str, ...]
-    inversions: tuple[Mapping[str, Any], ...]
+    inversions: tuple[Inverted, ...]
+    others: Mapping[str, Verdict] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
-        """As `report.json` keeps it."""
-        return {**vars(self), "verdict": self.verdict._asdict()}
+        found = {k: v for k, v in vars(self).items() if k != "label"}
+        found["verdict"] = self.verdict._asdict()
+        found["inversions"] = [each.row() for each in self.inversions]
+        found["others"] = {k: v._asdict() for k, v in self.others.items()}
+        return {self.label: found}
 
     @classmethod
-    def read(cls, numbers: Mapping[str, Any], where: str) -> Finding:
-        """What `numbers` has returned, from a report named `where`.
+    def read(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
+        return [
+            cls._read(label, found, where)
+            for label, found in numbers.items()
+            if isinstance(found, Mapping) and "verdict" in found
+        ]
 
-        Raises:
-          RunError: it is damaged, or was written by another version of the package.
-        """
+    @classmethod
+    def _read(cls, label: str, found: Mapping[str, Any], where: str) -> Self:
+        """One of them, from what `numbers` has under its label."""
         try:
-            verdict = dict(numbers["verdict"])
-            for name in ("score", "p_value", "doubt", "alarm"):
-                verdict[name] = float(verdict[name])  # inf comes as a string
-            found = cls(
-                str(numbers["weights"]),
-                dict(numbers["sha256"]),
-                tuple(map(str, numbers["remarks"])),
-                Verdict(**verdict),
-                numbers["calibration"],
-                tuple(map(str, numbers["hypotheses"])),
-                tuple(map(str, numbers["sought"])),
-                tuple(map(dict, numbers["inversions"])),
+            read = cls(
+                label,
+                str(found["weights"]),
+                dict(found["sha256"]),
+                tuple(map(str, found["remarks"])),
+                _verdict(found["verdict"]),
+                found["calibration"],
+                tuple(map(str, found["hypotheses"])),
+                tuple(map(str, found["sought"])),
+                tuple(map(Inverted.read, found["inversions"])),
+                {str(k): _verdict(v) for k, v in found["others"].items()},
             )
             for value, valid in (
-                (found.verdict.outcome, get_args(Outcome)),
-                (found.verdict.hypothesis, found.hypotheses),
-                (found.calibration, get_args(Calibration)),
+                (read.verdict.outcome, get_args(Verdicts)),
+                (read.verdict.hypothesis, read.hypotheses),
+                (read.calibration, get_args(Calibration)),
             ):
                 if value not in valid:
                     raise ValueError(value)
-            return found
-        except (KeyError, TypeError, ValueError) as error:
+            return read
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"{where} is no report of an audit by this version: remove it, and the "
                 "same command writes it again from what is stored"
             ) from error
+
+    def tables(self) -> dict[str, list[Row]]:
+        model = {"model": self.label}
+        return {
+            "verdicts": [model | self.verdict._asdict()],
+            "inversions": [model | each.row() for each in self.inversions],
+        }
 
     @property
     def reason(self) -> str:
@@ -194,7 +175,11 @@ class Finding:
             f"{_CLAUSES[self.calibration]}"
         )
 
-    def judgement(
+    def judgement(self) -> Judgement:
+        """With why, in a sentence."""
+        return self.judged(self.label, self.reason)
+
+    def judged(
         self, name: str, detail: str = "", report: str | None = None
     ) -> Judgement:
         """For the first screen of a page; arguments as of `page.Judgement`."""
@@ -229,3 +214,11 @@ def next_steps(outcomes: Iterable[str]) -> Section:
     found = set(outcomes)
     parts = [Section(name, text) for name, text in NEXT.items() if name in found]
     return Section("What to do next", sections=tuple(parts))
+
+
+def _verdict(found: Mapping[str, Any]) -> Verdict:
+    """A verdict from a report."""
+    values = dict(found)
+    for name in ("score", "p_value", "doubt", "alarm"):
+        values[name] = float(values[name])  # inf comes as a string
+    return Verdict(**values)

@@ -1,311 +1,32 @@
-"""The stages of a run: load, train, measure, amplify, audit, report."""
+"""An experiment, from its configuration to its report, by the stages that it has."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from absl import logging
 
-from puredif_jax.attacks.channel import Channel
-from puredif_jax.data import images as data
-from puredif_jax.defenses.objective import Loss
-from puredif_jax.diffusion.sampling import Sampler
-from puredif_jax.files.whole import safe_name
-from puredif_jax.formats import diffusers as convert
-from puredif_jax.formats.discovery import distinct
-from puredif_jax.metrics import measures as metrics
-from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.runs import config, numerics, parallel, weight_file
+from puredif_jax.runs import config, numerics, parallel
 from puredif_jax.runs.binding import RunError, pin
-from puredif_jax.runs.page import Section
-from puredif_jax.runs.report import Part, Report, environment
+from puredif_jax.runs.report import Report, environment
 from puredif_jax.runs.run import Run
-from puredif_jax.stages import search, train
-from puredif_jax.stages.audit import Auditor
+from puredif_jax.stages.base import Context, Outcome, State
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.finding import Finding, scope
-from puredif_jax.stages.lab import PLAIN, Lab, Success
-from puredif_jax.stages.weights import Truth, find_weights, fingerprint, weight_digests
-from puredif_jax.types import Params
-
-WEIGHTS = "weights.safetensors"
-
-
-class Stages:
-    """The stages of one experiment, in the order in which they are run."""
-
-    def __init__(self, experiment: Experiment, lab: Lab) -> None:
-        self.experiment = experiment
-        self.lab = lab
-        self._trigger: np.ndarray | None = None  # with which training goes on
-
-    def train(self, until: int) -> Params:
-        """The weights at a step of training, later than those of the call before."""
-        experiment = self.experiment
-        assert experiment.training is not None
-        return train.train(
-            self.lab,
-            experiment.training,
-            experiment.attack,
-            experiment.data,
-            experiment.weights,
-            until,
-            self._trigger,
-        )
-
-    def check(self) -> None:
-        """Reads every input once, so that a bad one ends the run before long work.
-
-        Raises:
-          InputError: something is missing or does not fit, in one sentence.
-        """
-        experiment, shape = self.experiment, self.experiment.model.image_shape
-        devices = self.lab.run.mesh.size
-        if experiment.training and experiment.training.batch % devices:
-            raise RunError(
-                f"training.batch must be a multiple of the {devices} devices (or set "
-                f"fewer `devices`), found {experiment.training.batch}"
-            )
-        if experiment.training and experiment.model.param_dtype != "float32":
-            raise RunError(
-                "training steps are too small for parameters of bfloat16, found "
-                f"model.param_dtype={experiment.model.param_dtype}: set it to float32 "
-                "(model.dtype may be bfloat16)"
-            )
-        if experiment.training and experiment.model.dropout:
-            raise RunError(
-                f"training has no dropout, found model.dropout="
-                f"{experiment.model.dropout}: set it to 0"
-            )
-        measured = experiment.attack or experiment.evaluation.frechet_draws
-        if experiment.training or (experiment.weights and measured):
-            experiment.data.load(shape)
-        if experiment.evaluation.frechet_draws and shape != SHIPPED.image_shape:
-            raise RunError(
-                f"the Frechet distance is over a network for images of "
-                f"{SHIPPED.image_shape}, found {shape}: set "
-                "--config.evaluation.frechet_draws=0"
-            )
-        self.check_timesteps()
-        if experiment.attack:
-            try:
-                self.truth()
-            except ValueError as error:
-                raise RunError(str(error)) from error
-        for name in names(experiment):
-            self.lab.load(name)
-        pin(self.lab.run.folder, digests(experiment))
-
-    def check_timesteps(self) -> None:
-        """Makes every path and binds every loss, which read the schedule.
-
-        Raises:
-          RunError: one has timesteps that the schedule does not have.
-        """
-        experiment, schedule = self.experiment, self.lab.schedule
-        evaluation, audit = experiment.evaluation, experiment.audit
-        amplification, attack = experiment.amplification, experiment.attack
-        samplers: list[Sampler] = [evaluation.ancestral, evaluation.deterministic]
-        losses: list[Loss] = []
-        if audit is not None:
-            losses.append(audit.inversion.loss)
-            if audit.inversion.survey is not None:
-                samplers.append(audit.inversion.survey.sampler)
-        if amplification is not None and attack is not None:
-            losses.append(amplification.reinforcement.loss(attack.solver))
-        try:
-            for sampler in samplers:
-                sampler.path(schedule)
-            for loss in losses:
-                loss.bind(self.lab.model, schedule, Channel.clean(schedule))
-        except ValueError as error:
-            raise RunError(str(error)) from error
-
-    def success(
-        self, name: str, params: Params, truth: Truth, trigger: np.ndarray
-    ) -> Success:
-        """How draws with a trigger meet the true target, by the backdoor's sampler."""
-        evaluation = self.experiment.evaluation
-        return self.lab.success(
-            name,
-            params,
-            evaluation.sampler(truth.solver),
-            trigger,
-            truth.target,
-            evaluation.draws,
-            truth.inside,
-        )
-
-    def truth(self) -> Truth:
-        """The backdoor that the attack makes.
-
-        Raises:
-          ValueError: the attack is not defined for the model.
-        """
-        attack = self.experiment.attack
-        assert attack is not None
-        return Truth.of(attack, self.lab.schedule, self.lab.unet.image_shape)
-
-    @property
-    def scheduling(self) -> convert.Scheduling:
-        """What the folder of the trained model says of its schedule."""
-        experiment = self.experiment
-        return convert.Scheduling(experiment.schedule, experiment.prediction, clip=None)
-
-    def save(self, params: Params) -> None:
-        """Writes the trained model, and a folder of diffusers where that can say it."""
-        host = parallel.gather(params)
-        if not parallel.is_host_zero():
-            return
-        experiment, top = self.experiment, self.lab.run.folder
-        placeless = dataclasses.replace(experiment, workdir=top.name)
-        about = json.dumps(config.to_dict(placeless), sort_keys=True)
-        weight_file.save_weights(top / WEIGHTS, host, {"experiment": about})
-        truth = None if experiment.attack is None else self.truth()
-        if truth is not None:
-            truth.save(top / WEIGHTS)
-        model = convert.Model(experiment.model, host, self.scheduling)
-        try:
-            convert.write_folder(top / convert.FOLDER, model)
-        except convert.ConvertError as error:
-            logging.info("no folder of diffusers is written: %s", error)
-            return
-        if truth is not None:
-            truth.save(top / convert.FOLDER)
-
-    def amplify(self) -> Part:
-        """Trains to each snapshot, reinforces the trigger there, and measures both."""
-        lab, options = self.lab, self.experiment.amplification
-        attack, training = self.experiment.attack, self.experiment.training
-        assert options is not None and attack is not None and training is not None
-        truth, last = self.truth(), training.steps
-        rows: list[dict[str, Any]] = []
-        pictures = [("true trigger", truth.trigger)]
-        for snapshot in options.snapshots:
-            params = self.train(snapshot)
-
-            def reinforce(params: Params = params, at: int = snapshot) -> Any:
-                stage = f"reinforce_{at}"
-                delta = search.reinforce(
-                    lab, stage, params, options.reinforcement, truth
-                )
-                return {"delta": delta, "seconds": search.seconds(lab, stage)}
-
-            found = lab.run.once(f"reinforced_{snapshot}", reinforce)
-            delta = found["delta"]
-            at = "trained" if snapshot == last else str(snapshot)
-            success = {
-                name: self.success(f"{name}_{at}", params, truth, r)
-                for name, r in (("true", truth.trigger), ("reinforced", delta))
-            }
-            distance = metrics.trigger_distance(delta, truth.trigger)
-            rows.append(
-                {
-                    "training steps": snapshot,
-                    "success, true trigger": success["true"].rate,
-                    "success, reinforced": success["reinforced"].rate,
-                    "norm ratio": float(distance.norm_ratio),
-                    "cosine": float(distance.cosine),
-                    "seconds": float(found["seconds"]),
-                }
-            )
-            pictures += [
-                (f"reinforced trigger, {snapshot} steps", delta),
-                (
-                    f"difference from the true one, {snapshot} steps",
-                    delta - truth.trigger,
-                ),
-            ]
-            pictures += [
-                (f"draws, {name} trigger, {snapshot} steps", drawn.images)
-                for name, drawn in success.items()
-            ]
-            if options.alternate:
-                self._trigger = delta
-        steps = np.array([row["training steps"] for row in rows])
-        curve = {
-            name: (steps, np.array([row[f"success, {name}"] for row in rows]))
-            for name in ("true trigger", "reinforced")
-        }
-        text = (
-            "Share of draws at MSE < 1e-2 of the target, with the true trigger and "
-            "with the one reinforced on the same weights."
-        )
-        section = Section(
-            "Amplification",
-            text,
-            tuple(rows),
-            tuple(pictures),
-            (("success over training", curve),),
-        )
-        return Part({"amplification": rows}, section)
-
-    def measure(self, params: Params) -> Part:
-        """Success of the attack and quality of a model, with base rates."""
-        experiment, lab = self.experiment, self.lab
-        evaluation = experiment.evaluation
-        rows: list[dict[str, Any]] = []
-        pictures: list[tuple[str, np.ndarray]] = []
-        truth = None
-        if experiment.attack is not None:
-            truth = self.truth()
-            real = data.to_float(experiment.data.load(lab.unet.image_shape)[:2048])
-            pictures += [("true trigger", truth.trigger), ("target", truth.target)]
-            for label, name, r in (
-                ("true trigger", "true_trained", truth.trigger),
-                ("plain noise", "plain_trained", lab.zero),
-            ):
-                success = self.success(name, params, truth, r)
-                rows.append({"images": f"draws, {label}", **success.rates})
-                pictures.append((f"draws, {label}", success.images))
-            rates = metrics.success(real, truth.target)
-            rows.append({"images": "training images", **rates})
-        else:
-            drawn = lab.draw(params, evaluation.deterministic, lab.zero, PLAIN)
-            pictures.append(("draws from plain noise", drawn))
-        numbers: dict[str, Any] = {"success": rows}
-        text = ""
-        if evaluation.frechet_draws:
-            models = {"measured": params}
-            if experiment.training and experiment.weights is not None:
-                models["start"] = lab.load(experiment.weights)
-            distance = {}
-            for name, weights in models.items():
-                distance[name], rates = lab.frechet(
-                    name,
-                    weights,
-                    evaluation.deterministic,
-                    experiment.data,
-                    evaluation.frechet_draws,
-                    truth and truth.target,
-                )
-                if rates:
-                    rows.append({"images": f"the Frechet draws, {name}", **rates})
-            numbers["frechet over garment-net"] = distance
-            shown = ", ".join(
-                f"{value:.3g} ({name})" for name, value in distance.items()
-            )
-            text = f"Frechet distance over garment-net to the training images: {shown}."
-        curves: tuple[Any, ...] = ()
-        if experiment.training and parallel.is_host_zero():
-            curve = lab.run.metrics.read("train")
-            curves = (("training loss", {"loss": (curve["step"], curve["loss"])}),)
-        section = Section("Model", text, tuple(rows), tuple(pictures), curves)
-        return Part(numbers, section)
+from puredif_jax.stages.lab import Lab
+from puredif_jax.stages.weights import fingerprint
 
 
 def names(experiment: Experiment) -> list[str]:
     """The weights that an experiment reads."""
-    found = set(experiment.audit.weights) if experiment.audit else set()
-    if experiment.weights:
-        found.add(experiment.weights)
-    return sorted(found - {"trained"})
+    return sorted(
+        {
+            name
+            for stage in experiment.stages
+            for name in stage.reads(experiment.weights)
+        }
+    )
 
 
 def digests(experiment: Experiment) -> dict[str, str]:
@@ -315,21 +36,6 @@ def digests(experiment: Experiment) -> dict[str, str]:
       InputError: they cannot be read.
     """
     return {name: fingerprint(name) for name in names(experiment)}
-
-
-def labels(weights: Sequence[str]) -> dict[str, str]:
-    """A label of its own for each model: the last part of its path, or of its folder.
-
-    Models that share one are numbered from the second on.
-    """
-    found: dict[str, str] = {}
-    for name in weights:
-        path = pathlib.Path(name)
-        stem = path.stem if path.suffix == ".safetensors" else path.name
-        if name != path.name and stem in (convert.FOLDER, pathlib.Path(WEIGHTS).stem):
-            stem = path.absolute().parent.name  # of a run
-        found[name] = distinct(safe_name(stem), found.values())
-    return found
 
 
 def open_lab(experiment: Experiment) -> Lab:
@@ -356,6 +62,38 @@ def open_lab(experiment: Experiment) -> Lab:
     )
 
 
+def context_of(experiment: Experiment, lab: Lab) -> Context:
+    """What the stages of an experiment share."""
+    return Context(
+        lab,
+        experiment.evaluation,
+        experiment.data,
+        experiment.weights,
+        experiment.training,
+        experiment.attack,
+    )
+
+
+def check(experiment: Experiment, context: Context) -> None:
+    """Reads every input once, so that a bad one ends the run before long work.
+
+    Raises:
+      InputError: something is missing or does not fit, in one sentence.
+    """
+    lab, evaluation = context.lab, context.evaluation
+    for stage in experiment.stages:
+        stage.check(context)
+    try:
+        for sampler in (evaluation.ancestral, evaluation.deterministic):
+            sampler.path(lab.schedule)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    assert context.truth is None or context.attack is not None  # it is defined
+    for name in names(experiment):
+        lab.load(name)
+    pin(lab.run.folder, digests(experiment))
+
+
 def perform(experiment: Experiment) -> Report:
     """Runs an experiment to its report, resuming what its folder already holds.
 
@@ -364,59 +102,29 @@ def perform(experiment: Experiment) -> Report:
     """
     config.check(experiment)
     lab = open_lab(experiment)
-    run = lab.run
-    stages = Stages(experiment, lab)
-    stages.check()
+    run, context = lab.run, context_of(experiment, lab)
+    check(experiment, context)
+    state, outcomes = State(), list[Outcome]()
+    for stage in experiment.stages:
+        state, outcome = stage.run(context, state)
+        outcomes.append(outcome)
+    found = [result for outcome in outcomes for result in outcome.results]
+    judgements = (result.judgement() for result in found)
     placeless = dataclasses.replace(experiment, workdir=run.folder.name)
-    parts: list[Part] = []
-    findings: dict[str, Finding] = {}
-    trained = None
-    if experiment.amplification is not None:
-        parts.append(stages.amplify())
-    if experiment.training is not None:
-        trained = stages.train(experiment.training.steps)
-        stages.save(trained)
-        parts.append(stages.measure(trained))
-    elif experiment.weights is not None:
-        parts.append(stages.measure(lab.load(experiment.weights)))
-    if experiment.audit is not None:
-        for name, label in labels(experiment.audit.weights).items():
-            own = name == "trained"
-            path = run.folder / WEIGHTS if own else find_weights(name)
-            truth = Truth.beside(path, lab.schedule, lab.unet.image_shape)
-            # Those of the run's own model have been drawn, by `measure`.
-            drawn = "true_trained" if own else f"audit_{label}"
-            params = trained if own else lab.load(name)
-            # Process 0 has written them, and it alone writes of them.
-            sha256 = weight_digests(str(path)) if parallel.is_host_zero() else {}
-            remarks: tuple[str, ...] = ()
-            if not own and convert.is_model(path):
-                spec = convert.read_spec(path, experiment.audit.scheduler)
-                cast = convert.check_weights(path, spec.unet)
-                remarks = (*spec.remarks, *cast)
-            finding, section = Auditor(experiment, lab).audit(
-                label, WEIGHTS if own else name, sha256, remarks, params, truth, drawn
-            )
-            findings[label] = finding
-            parts.append(Part({label: finding.numbers()}, section))
-    device = jax.devices()[0].device_kind
     report = Report(
         title=run.folder.name,
-        judgements=tuple(
-            finding.judgement(label, finding.reason)
-            for label, finding in findings.items()
-        ),
-        about=scope([*findings.values()]),
-        sections=tuple(part.section for part in parts),
+        judgements=tuple(each for each in judgements if each is not None),
+        about=scope([result for result in found if isinstance(result, Finding)]),
+        sections=tuple(part for outcome in outcomes for part in outcome.sections),
         config=config.to_dict(placeless),
         environment=environment()
         | {
-            "device": device,
+            "device": jax.devices()[0].device_kind,
             "devices": run.mesh.size,
             "images at a time": min(lab.together, experiment.images),
         }
         | _settings(run),
-        numbers={k: v for part in parts for k, v in part.numbers.items()},
+        numbers={k: v for each in found for k, v in each.numbers().items()},
     )
     if parallel.is_host_zero():
         report.write(run.folder)

@@ -20,7 +20,8 @@ from puredif_jax.formats.state_dict import named_leaves
 from puredif_jax.runs import config, parallel
 from puredif_jax.runs.binding import RunError, bind_scan
 from puredif_jax.runs.report import Report
-from puredif_jax.stages.experiment import Evaluation, Experiment, Scan
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.experiment import Experiment, Scan
 from puredif_jax.stages.scan_report import summarise
 from puredif_jax.stages.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.stages.weights import ZOO

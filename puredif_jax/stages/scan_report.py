@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
+from puredif_jax.defenses.puredif import Puredif
 from puredif_jax.formats.discovery import Models
 from puredif_jax.runs import config, parallel
-from puredif_jax.runs.binding import report_of
+from puredif_jax.runs.binding import numbers_of
 from puredif_jax.runs.page import Judgement, Section
 from puredif_jax.runs.report import Report, environment
 from puredif_jax.stages.experiment import Scan
@@ -121,7 +122,7 @@ def _scanned(
     if finding is None:
         row = {"model": name, "verdict": "not done yet"}
         return _Scanned(Judgement(name, "not done yet", facts=facts), row)
-    judged = finding.judgement(name, report=link)
+    judged = finding.judged(name, report=link)
     return _Scanned(judged, _row(name, finding), finding)
 
 
@@ -131,20 +132,20 @@ def _finding(folder: pathlib.Path, about: Mapping[str, Any]) -> Finding | None:
     Raises:
       RunError: its report cannot be read.
     """
-    report = report_of(folder, about)
-    if report is None:
+    numbers = numbers_of(folder, about)
+    if numbers is None:
         return None
-    (numbers,) = report["numbers"].values()
-    return Finding.read(numbers, str(folder / "report.json"))
+    (finding,) = Finding.read(numbers, str(folder / "report.json"))
+    return finding
 
 
 def _row(name: str, finding: Finding) -> dict[str, Any]:
     """The finding as a row of the table."""
     verdict, inversions = finding.verdict, finding.inversions
     best = [
-        (2 * float(row["kl_mean"])) ** 0.5
-        for row in inversions
-        if (row["method"], row["hypothesis"]) == ("puredif", verdict.hypothesis)
+        (2 * each.kl_mean) ** 0.5
+        for each in inversions
+        if (each.method, each.hypothesis) == (Puredif().name, verdict.hypothesis)
     ]
     return {
         "model": name,
@@ -153,7 +154,7 @@ def _row(name: str, finding: Finding) -> dict[str, Any]:
         "score": verdict.score,
         "hypothesis": verdict.hypothesis,
         "trigger rms": best[0] if best else None,
-        "network evaluations": sum(row["network evaluations"] for row in inversions),
-        "seconds": sum(row["seconds"] for row in inversions),
+        "network evaluations": sum(each.evaluations for each in inversions),
+        "seconds": sum(each.seconds for each in inversions),
         "reason": verdict.reason,
     }

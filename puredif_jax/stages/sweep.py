@@ -21,11 +21,12 @@ from puredif_jax.runs.binding import (
     bind_sweep,
     is_run,
     make_folder,
+    numbers_of,
     pin,
-    report_of,
 )
 from puredif_jax.runs.page import Section
 from puredif_jax.runs.report import Report, environment
+from puredif_jax.stages.base import results
 from puredif_jax.stages.experiment import Experiment, Sweep
 from puredif_jax.stages.perform import digests, perform
 from puredif_jax.types import InputError
@@ -87,7 +88,7 @@ def perform_once(experiment: Experiment, label: str) -> bool:
     """
     folder = pathlib.Path(experiment.workdir)
     wanted = config.to_dict(experiment)
-    done = is_run(folder, wanted) and report_of(folder, wanted) is not None
+    done = is_run(folder, wanted) and numbers_of(folder, wanted) is not None
     if parallel.agreed(done):
         pin(folder, digests(experiment))
         return False
@@ -170,14 +171,14 @@ def _summary(sweep: Sweep) -> Report | None:
     """The numbers of all runs as one table a kind, if all are done."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for experiment in sweep.experiments:
-        found = report_of(
-            pathlib.Path(sweep.workdir) / experiment.workdir, config.to_dict(experiment)
-        )
-        if found is None:
+        folder = pathlib.Path(sweep.workdir) / experiment.workdir
+        numbers = numbers_of(folder, config.to_dict(experiment))
+        if numbers is None:
             return None
-        for kind, rows in _rows(found["numbers"]):
-            for row in rows:
-                tables.setdefault(kind, []).append({"run": experiment.workdir} | row)
+        for result in results(numbers, str(folder / "report.json")):
+            for kind, rows in result.tables().items():
+                named = [{"run": experiment.workdir} | dict(row) for row in rows]
+                tables.setdefault(kind, []).extend(named)
     title = pathlib.Path(sweep.workdir).name
     report = Report(
         title=title,
@@ -190,15 +191,3 @@ def _summary(sweep: Sweep) -> Report | None:
     if parallel.is_host_zero():
         report.write(sweep.workdir)
     return report
-
-
-def _rows(numbers: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The tables that one run adds to."""
-    for name, value in numbers.items():
-        if name in ("success", "amplification"):
-            yield name, value
-        elif name.startswith("frechet"):
-            yield name, [value]
-        else:
-            yield "verdicts", [{"model": name} | value["verdict"]]
-            yield "inversions", [{"model": name} | row for row in value["inversions"]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
@@ -21,10 +24,15 @@ from puredif_jax.attacks.training import (
 )
 from puredif_jax.data import images as data
 from puredif_jax.data.batches import order
-from puredif_jax.runs import checkpoint, parallel
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.runs import checkpoint, parallel, weight_file
+from puredif_jax.runs.binding import RunError
+from puredif_jax.stages.base import Context, Outcome, Stage, State
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.programs import KEPT, repeated
 from puredif_jax.stages.setup import Setup
+from puredif_jax.stages.weights import WEIGHTS
+from puredif_jax.stages.work import Step, Work
 from puredif_jax.types import Array, Params
 
 
@@ -131,3 +139,95 @@ def _training(
         return repeated(made(trigger).step, state, count, chunk, batches)
 
     return jax.jit(advance, donate_argnums=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Stage):
+    """Trains the model to its last step, clean or with the attack, and keeps it."""
+
+    def reads(self, weights: str | None) -> tuple[str, ...]:
+        return () if weights is None else (weights,)
+
+    def check(self, context: Context) -> None:
+        network, devices = context.lab.unet, context.lab.run.mesh.size
+        training = context.training
+        assert training is not None
+        if training.batch % devices:
+            raise RunError(
+                f"training.batch must be a multiple of the {devices} devices (or set "
+                f"fewer `devices`), found {training.batch}"
+            )
+        if network.param_dtype != "float32":
+            raise RunError(
+                "training steps are too small for parameters of bfloat16, found "
+                f"model.param_dtype={network.param_dtype}: set it to float32 "
+                "(model.dtype may be bfloat16)"
+            )
+        if network.dropout:
+            raise RunError(
+                f"training has no dropout, found model.dropout={network.dropout}: set "
+                "it to 0"
+            )
+        context.data.load(network.image_shape)
+
+    def work(self, context: Context) -> Iterator[Work]:
+        training, attack = context.training, context.attack
+        assert training is not None
+
+        def program(lab: Lab, params: Params) -> tuple[Step, Any]:
+            made = trainer_of(lab.setup, training, attack)(None)
+            images = np.zeros((training.batch, *lab.unet.image_shape), np.float32)
+            split = parallel.put(images, parallel.along(lab.run.mesh, "batch"))
+
+            def step(params: Params, state: Any) -> Any:
+                state, images = state
+                return made.step(state, images)[0], images
+
+            return step, (made.init(params, lab.key), split)
+
+        kind = type(attack).__name__ if attack else "clean"
+        name = f"training step of {training.batch} images ({kind})"
+        yield Work(name, training.steps, 3 * training.batch, None, program)
+
+    def run(self, context: Context, state: State) -> tuple[State, Outcome]:
+        training = context.training
+        assert training is not None
+        params = trained(context, training.steps, state.trigger)
+        save(context, params)
+        return dataclasses.replace(state, params=params), Outcome()
+
+
+def trained(context: Context, until: int, trigger: np.ndarray | None) -> Params:
+    """The weights at a step of training, later than those of the call before."""
+    assert context.training is not None
+    return train(
+        context.lab,
+        context.training,
+        context.attack,
+        context.data,
+        context.weights,
+        until,
+        trigger,
+    )
+
+
+def save(context: Context, params: Params) -> None:
+    """Writes the trained model, and a folder of diffusers where that can say it."""
+    lab = context.lab
+    host = parallel.gather(params)
+    if not parallel.is_host_zero():
+        return
+    setup, top, truth = lab.setup, lab.run.folder, context.truth
+    about = {"experiment": json.dumps(lab.run.about, sort_keys=True)}
+    weight_file.save_weights(top / WEIGHTS, host, about)
+    if truth is not None:
+        truth.save(top / WEIGHTS)
+    scheduling = convert.Scheduling(setup.process, setup.prediction, clip=None)
+    model = convert.Model(setup.network, host, scheduling)
+    try:
+        convert.write_folder(top / convert.FOLDER, model)
+    except convert.ConvertError as error:
+        logging.info("no folder of diffusers is written: %s", error)
+        return
+    if truth is not None:
+        truth.save(top / convert.FOLDER)

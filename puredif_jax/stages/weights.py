@@ -25,6 +25,7 @@ from puredif_jax.runs.binding import RunError
 from puredif_jax.types import InputError
 
 ASSETS = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
+WEIGHTS = "weights.safetensors"  # in a run, those of the model that it has trained
 ZOO = ASSETS / "zoo"  # models that ship, as diffusers folders
 
 

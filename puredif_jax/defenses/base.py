@@ -1,0 +1,242 @@
+"""What every defense has: how it looks at a model, what it finds, and its verdict."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from puredif_jax.defenses.features import Features
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.inversion import Inversion
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.types import NoiseModel, Params
+
+Outcome = Literal["clean", "backdoored", "could not tell"]
+
+
+class Verdict(NamedTuple):
+    """The judgement on a model.
+
+    outcome: in a word or three.
+    score: what was compared; the larger, the more like a backdoor.
+    p_value: share of clean models that would score so high, (1 + #{>=}) / (n + 1); the
+      n clean models that calibrate cannot give less than 1 / (n + 1).
+    hypothesis: name of the kind of backdoor that fits best.
+    reason: one sentence.
+    doubt, alarm: scores up to the first are clean, above the second backdoored.
+    clean_models: n.
+    """
+
+    outcome: Outcome
+    score: float
+    p_value: float
+    hypothesis: str
+    reason: str
+    doubt: float
+    alarm: float
+    clean_models: int
+
+
+def _measure(meaning: str, name: str = "", needed: bool = False) -> Any:
+    """A field by its name in reports, if that is another, and its meaning there."""
+    default = dataclasses.MISSING if needed else None
+    about = {"meaning": meaning} | ({"name": name} if name else {})
+    return dataclasses.field(default=default, metadata=about)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inverted:
+    """What was measured of one inversion of a model.
+
+    A measure is None where there is nothing to measure: no unclipped sampler beside one
+    that clips, no known backdoor to compare with.
+
+    Attributes:
+      method: name of the inversion.
+      hypothesis: name of the kind of backdoor that it sought.
+    """
+
+    method: str
+    hypothesis: str
+    score: float | None = _measure(
+        "-log10 of gain. The verdict rests on the largest score"
+    )
+    gain: float = _measure(
+        "error of the model on the image with the trigger, over its error on the same "
+        "image without. Small if backdoored",
+        needed=True,
+    )
+    memory: float = _measure(
+        "the same error with the trigger, over the error of the model on its own "
+        "draws. Small if backdoored",
+        needed=True,
+    )
+    shift: float = _measure(
+        "error of the equation by which triggers are sought. Small if backdoored",
+        needed=True,
+    )
+    contrast: float | None = _measure(
+        "standard deviation of the image, of a range of 2. An image near 0 is flat, "
+        "and easy for every model"
+    )
+    uniformity: float = _measure(
+        "how much draws with the trigger differ, over plain draws. Small on many clean "
+        "models as well",
+        needed=True,
+    )
+    uniformity_unclipped: float | None = _measure(
+        "the same where x0 is not clipped while sampling", "uniformity, unclipped"
+    )
+    variation: float = _measure(
+        "total variation of draws with the trigger, over that of plain draws",
+        needed=True,
+    )
+    alignment: float = _measure(
+        "cosine of the trigger and the shift that it causes near T. Near 1 on clean "
+        "models as well",
+        needed=True,
+    )
+    kl_mean: float = _measure("mean of trigger^2 / 2, a statistic of TERD", needed=True)
+    kl_variance: float = _measure(
+        "variance of trigger^2 / 2, a statistic of TERD", needed=True
+    )
+    success: float | None = _measure("share of draws at MSE < 1e-2 of the true target")
+    true_success: float | None = _measure(
+        "the same with the true trigger", "success of the true trigger"
+    )
+    success_unclipped: float | None = _measure(
+        "success where x0 is not clipped while sampling. Attacks are trained and "
+        "measured so",
+        "success, unclipped",
+    )
+    true_success_unclipped: float | None = _measure(
+        "the same with the true trigger", "success of the true trigger, unclipped"
+    )
+    relative_l2: float | None = _measure(
+        "distance to the true trigger, over the norm of the true one"
+    )
+    cosine: float | None = _measure("of the inverted and the true trigger")
+    mse: float | None = _measure("mean squared difference from the true trigger")
+    max_error: float | None = _measure("largest difference from the true trigger")
+    norm_ratio: float | None = _measure(
+        "norm of the inverted trigger over that of the true one"
+    )
+    evaluations: int = _measure(
+        "of one image; a gradient counts for two more",
+        "network evaluations",
+        needed=True,
+    )
+    seconds: float = _measure("of the inversion", needed=True)
+
+    @classmethod
+    def meanings(cls) -> dict[str, str]:
+        """What each measure means, by its name in reports, in the order of a page."""
+        return {
+            _named(field): field.metadata["meaning"]
+            for field in dataclasses.fields(cls)
+            if field.metadata
+        }
+
+    def row(self) -> dict[str, Any]:
+        """As a report keeps it: what was measured, by name."""
+        values = {_named(x): getattr(self, x.name) for x in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> Inverted:
+        """What `row` has returned, also from a report in JSON.
+
+        Raises:
+          KeyError, TypeError, ValueError: it is something else.
+        """
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            name = _named(field)
+            if name in row:
+                kind = {"str": str, "int": int}.get(str(field.type), float)
+                values[field.name] = kind(row[name])  # inf comes as a string
+            elif field.default is dataclasses.MISSING:
+                raise KeyError(name)
+        return cls(**values)
+
+    @property
+    def features(self) -> Features:
+        """What the verdict is made of."""
+        values = {name: np.float32(getattr(self, name)) for name in Features._fields}
+        return Features(**values)  # type: ignore[arg-type]
+
+
+def _named(field: dataclasses.Field[Any]) -> str:
+    """The name of a field in reports."""
+    return str(field.metadata.get("name", field.name))
+
+
+class Inspection(NamedTuple):
+    """What a defense has found of a model.
+
+    verdict: None where it gives none.
+    inversions: those that it made.
+    """
+
+    verdict: Verdict | None
+    inversions: tuple[Inverted, ...] = ()
+
+
+class Bench(Protocol):
+    """A model before a defense: what can be asked of it.
+
+    model, params, schedule: the model.
+    image_shape: (H, W, C).
+    hypotheses: the kinds of backdoor that are sought.
+    """
+
+    @property
+    def model(self) -> NoiseModel: ...
+    @property
+    def params(self) -> Params: ...
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+    @property
+    def hypotheses(self) -> tuple[Hypothesis, ...]: ...
+
+    def plain(self, hypothesis: Hypothesis) -> np.ndarray:
+        """Draws from plain noise by the sampler of a hypothesis, `[N, H, W, C]`."""
+        ...
+
+    def denoising(self, hypothesis: Hypothesis) -> float:
+        """`features.denoising` of these draws."""
+        ...
+
+    def invert(
+        self, method: str, hypothesis: Hypothesis, inversion: Inversion
+    ) -> Inverted:
+        """Seeks a trigger, resumably, and measures it; `method` names what is kept."""
+        ...
+
+    def clean_scores(self, defense: str) -> tuple[float, ...]:
+        """The scores that a defense has given clean models, where they are known."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Defense(abc.ABC):
+    """A way to tell whether a model is backdoored, from the model alone."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """Its own, for reports and files."""
+
+    @abc.abstractmethod
+    def inspect(self, bench: Bench) -> Inspection:
+        """Looks at one model."""
+
+    def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
+        """The inversions that it makes under a hypothesis, for what a run costs."""
+        return ()

@@ -1,0 +1,48 @@
+"""PureDiffusion as a defense (Truong and Le, arXiv 2502.19047)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from puredif_jax.defenses.base import Bench, Defense, Inspection
+from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.inversion import Inversion
+
+
+@dataclasses.dataclass(frozen=True)
+class Puredif(Defense):
+    """Inverts a trigger under each hypothesis, and judges what it unlocks.
+
+    Weights that denoise nothing are not judged: the verdict is "could not tell", before
+    any inversion.
+
+    Attributes:
+      inversion: how triggers are sought.
+      detector: how they are judged.
+    """
+
+    inversion: Inversion = Inversion()
+    detector: Detector = Detector()
+
+    @property
+    def name(self) -> str:
+        return "puredif"
+
+    def inspect(self, bench: Bench) -> Inspection:
+        detector = self.detector.calibrated(bench.clean_scores(self.name))
+        if detector.linear < np.inf:
+            ratios = {each: bench.denoising(each) for each in bench.hypotheses}
+            if (refused := detector.refusal(ratios)) is not None:
+                return Inspection(refused)
+        found = {
+            each: bench.invert(self.name, each, self.inversion)
+            for each in bench.hypotheses
+        }
+        verdict = detector.judge({k: v.features for k, v in found.items()})
+        return Inspection(verdict, tuple(found.values()))
+
+    def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
+        return (self.inversion,)

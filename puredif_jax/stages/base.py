@@ -1,0 +1,159 @@
+"""What every stage of a run is: a value that works on a model and tells what it found.
+
+A run is a tuple of stages (`Experiment.stages`). Each gets the context of the run and
+the state that the stages before it have left, and hands a state on.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from puredif_jax.attacks.base import Attack
+from puredif_jax.attacks.training import Training
+from puredif_jax.data.images import ImageSet
+from puredif_jax.runs.binding import RunError
+from puredif_jax.runs.page import Judgement, Section
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.lab import Lab, Success
+from puredif_jax.stages.weights import Truth
+from puredif_jax.stages.work import Work
+from puredif_jax.types import Params
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the stages of a run share.
+
+    Attributes:
+      lab: the model and its devices, in the run folder.
+      evaluation: how models are measured.
+      data: images to train on and to compare with.
+      weights: where training starts, or what is measured; None for fresh ones.
+      training: of the model; None for none.
+      attack: the backdoor put in, or the one that success is measured for.
+    """
+
+    lab: Lab
+    evaluation: Evaluation
+    data: ImageSet
+    weights: str | None = None
+    training: Training | None = None
+    attack: Attack | None = None
+
+    @property
+    def truth(self) -> Truth | None:
+        """The backdoor that the attack makes, if there is one.
+
+        Raises:
+          RunError: the attack is not defined for the model.
+        """
+        if self.attack is None:
+            return None
+        try:
+            return Truth.of(self.attack, self.lab.schedule, self.lab.unet.image_shape)
+        except ValueError as error:
+            raise RunError(str(error)) from error
+
+    def success(
+        self, name: str, params: Params, truth: Truth, trigger: np.ndarray
+    ) -> Success:
+        """How draws with a trigger meet the true target, by the backdoor's sampler."""
+        return self.lab.success(
+            name,
+            params,
+            self.evaluation.sampler(truth.solver),
+            trigger,
+            truth.target,
+            self.evaluation.draws,
+            truth.inside,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a stage leaves to the next.
+
+    Attributes:
+      params: weights of the model at hand; None before there are any.
+      trigger: with which training goes on, in place of the attack's own.
+    """
+
+    params: Params | None = None
+    trigger: np.ndarray | None = None
+
+
+class Result(abc.ABC):
+    """What a stage has found, as data: for report.json, and for tables of many runs."""
+
+    @abc.abstractmethod
+    def numbers(self) -> dict[str, Any]:
+        """What it adds to the `numbers` of a report."""
+
+    @classmethod
+    @abc.abstractmethod
+    def read(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
+        """All that are in the `numbers` of a report named `where`.
+
+        Raises:
+          RunError: one is damaged, or was written by another version of the package.
+        """
+
+    @abc.abstractmethod
+    def tables(self) -> dict[str, list[Row]]:
+        """Its rows in the tables of many runs, by the name of the table."""
+
+    def judgement(self) -> Judgement | None:
+        """For the first screen of a page, where it judges a model."""
+        return None
+
+
+def results(numbers: Mapping[str, Any], where: str) -> list[Result]:
+    """All results in the `numbers` of a report, of every kind that is known.
+
+    Raises:
+      RunError: one cannot be read.
+    """
+    kinds, found = list(Result.__subclasses__()), list[Result]()
+    for kind in kinds:  # it grows by those below
+        kinds += kind.__subclasses__()
+        found += kind.read(numbers, where)
+    return found
+
+
+class Outcome(NamedTuple):
+    """What a stage tells: results, and the parts of the page on them."""
+
+    results: tuple[Result, ...] = ()
+    sections: tuple[Section, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage(abc.ABC):
+    """A part of a run."""
+
+    def reads(self, weights: str | None) -> tuple[str, ...]:
+        """Names or paths of weights that it reads; `weights` are those of the run."""
+        return ()
+
+    def check(self, context: Context) -> None:
+        """Refuses what is wrong, before any long work.
+
+        Raises:
+          InputError: in one sentence.
+        """
+        return None
+
+    def work(self, context: Context) -> Iterator[Work]:
+        """The steps that it will take, for `--cost`."""
+        return iter(())
+
+    @abc.abstractmethod
+    def run(self, context: Context, state: State) -> tuple[State, Outcome]:
+        """Does it, resuming what the run folder already holds."""

@@ -1,0 +1,54 @@
+"""The scores that defenses have given clean models: an asset of the package.
+
+assets/calibration.json holds them by network and by defense. A network is what it was
+calibrated with: the network itself, its process and what it predicts; a defense is so,
+too, with the settings of its search.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from puredif_jax.defenses.base import Defense
+from puredif_jax.runs import config
+from puredif_jax.stages.setup import Setup
+from puredif_jax.stages.weights import ASSETS
+
+Calibration = Literal["this network", "another network", "given scores"]
+"""Whose clean models a detector knows: its own of the network at hand, its own of
+another one, or those that the user has given."""
+
+_PATH = ASSETS / "calibration.json"
+
+
+@functools.cache
+def _known() -> Mapping[str, Any]:
+    return json.loads(_PATH.read_text("utf-8"))
+
+
+def clean_scores(defense: str) -> tuple[float, ...]:
+    """Those of a defense, by its name; () where none are known."""
+    (network,) = _known().values()  # the one that was calibrated
+    return tuple(network["scores"].get(defense, {}).get("clean", ()))
+
+
+def covers(defense: Defense, setup: Setup) -> bool:
+    """Whether they are of models such as this one, after the search in use."""
+    (network,) = _known().values()
+    found = network["scores"].get(defense.name)
+    here = {
+        "network": config.to_dict(setup.network),
+        "process": config.to_dict(setup.process),
+        "prediction": setup.prediction,
+    }
+    same = all(network["model"][name] == value for name, value in here.items())
+    return bool(found) and same and found["search"] == search_of(defense)
+
+
+def search_of(defense: Defense) -> dict[str, Any]:
+    """The settings of a defense without its detector, as the asset has them."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(defense)))
+    return {name: value for name, value in plain.items() if name != "detector"}

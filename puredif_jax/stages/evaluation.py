@@ -1,0 +1,55 @@
+"""How a model is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.sampling import Sampler
+from puredif_jax.diffusion.solver import Solver
+
+
+def at_least(node: Any, **bounds: int) -> None:
+    """Raises ValueError where a field is below its bound."""
+    for name, least in bounds.items():
+        if getattr(node, name) < least:
+            raise ValueError(
+                f"{name} must be {least} or more, found {getattr(node, name)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a model is measured.
+
+    Attributes:
+      draws: images for each success rate.
+      batch: images sampled together.
+      ancestral: sampler for backdoors of ancestral sampling.
+      deterministic: sampler for those of deterministic sampling, and for quality.
+      frechet_draws: images for the Frechet distance, two of each noise; 0 for none.
+
+    Raises:
+      ValueError: `frechet_draws` is odd or negative, or 2, too few for a covariance;
+        another is below 1.
+    """
+
+    draws: int = 256
+    batch: int = 64
+    ancestral: Sampler = DDPM(steps=100)
+    deterministic: Sampler = DDIM(steps=50)
+    frechet_draws: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, draws=1, batch=1)
+        if self.frechet_draws % 2 or self.frechet_draws < 0 or self.frechet_draws == 2:
+            raise ValueError(
+                "frechet_draws must be 0 or an even number of at least 4, found "
+                f"{self.frechet_draws}"
+            )
+
+    def sampler(self, solver: Solver) -> Sampler:
+        """The sampler under which a backdoor of that kind fires."""
+        return solver.pick(self.ancestral, self.deterministic)

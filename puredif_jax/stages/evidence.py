@@ -1,0 +1,86 @@
+"""What a verdict rests on, as parts of a page: denoised images, errors and draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from puredif_jax.defenses.features import Evidence
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.diffusion.sampling import Sampler
+from puredif_jax.runs.page import Section
+from puredif_jax.stages.lab import SHOWN
+
+PICTURED = (500, 300, 100)  # timesteps of the evidence: high, middle and low noise
+
+_EVIDENCE = (
+    "Both pictures start from the same noisy images of the estimated target. In the "
+    "first the model is given the trigger as well. A backdoored model finds its image "
+    "with the trigger, also where noise hides it, and makes other images without. For "
+    "a clean model the trigger changes little. The score measures this: it is log10 of "
+    "how many times the trigger lowers the error, as a geometric mean over the table."
+)
+_DRAWS = (
+    "Both pictures start from the same noise. Draws that look alike prove nothing by "
+    "themselves: a large shift of the noise brings many clean models, too, to one flat "
+    "image, which every model finds without a trigger. The evidence above tells the "
+    "two apart."
+)
+
+
+def evidence(hypothesis: Hypothesis, target: np.ndarray, found: Evidence) -> Section:
+    """The denoised image with the trigger beside that without it, and the errors."""
+    rows = [
+        {
+            "t": int(t),
+            "error with the trigger": float(with_trigger),
+            "error without": float(without),
+            "times": float(without / with_trigger) if with_trigger else np.inf,
+        }
+        for t, with_trigger, without in zip(
+            found.timesteps, found.triggered, found.untriggered, strict=True
+        )
+    ]
+    columns = {
+        "t": "timestep: the larger, the more noise",
+        "times": "how many times the trigger lowers the error",
+        "error with the trigger": "mean squared error of the noise that is predicted",
+        "error without": "the same from the same noise, without the trigger",
+    }
+    at = [i for i, t in enumerate(found.timesteps) if t in PICTURED]
+    times = ", ".join(str(found.timesteps[i]) for i in at)
+    pairs: list[tuple[str, npt.ArrayLike]] = []
+    for name, images in ("with", found.with_trigger), ("without", found.without):
+        grid = images[at].reshape(-1, *images.shape[2:])
+        rest = f"rows t = {times}, {images.shape[1]} draws of noise, unclipped"
+        pairs.append((f"denoised {name} the trigger: {rest}", grid))
+    title = f"Evidence: {hypothesis.solver.title} sampling"
+    return Section(
+        title,
+        _EVIDENCE,
+        tuple(rows),
+        (
+            (
+                f"estimated target, {hypothesis.name}, contrast {target.std():.2g}",
+                target,
+            ),
+        ),
+        columns=columns,
+        pairs=tuple(pairs),
+    )
+
+
+def drawn(
+    hypothesis: Hypothesis, sampler: Sampler, triggered: np.ndarray, plain: np.ndarray
+) -> Section:
+    """Whole chains with the trigger beside those without it."""
+    clip = getattr(sampler, "clip", None)
+    how = "unclipped"
+    if clip is not None:
+        how = f"clipped at {clip:g}" if isinstance(clip, float) else "thresholded"
+    count = min(len(triggered), len(plain), SHOWN)  # pairs of one noise
+    pairs = (
+        (f"draws with the trigger, {hypothesis.name}, {how}", triggered[:count]),
+        (f"draws from plain noise, {hypothesis.name}, {how}", plain[:count]),
+    )
+    return Section(f"Draws: {hypothesis.solver.title} sampling", _DRAWS, pairs=pairs)

@@ -1,0 +1,266 @@
+"""A model before its defenses: inverted, drawn from and measured, with what is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax.defenses.base import Inverted
+from puredif_jax.defenses.features import spread_ratio
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.inversion import Inversion
+from puredif_jax.diffusion.sampling import Sampler, unclipped
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.metrics import measures as metrics
+from puredif_jax.runs import parallel
+from puredif_jax.runs.page import Section
+from puredif_jax.stages import calibration, search
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.evidence import drawn, evidence
+from puredif_jax.stages.lab import PLAIN, Lab
+from puredif_jax.stages.weights import Truth
+from puredif_jax.types import Candidate, NoiseModel, Params
+
+
+class Seen(NamedTuple):
+    """What there is to see of one inversion.
+
+    pictures: its trigger, and how that differs from a known one.
+    curves: its loss, by name.
+    sections: the evidence and draws of a defense whose verdict counts.
+    """
+
+    pictures: tuple[tuple[str, np.ndarray], ...]
+    curves: Mapping[str, Any]
+    sections: tuple[Section, ...]
+
+
+class Inspector:
+    """The bench of one model: a `defenses.base.Bench` in a run folder.
+
+    Args:
+      lab, evaluation: the run, and how it draws.
+      label: of the model, its own.
+      weights: its parameters.
+      hypotheses: the kinds of backdoor that are sought.
+      main: name of the defense whose evidence is shown.
+      truth: the backdoor that it is known to have, only compared with.
+      drawn: name by which the draws of the true trigger are kept.
+
+    Attributes:
+      seen: of each inversion, by method and hypothesis.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        evaluation: Evaluation,
+        label: str,
+        weights: Params,
+        hypotheses: tuple[Hypothesis, ...],
+        main: str,
+        truth: Truth | None,
+        drawn: str,
+    ) -> None:
+        self.lab, self.evaluation, self.label = lab, evaluation, label
+        self.truth = truth
+        self.seen: dict[tuple[str, Hypothesis], Seen] = {}
+        self._params, self._hypotheses = weights, hypotheses
+        self._main, self._drawn = main, drawn
+
+    @property
+    def model(self) -> NoiseModel:
+        """Predicts the noise."""
+        return self.lab.model
+
+    @property
+    def params(self) -> Params:
+        """Its parameters."""
+        return self._params
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Its forward process."""
+        return self.lab.schedule
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.lab.setup.image_shape
+
+    @property
+    def hypotheses(self) -> tuple[Hypothesis, ...]:
+        """The kinds of backdoor that are sought."""
+        return self._hypotheses
+
+    def clean_scores(self, defense: str) -> tuple[float, ...]:
+        """As the package knows them."""
+        return calibration.clean_scores(defense)
+
+    def denoising(self, hypothesis: Hypothesis) -> float:
+        """`features.denoising` of plain draws; computed once."""
+        name = f"{self.label}_{_file(hypothesis)}"
+        return self.lab.denoising(name, self.params, self.plain(hypothesis))
+
+    def plain(self, hypothesis: Hypothesis, free: Sampler | None = None) -> np.ndarray:
+        """Draws from plain noise; `free` replaces a sampler that clips."""
+        lab, sampler = self.lab, free or self.evaluation.sampler(hypothesis.solver)
+
+        def draw() -> Mapping[str, Any]:
+            return {"images": lab.draw(self.params, sampler, lab.zero, PLAIN)}
+
+        end = "_unclipped" if free else ""
+        name = f"plain_{self.label}_{_file(hypothesis)}{end}"
+        return lab.run.once(name, draw)["images"]
+
+    def invert(
+        self, method: str, hypothesis: Hypothesis, inversion: Inversion
+    ) -> Inverted:
+        """Inverts by one method under one hypothesis, and measures what comes out."""
+        lab, truth = self.lab, self.truth
+        how = method.replace(", ", "_").replace(" ", "_")
+        stage = f"{how}_{self.label}_{_file(hypothesis)}"
+        result = self._invert(stage, hypothesis, inversion)
+        delta, target = result["delta"], result["target"]
+        name = f"{method}, {hypothesis.name}"
+        pictures = [(f"inverted trigger, {name}", delta)]
+        compared: dict[str, float] = {}
+        if truth is not None:
+            compared = self._compare(stage, truth, hypothesis, result)
+            difference = delta - truth.trigger
+            pictures.append((f"difference from the true one, {name}", difference))
+        plain = self.plain(hypothesis)
+        candidate = Candidate(jnp.asarray(delta), jnp.asarray(target))
+        measured = lab.features(
+            self.params,
+            hypothesis,
+            candidate,
+            result["errors"].min(),
+            result["draws"][:PLAIN],
+            plain,
+        )
+        sampler = self.evaluation.sampler(hypothesis.solver)
+        drawn_by = [(sampler, result["draws"], plain)]
+        unclipped_ratio = None
+        if (free := unclipped(sampler)) is not None:
+            both = result["draws_unclipped"], self.plain(hypothesis, free)
+            unclipped_ratio = spread_ratio(*both)
+            drawn_by.append((free, *both))
+        gain = float(measured.gain)
+        found = Inverted(
+            method=method,
+            hypothesis=hypothesis.name,
+            evaluations=inversion.evaluations,
+            seconds=float(result["seconds"]),
+            score=float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf,
+            contrast=float(target.std()),
+            uniformity_unclipped=unclipped_ratio,
+            **{k: float(v) for k, v in measured._asdict().items()},
+            **compared,
+        )
+        sections: tuple[Section, ...] = ()
+        curves: dict[str, Any] = {}
+        if method == self._main:
+            label = f"{self.label}_{_file(hypothesis)}"
+            shown = lab.evidence(label, self.params, hypothesis, candidate, len(plain))
+            sections = (
+                evidence(hypothesis, target, shown),
+                *(drawn(hypothesis, *each) for each in drawn_by),
+            )
+            curves = self._curves(stage, hypothesis, inversion.descent.scout)
+        self.seen[method, hypothesis] = Seen(tuple(pictures), curves, sections)
+        return found
+
+    def _invert(
+        self, stage: str, hypothesis: Hypothesis, inversion: Inversion
+    ) -> dict[str, np.ndarray]:
+        """Inverts under one hypothesis: delta, target, held-out errors and draws."""
+        lab, evaluation = self.lab, self.evaluation
+
+        def compute() -> Mapping[str, Any]:
+            candidate, errors = search.invert(
+                lab,
+                stage,
+                self.params,
+                hypothesis,
+                inversion.loss,
+                inversion.descent,
+                inversion.survey,
+                inversion.heldout,
+            )
+            sampler = evaluation.sampler(hypothesis.solver)
+            draws = {"draws": sampler, "draws_unclipped": unclipped(sampler)}
+            return {
+                "delta": candidate.delta,
+                "target": candidate.target,
+                "errors": errors,
+                **{
+                    name: lab.draw(self.params, by, candidate.delta, evaluation.draws)
+                    for name, by in draws.items()
+                    if by is not None
+                },
+                "seconds": search.seconds(lab, stage),
+            }
+
+        return lab.run.once(stage, compute)
+
+    def _curves(self, stage: str, hypothesis: Hypothesis, scout: int) -> dict[str, Any]:
+        """The loss of every scout, and the least of those that went on; on host 0."""
+        if not parallel.is_host_zero():  # another one may see an older file
+            return {}
+        curve = self.lab.run.metrics.read(stage)
+        curves: dict[str, Any] = {}
+        curves[hypothesis.name] = (scout + curve["step"], curve["loss"].min(axis=-1))
+        if scout:
+            scouts = self.lab.run.metrics.read(f"{stage}_scouts")
+            for i, loss in enumerate(scouts["loss"].reshape(len(scouts["step"]), -1).T):
+                curves[f"{hypothesis.name}, scout {i + 1}"] = (scouts["step"], loss)
+        return curves
+
+    def _compare(
+        self,
+        stage: str,
+        truth: Truth,
+        hypothesis: Hypothesis,
+        result: Mapping[str, np.ndarray],
+    ) -> dict[str, float]:
+        """Success of an inverted trigger beside the true one's, and their distance.
+
+        Returns fields of `Inverted`.
+        """
+        lab, evaluation = self.lab, self.evaluation
+        sampler, draws = evaluation.sampler(truth.solver), evaluation.draws
+
+        def success(name: str, r: np.ndarray, by: Sampler) -> float:
+            found = lab.success(
+                name, self.params, by, r, truth.target, draws, truth.inside
+            )
+            return found.rate
+
+        delta = result["delta"]
+        same = hypothesis.solver == truth.solver and not truth.controlled
+        rates = {}
+        for by, end in ((sampler, ""), (unclipped(sampler), "_unclipped")):
+            if by is None:
+                continue
+            if same:  # the draws at hand are these
+                images = result[f"draws{end}"]
+                own = metrics.success(images, truth.target)["mse<0.01"]
+            else:
+                own = success(f"{stage}{end}", delta, by)
+            rates[f"success{end}"] = own
+            true = success(f"{self._drawn}{end}", truth.trigger, by)
+            rates[f"true_success{end}"] = true
+        distance = metrics.trigger_distance(delta, truth.trigger)
+        return {
+            **rates,
+            **{k: float(v) for k, v in distance._asdict().items()},
+        }
+
+
+def _file(hypothesis: Hypothesis) -> str:
+    """A hypothesis in the name of a file."""
+    return hypothesis.name.replace(" ", "_")

@@ -1,0 +1,97 @@
+"""Steps that a run will take, each with a program to measure one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.denoising_consistency import ESTIMATE
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.objective import Loss
+from puredif_jax.stages.lab import Lab
+from puredif_jax.stages.search import inverter_of
+from puredif_jax.types import Params
+
+Step = Callable[[Params, Any], Any]
+
+
+class Work(NamedTuple):
+    """Steps of one kind in a run.
+
+    name: what one step is.
+    times: how many there are.
+    evaluations: of the network on one image in a step; with its gradient three.
+    key: programs of the same name and key on the same model are the same.
+    program: (lab, weights) -> the step, and a state before it.
+    """
+
+    name: str
+    times: float
+    evaluations: int
+    key: Any
+    program: Callable[[Lab, Params], tuple[Step, Any]]
+
+
+def drawing(batch: int, images: float) -> Work:
+    def program(lab: Lab, params: Params) -> tuple[Step, Any]:
+        def step(params: Params, x: Any) -> Any:
+            return lab.model(params, lab.setup.shard(x), jnp.zeros((batch,), jnp.int32))
+
+        return step, jnp.zeros((batch, *lab.unet.image_shape))
+
+    name = f"network evaluation of {batch} images"
+    return Work(name, images / batch, batch, None, program)
+
+
+def descending(
+    loss: Loss,
+    channel: Callable[[Lab], Channel],
+    descent: Descent,
+    times: float,
+    name: str,
+) -> Work:
+    """The step of all candidates, as `loops` compiles it."""
+
+    def program(lab: Lab, params: Params) -> tuple[Step, Any]:
+        plain = dataclasses.replace(descent, scout=0)
+        count = descent.candidates
+        search = inverter_of(lab.setup, loss, plain, channel(lab), candidates=count)
+
+        def step(params: Params, state: Any) -> Any:
+            return search.step(params, state)[0]
+
+        return step, search.init(lab.key)
+
+    count = descent.candidates
+    name = f"step of {name}, {count} candidate{'s' * (count > 1)}"
+    return Work(name, times, 3 * loss.evaluations * count, loss, program)
+
+
+def inverting(
+    method: str, inversion: Inversion, hypothesis: Hypothesis
+) -> Iterator[Work]:
+    descent, loss = inversion.descent, inversion.loss
+    name = f"inversion by {method}"
+
+    def channel(lab: Lab) -> Channel:
+        return lab.channel(hypothesis)
+
+    if descent.scout:
+        final = dataclasses.replace(descent, candidates=descent.last)
+        yield descending(loss, channel, descent, descent.scout, name)
+        yield descending(loss, channel, final, descent.steps - descent.scout, name)
+    else:
+        yield descending(loss, channel, descent, descent.steps, name)
+    judged = DistributionShift(samples=inversion.heldout).evaluations
+    times = descent.candidates + (descent.last if descent.scout else 0)
+    yield drawing(judged, times * judged)
+    if not loss.seeks_target:
+        yield drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)
+    if (survey := inversion.survey) is not None:
+        yield drawing(survey.together * survey.draws, survey.evaluations)
