@@ -1,0 +1,171 @@
+"""Every defense before a bench: what it asks, what it returns, and when it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from puredif_jax.defenses.base import Defense, Inspection, Inverted, Verdict
+from puredif_jax.defenses.elijah import Elijah, Uniformity, published
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
+from puredif_jax.defenses.inversion import Inversion
+from puredif_jax.defenses.puredif import Puredif
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.solver import Ancestral, Deterministic
+
+CLEAN = (0.1, 0.12, 0.14, 0.16)
+DEFENSES = [Puredif(), Elijah(), Elijah(evaluations=50_000)]
+KINDS = (Fading(Ancestral()), Fading(Deterministic()))
+
+
+@dataclasses.dataclass
+class Bench:
+    """A model of which everything is known: its gain and its uniformity."""
+
+    gain: float = 0.8
+    uniformity: float = 0.8
+    ratio: float = 0.3
+    clean: tuple[float, ...] = CLEAN
+    hypotheses: tuple[Hypothesis, ...] = KINDS
+    asked: list[tuple[str, str, Inversion]] = dataclasses.field(default_factory=list)
+    model = params = None
+    schedule = LinearBetas().tables()
+    image_shape = (16, 16, 1)
+
+    def plain(self, hypothesis: Hypothesis) -> np.ndarray:
+        return np.zeros((4, *self.image_shape), np.float32)
+
+    def denoising(self, hypothesis: Hypothesis) -> float:
+        return self.ratio
+
+    def clean_scores(self, defense: str) -> tuple[float, ...]:
+        return self.clean
+
+    def invert(
+        self, method: str, hypothesis: Hypothesis, inversion: Inversion
+    ) -> Inverted:
+        self.asked.append((method, hypothesis.name, inversion))
+        return inverted(method, hypothesis.name, self.gain, self.uniformity)
+
+
+def inverted(method: str, hypothesis: str, gain: float, uniformity: float) -> Inverted:
+    return Inverted(
+        method=method,
+        hypothesis=hypothesis,
+        gain=gain,
+        memory=0.5,
+        shift=0.01,
+        uniformity=uniformity,
+        variation=1.0,
+        alignment=0.9,
+        kl_mean=0.2,
+        kl_variance=0.01,
+        evaluations=1000,
+        seconds=1.5,
+    )
+
+
+def concrete(kind: type) -> set[type]:
+    below = {each for sub in kind.__subclasses__() for each in concrete(sub)}
+    return below or {kind}
+
+
+def test_every_defense_of_the_package_is_here() -> None:
+    known = {each for each in concrete(Defense) if "puredif_jax" in each.__module__}
+    assert known == {type(each) for each in DEFENSES}
+
+
+@pytest.mark.parametrize("defense", DEFENSES, ids=lambda each: each.name)
+def test_inverts_as_it_said_under_each_hypothesis(defense: Defense) -> None:
+    bench = Bench()
+    found = defense.inspect(bench)
+    wanted = [
+        (defense.name, kind.name, each)
+        for kind in KINDS
+        for each in defense.inversions(kind)
+    ]
+    assert bench.asked == wanted and wanted
+    assert [(x.method, x.hypothesis) for x in found.inversions] == [
+        x[:2] for x in wanted
+    ]
+
+
+@pytest.mark.parametrize("defense", DEFENSES, ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "strength, outcome",
+    [(0.8, "clean"), (0.001, "backdoored"), (0.6, "could not tell")],
+)
+def test_judges_by_the_scores_of_clean_models(
+    defense: Defense, strength: float, outcome: str
+) -> None:
+    """0.6 has a score of 0.22: between 3 and 6 deviations of 0.026 above 0.13."""
+    verdict = defense.inspect(Bench(gain=strength, uniformity=strength)).verdict
+    assert isinstance(verdict, Verdict)
+    assert verdict.outcome == outcome
+    assert verdict.score == pytest.approx(-np.log10(strength), rel=1e-5)
+    assert verdict.clean_models == len(CLEAN)
+    assert verdict.hypothesis in {kind.name for kind in KINDS}
+
+
+def test_each_judges_by_its_own_measure() -> None:
+    bench = Bench(gain=0.001, uniformity=0.9)
+    ours, elijah = (each.inspect(bench).verdict for each in (Puredif(), Elijah()))
+    assert ours is not None and ours.outcome == "backdoored"
+    assert "lowers the model's error" in ours.reason
+    assert elijah is not None and elijah.outcome == "clean"
+    assert "differ" in elijah.reason
+
+
+def test_puredif_does_not_judge_weights_that_denoise_nothing() -> None:
+    bench = Bench(ratio=1.5)
+    verdict, inversions = Puredif().inspect(bench)
+    assert verdict is not None and verdict.outcome == "could not tell"
+    assert "denoise nothing" in verdict.reason
+    assert inversions == () and bench.asked == []
+
+
+def test_elijah_gives_no_verdict_where_no_scores_are_known() -> None:
+    assert Elijah().inspect(Bench(clean=())).verdict is None
+    own = Elijah(detector=Uniformity(clean=(0.0, 0.1)))
+    assert own.inspect(Bench(clean=())).verdict is not None
+
+
+def test_puredif_says_that_it_needs_scores() -> None:
+    with pytest.raises(ValueError, match="needs the scores of two clean models"):
+        Puredif().inspect(Bench(clean=()))
+
+
+def test_equal_evaluations_are_nearly_equal() -> None:
+    wanted = Inversion().evaluations
+    for kind in KINDS:
+        (each,) = Elijah(wanted).inversions(kind)
+        assert abs(each.evaluations - wanted) <= 3 * each.loss.evaluations / 2
+        assert (
+            each.descent.learning_rate == published(kind.solver).descent.learning_rate
+        )
+
+
+def test_an_inversion_survives_its_row() -> None:
+    first = inverted("puredif", "sde", 0.1, 0.2)
+    second = dataclasses.replace(
+        first, success=0.9, uniformity_unclipped=0.3, true_success=1.0, score=np.inf
+    )
+    for each in (first, second):
+        row = each.row()
+        assert None not in row.values()
+        assert (
+            Inverted.read(row | {"score": str(row["score"])} if "score" in row else row)
+            == each
+        )
+    assert second.row()["success of the true trigger"] == 1.0
+    assert set(second.row()) - {"method", "hypothesis"} <= set(Inverted.meanings())
+    with pytest.raises(KeyError, match="gain"):
+        Inverted.read({k: v for k, v in first.row().items() if k != "gain"})
+
+
+def test_hypotheses_apply_to_their_process_alone() -> None:
+    schedule = LinearBetas().tables()
+    assert Fading().applies(schedule) and not Exploding().applies(schedule)
+    assert Inspection(None).inversions == ()
