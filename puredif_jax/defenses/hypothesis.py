@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import ClassVar
 
 from puredif_jax.attacks.base import published_response
 from puredif_jax.attacks.channel import Channel
@@ -18,9 +19,11 @@ class Hypothesis(abc.ABC):
 
     Attributes:
       solver: the kind of sampler under which it fires.
+      controlled: it fires inside its channel alone, for who controls the sampler.
     """
 
     solver: Solver = Deterministic()
+    controlled: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod

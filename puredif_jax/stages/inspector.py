@@ -192,13 +192,20 @@ class Inspector:
                 inversion.heldout,
             )
             sampler = evaluation.sampler(hypothesis.solver)
+            inside = lab.channel(hypothesis) if hypothesis.controlled else None
             draws = {"draws": sampler, "draws_unclipped": unclipped(sampler)}
             return {
                 "delta": candidate.delta,
                 "target": candidate.target,
                 "errors": errors,
                 **{
-                    name: lab.draw(self.params, by, candidate.delta, evaluation.draws)
+                    name: lab.draw(
+                        self.params,
+                        by,
+                        candidate.delta,
+                        evaluation.draws,
+                        inside=inside,
+                    )
                     for name, by in draws.items()
                     if by is not None
                 },
