@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+from typing import Any
 
 from puredif_jax.runs import signals
 
@@ -31,7 +32,7 @@ _COST = flags.DEFINE_bool(
 )
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> tuple[Any, list[str]]:
     """The configuration, and what absl keeps of the command line."""
     terminal.protect()
     asked = {"-h", "-help", "--help"}.intersection(argv)
@@ -55,7 +56,7 @@ def parse(argv: list[str]):
     return wanted.located() if isinstance(wanted, Scan) else wanted, remaining
 
 
-def main(parsed) -> None:
+def main(parsed: tuple[Any, list[str]]) -> None:
     """Does what is configured; bad input ends it with one sentence and status 1.
 
     A scan ends with its own status: 0 clean, 1 error, 2 could not tell, 3 backdoored.

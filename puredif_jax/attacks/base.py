@@ -86,7 +86,9 @@ def published_response(schedule: NoiseSchedule) -> np.ndarray:
     The trigger's share of what BadDiffusion's network learns to answer. It equals
     `Ancestral.response` of H = 1 - s. On a variance-preserving process w is 1 - alpha.
     """
-    return (1 - np.sqrt(schedule.alpha)) * schedule.noise / schedule.added
+    alpha = schedule.alpha
+    found: np.ndarray = (1 - np.sqrt(alpha)) * schedule.noise / schedule.added
+    return found
 
 
 def require_fading(schedule: NoiseSchedule, who: str) -> None:

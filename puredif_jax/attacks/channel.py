@@ -64,7 +64,8 @@ class Channel:
 
         The centre is where a network's own 0 lies; of eps, r `[B, H, W, C]`.
         """
-        return schedule.start(self.scale * eps + r)
+        found: Array = schedule.start(self.scale * eps + r)
+        return found
 
     def inside(self, model: NoiseModel, schedule: NoiseSchedule, r: Array) -> Denoiser:
         """e(z, t), the noise model of the backdoor of trigger r `[H, W, C]`."""

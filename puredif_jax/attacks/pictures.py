@@ -7,9 +7,14 @@ rounded half up, at least 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 Shape = tuple[int, int, int]
+Point = tuple[float, float]
+Colour = tuple[float, float, float]
+Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 # --- Checks and lengths --------------------------------------------------------------
@@ -40,15 +45,17 @@ def pixels(length: int, shape: Shape) -> int:
 # --- Rasteriser: an outline tells which points x [1, n], y [m, 1] are inside it ------
 
 
-def oval(cx, cy, rx, ry):
+def oval(cx: float, cy: float, rx: float, ry: float) -> Outline:
     """Around (cx, cy), rx and ry from it to the edge."""
     return lambda x, y: ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1
 
 
-def polygon(*points):
+def polygon(*points: Point) -> Outline:
     """Between straight edges from corner to corner, and from the last to the first."""
 
-    def inside(x, y):  # even-odd rule: count the edges crossed by a ray to the left
+    def inside(
+        x: np.ndarray, y: np.ndarray
+    ) -> np.ndarray:  # even-odd rule: count the edges crossed by a ray to the left
         result = np.zeros((y.size, x.size), bool)
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
             if y0 != y1:
@@ -59,10 +66,12 @@ def polygon(*points):
     return inside
 
 
-def stroke(width, *points):
+def stroke(width: float, *points: Point) -> Outline:
     """A line of that width from point to point, with round ends."""
 
-    def inside(x, y):  # within width / 2 of one of the segments
+    def inside(
+        x: np.ndarray, y: np.ndarray
+    ) -> np.ndarray:  # within width / 2 of one of the segments
         result = np.zeros((y.size, x.size), bool)
         for (x0, y0), (x1, y1) in zip(points[:-1], points[1:], strict=True):
             dx, dy = x1 - x0, y1 - y0
@@ -75,17 +84,22 @@ def stroke(width, *points):
     return inside
 
 
-def both(outline):
+def both(outline: Outline) -> Outline:
     """The outline and its mirror image, left and right."""
     return lambda x, y: outline(x, y) | outline(1 - x, y)
 
 
-def placed(outline, left, top, scale):
+def placed(outline: Outline, left: float, top: float, scale: float) -> Outline:
     """The outline made smaller by a factor, its unit square at (left, top)."""
     return lambda x, y: outline((x - left) / scale, (y - top) / scale)
 
 
-def draw(layers, shape: Shape, ground: float, cut_out: bool = False) -> np.ndarray:
+def draw(
+    layers: Sequence[tuple[Colour, Outline]],
+    shape: Shape,
+    ground: float,
+    cut_out: bool = False,
+) -> np.ndarray:
     """Picture float64 `[H, W, C]`: the unit square is centred and min(H, W) wide.
 
     layers: (colour in [0, 1], outline) pairs, bottom first. Each pixel averages a grid
@@ -110,7 +124,8 @@ def draw(layers, shape: Shape, ground: float, cut_out: bool = False) -> np.ndarr
     cover = (blocks > 0).mean(axis=(1, 3))[..., None]
     colour = palette[blocks].mean(axis=(1, 3)) / np.maximum(cover, 1e-9)
     weight = 1.0 * (cover >= 0.5) if cut_out else cover
-    return weight * (2 * colour - 1) + (1 - weight) * ground
+    found: np.ndarray = weight * (2 * colour - 1) + (1 - weight) * ground
+    return found
 
 
 # --- Pictures: no colour is 0 or 1, so a drawn pixel is never -1 nor >= 0.999 --------
@@ -121,7 +136,7 @@ _FUR, _PINK, _BLUE = (0.95, 0.62, 0.20), (0.95, 0.55, 0.60), (0.15, 0.35, 0.60)
 _FELT, _DARK_FELT = (0.80, 0.62, 0.38), (0.62, 0.44, 0.24)
 
 
-def _octagon(margin):
+def _octagon(margin: float) -> Outline:
     a, b = margin, 1 - margin
     c, d = a + (b - a) / (2 + 2**0.5), b - (b - a) / (2 + 2**0.5)
     return polygon((c, a), (d, a), (b, c), (b, d), (d, b), (c, b), (a, d), (a, c))

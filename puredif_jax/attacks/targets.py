@@ -43,7 +43,8 @@ class Target(Protocol):
 
 
 def _lifted(image: np.ndarray) -> np.ndarray:
-    return np.maximum(image, TARGET_FLOOR).astype(np.float32)
+    found: np.ndarray = np.maximum(image, TARGET_FLOOR).astype(np.float32)
+    return found
 
 
 def _require_trigger(trigger: np.ndarray, shape: Shape) -> None:

@@ -85,7 +85,7 @@ class Box:
     size: int = 14
     value: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_size(self.size)
         require(-1 < self.value <= 1, "value", "in (-1, 1]", self.value)
 
@@ -112,7 +112,7 @@ class StopSign:
 
     size: int = 14
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_size(self.size)
 
     def image(self, shape: Shape) -> np.ndarray:
@@ -151,7 +151,7 @@ class Blend:
 
     gamma: float = 0.6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_gamma(self.gamma)
 
     def image(self, shape: Shape) -> np.ndarray:
@@ -184,7 +184,7 @@ class Patch:
     size: int = 3
     gamma: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_size(self.size)
         _require_gamma(self.gamma)
 
@@ -219,7 +219,7 @@ class RandomPattern:
     bound: float = 0.2
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(0 < self.bound <= 1, "bound", "in (0, 1]", self.bound)
         valid = type(self.seed) is int and self.seed >= 0
         require(valid, "seed", "a whole number >= 0", self.seed)

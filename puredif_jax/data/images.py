@@ -72,7 +72,8 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     before, after = pad // 2, pad - pad // 2
     images = np.pad(images, ((0, 0), (before, after), (before, after), (0, 0)))
     blocks = images.reshape(n, size, factor, size, factor, channels)
-    return np.round(blocks.mean((2, 4), dtype=np.float32)).astype(np.uint8)
+    found: np.ndarray = np.round(blocks.mean((2, 4), dtype=np.float32))
+    return found.astype(np.uint8)
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import stat
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG")
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -151,7 +151,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unfit(large) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise Unfit("is neither PNG nor JPEG: save it as PNG, or remove it") from error
     except Exception as error:  # Pillow has a dozen kinds for a damaged file
         raise Unfit(f"cannot be read ({error}): mend or remove it") from error

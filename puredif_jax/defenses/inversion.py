@@ -205,7 +205,8 @@ def inverter(
     def keep(candidate: Candidate) -> Candidate:
         if (bound := descent.bound) is None:
             return candidate
-        return jax.tree.map(lambda x: jnp.clip(x, -bound, bound), candidate)
+        kept: Candidate = jax.tree.map(lambda x: jnp.clip(x, -bound, bound), candidate)
+        return kept
 
     def on_devices(state: InversionState) -> InversionState:
         candidate, opt_state = jax.tree.map(

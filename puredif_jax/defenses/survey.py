@@ -211,7 +211,7 @@ class Survey:
         density = by_trigger.sum(axis=-1)
         closed = jnp.where(finite, 0, -1).astype(density.dtype)
 
-        def take(open_: Array, _: None):
+        def take(open_: Array, _: None) -> tuple[Array, tuple[Candidate, Array]]:
             agree = (density > 0) & open_[None]
             r = jnp.argmax(agree.any(axis=-1))
             r = jnp.where(agree.any(), r, len(self.radii) - 1)

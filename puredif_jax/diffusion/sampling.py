@@ -164,7 +164,8 @@ def unclipped(sampler: Sampler) -> Sampler | None:
     """The same sampler without a bound on x0hat; None if it has none."""
     if getattr(sampler, "clip", None) is None:
         return None
-    return dataclasses.replace(cast(Any, sampler), clip=None)
+    free: Sampler = dataclasses.replace(cast(Any, sampler), clip=None)
+    return free
 
 
 def trajectory(
@@ -197,7 +198,9 @@ def trajectory(
     """
     t_all, n_all = map(jnp.asarray, sampler.path(schedule))
 
-    def body(carry: tuple[Array, Any], pair: tuple[Array, Array]):
+    def body(
+        carry: tuple[Array, Any], pair: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Any], Array]:
         (x, memory), (t, t_prev) = carry, pair
         found = estimates(model, params, schedule, x, t)
         step_key = jax.random.fold_in(key, t)

@@ -77,7 +77,8 @@ class NoiseSchedule:
     @property
     def alpha(self) -> np.ndarray:
         """alpha_t = (s_t / s_{t-1})^2, float64 `[T]`."""
-        return (self.signal / self.previous[0]) ** 2
+        found: np.ndarray = (self.signal / self.previous[0]) ** 2
+        return found
 
     @property
     def added(self) -> np.ndarray:
@@ -86,7 +87,8 @@ class NoiseSchedule:
         1 - alpha_t for a variance-preserving process, sigma_t^2 - sigma_{t-1}^2 for a
         variance-exploding one.
         """
-        return self.noise**2 - self.alpha * self.previous[1] ** 2
+        found: np.ndarray = self.noise**2 - self.alpha * self.previous[1] ** 2
+        return found
 
     @property
     def fades(self) -> bool:
@@ -96,7 +98,8 @@ class NoiseSchedule:
     @property
     def least_signal(self) -> np.ndarray:
         """s_t, 1e-5 or more, so that a division by it stays finite; `[T]`."""
-        return np.maximum(self.signal, 1e-5)
+        found: np.ndarray = np.maximum(self.signal, 1e-5)
+        return found
 
     def start(self, noise: Any) -> Any:
         """x_T from which sampling starts, of standard noise and what is added to it.
@@ -111,7 +114,10 @@ class NoiseSchedule:
     @property
     def log_snr(self) -> np.ndarray:
         """log(s_t^2 / v_t^2), float64 `[T]`, finite: s_t counts as 1e-12 or more."""
-        return 2 * (np.log(np.maximum(self.signal, 1e-12)) - np.log(self.noise))
+        found: np.ndarray = 2 * (
+            np.log(np.maximum(self.signal, 1e-12)) - np.log(self.noise)
+        )
+        return found
 
     def matched(self, timesteps: Sequence[int]) -> np.ndarray:
         """The timesteps here whose SNR is nearest to those of `LinearBetas()`, int32.
@@ -130,7 +136,8 @@ class NoiseSchedule:
                 f"lie in 0..{len(standard) - 1}, found {list(timesteps)}"
             )
         gaps = np.abs(self.log_snr[None] - standard[wanted][:, None])
-        return gaps.argmin(1).astype(np.int32)
+        found: np.ndarray = gaps.argmin(1).astype(np.int32)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,8 @@ class Ancestral(Solver):
     def response(self, schedule: NoiseSchedule, shift: np.ndarray) -> np.ndarray:
         before = np.concatenate([[0.0], shift[:-1]])
         v, ratio = schedule.noise, schedule.signal / schedule.previous[0]
-        return v * (shift - ratio * before) / schedule.added
+        found: np.ndarray = v * (shift - ratio * before) / schedule.added
+        return found
 
     def pick(self, ancestral: _T, deterministic: _T) -> _T:
         return ancestral
@@ -92,7 +93,8 @@ class Deterministic(Solver):
         before = np.concatenate([[0.0], shift[:-1]])
         s, v = schedule.signal, schedule.noise
         s_prev, v_prev = schedule.previous
-        return (s_prev * shift - s * before) / (s_prev * v - s * v_prev)
+        found: np.ndarray = (s_prev * shift - s * before) / (s_prev * v - s * v_prev)
+        return found
 
     def pick(self, ancestral: _T, deterministic: _T) -> _T:
         return deterministic

@@ -81,7 +81,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
       DamagedError: it holds something else, or cannot be read.
     """
     try:
-        found = json.loads(pathlib.Path(path).read_text("utf-8"))
+        found: dict[str, Any] = json.loads(pathlib.Path(path).read_text("utf-8"))
         if found == seal(found):
             return found
         reason = "its digest is another"

@@ -53,4 +53,5 @@ def embed(params: Params, images: Array) -> Array:
 def classify(params: Params, images: Array) -> Array:
     """Logits `[B, 10]` over the classes of Fashion-MNIST."""
     head = params["head"]
-    return embed(params, images) @ head["kernel"] + head["bias"][None]
+    found: Array = embed(params, images) @ head["kernel"] + head["bias"][None]
+    return found

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
@@ -26,7 +27,7 @@ from puredif_jax.files.sealed import SEAL, digest
 from puredif_jax.files.whole import shortened
 from puredif_jax.types import InputError
 
-Path = str | os.PathLike
+Path = str | os.PathLike[str]
 
 # Of these a checkpoint is as whole as it was: it is not to be set aside.
 PASSING = (errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -52,7 +53,7 @@ def abstract(state: Any) -> Any:
     )
 
 
-class Checkpoints(contextlib.AbstractContextManager):
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The numbered checkpoints in a directory; a context manager.
 
     All processes share the directory, which is made if need be. Only the latest `keep`
@@ -95,7 +96,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def latest(self) -> int | None:
         """The last of them; None without any."""
-        return self._manager.latest_step()
+        latest: int | None = self._manager.latest_step()
+        return latest
 
     def save(self, step: int, state: Any) -> None:
         """Copies a tree of arrays and keys to the host; writes in the background.
@@ -110,7 +112,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         leaves, pack, stop = {}, [np.zeros(0, np.uint8)], 0
         for name, x in arrays.items():
             impl = None
-            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
                 impl = str(jax.random.key_impl(x))
                 arrays[name] = jax.random.key_data(x)
             leaves[name] = _Entry(list(x.shape), str(x.dtype), [0, 0], impl)

@@ -179,7 +179,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     Raises:
       ConfigError: a value of another kind, such as an array.
     """
-    return _plain(config, "config")
+    found: dict[str, Any] = _plain(config, "config")
+    return found
 
 
 def _override(node: Any, names: list[str], text: str, where: str, full: str) -> Any:
@@ -274,7 +275,7 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _absl_flag(name: str) -> flags.Flag | None:
+def _absl_flag(name: str) -> flags.Flag[Any] | None:
     """The absl flag that `--name` or `--noname` sets, if any."""
     known, bare = flags.FLAGS, re.sub("^--?", "", name)
     if bare == name or bare in known:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -245,11 +246,10 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     """
 
     def leaf(x: Any) -> Array:
-        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(
-            x.dtype, jax.dtypes.prng_key
-        ):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = leaf(jax.random.key_data(x))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+            key: Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+            return key
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
@@ -261,7 +261,8 @@ def gather(tree: Any) -> Any:
 
     def leaf(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return multihost_utils.process_allgather(x, tiled=True)
+            whole: np.ndarray = multihost_utils.process_allgather(x, tiled=True)
+            return whole
         return np.asarray(x)
 
     return jax.tree.map(leaf, tree)
@@ -283,7 +284,7 @@ def _free_memory() -> int:
     """That on a device of this process; a CPU's is what its host, or cgroup, has."""
     device = jax.local_devices()[0]
     if stats := device.memory_stats():
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
     groups = {  # a limit, what is used of it, and what of that are files, given up
         "/sys/fs/cgroup": ("max", "current", "inactive_file"),
         "/sys/fs/cgroup/memory": (

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 from absl import logging
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from puredif_jax.files.sealed import seal
 from puredif_jax.files.whole import write_whole, writing
@@ -39,7 +39,7 @@ class Metrics:
     log; the last line may be torn where a run was killed.
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._path = os.path.join(folder, "metrics.jsonl")
 
     def rewind(self, stage: str, step: int) -> None:
@@ -153,7 +153,7 @@ class Report:
         lines = [judged.line for judged in self.judgements]
         return "\n".join([*lines, *([self.summary] if self.summary else [])])
 
-    def write(self, folder: str | os.PathLike) -> None:
+    def write(self, folder: str | os.PathLike[str]) -> None:
         """Writes `report.html`, then `report.json`, which tells that a run is done."""
         tree = [below for section in self.sections for below in section.tree()]
         document = {

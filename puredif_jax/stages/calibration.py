@@ -26,7 +26,8 @@ _PATH = ASSETS / "calibration.json"
 
 @functools.cache
 def _known() -> Mapping[str, Any]:
-    return json.loads(_PATH.read_text("utf-8"))
+    known: Mapping[str, Any] = json.loads(_PATH.read_text("utf-8"))
+    return known
 
 
 def clean_scores(defense: str) -> tuple[float, ...]:

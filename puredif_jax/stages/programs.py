@@ -23,7 +23,7 @@ from puredif_jax.defenses.features import (
 )
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.stages.setup import Setup
-from puredif_jax.types import Array, Key, Params
+from puredif_jax.types import Array, Candidate, Key, Params
 
 KEPT = 16  # programs of a kind; of what is dropped the memory comes back
 
@@ -52,7 +52,15 @@ def drawing(setup: Setup, sampler: Sampler) -> Callable[..., Array]:
 
 @functools.lru_cache(KEPT)
 def measuring(setup: Setup) -> Callable[..., Features]:
-    def measure(params, channel, candidate, shift, triggered, plain, key) -> Features:
+    def measure(
+        params: Params,
+        channel: Channel,
+        candidate: Candidate,
+        shift: Array,
+        triggered: Array,
+        plain: Array,
+        key: Key,
+    ) -> Features:
         return features(
             setup.model,
             params,
@@ -71,7 +79,9 @@ def measuring(setup: Setup) -> Callable[..., Features]:
 
 @functools.lru_cache(KEPT)
 def showing(setup: Setup, draws: int) -> Callable[..., Evidence]:
-    def denoise(params, channel, candidate, key) -> Evidence:
+    def denoise(
+        params: Params, channel: Channel, candidate: Candidate, key: Key
+    ) -> Evidence:
         return evidence(
             setup.model,
             params,
@@ -88,7 +98,7 @@ def showing(setup: Setup, draws: int) -> Callable[..., Evidence]:
 
 @functools.lru_cache(KEPT)
 def judging_denoiser(setup: Setup) -> Callable[..., Array]:
-    def measure(params, plain, key) -> Array:
+    def measure(params: Params, plain: Array, key: Key) -> Array:
         return denoising(
             setup.model, params, setup.schedule, plain, key, shard=setup.shard
         )
@@ -131,4 +141,5 @@ def repeated(
     step = jax.jit(step, inline=True)  # traced once, here
     _, info = jax.eval_shape(step, state, row(0))
     infos = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), info)
-    return jax.lax.fori_loop(0, count, body, (state, infos))
+    both: tuple[Any, Any] = jax.lax.fori_loop(0, count, body, (state, infos))
+    return both

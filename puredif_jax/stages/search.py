@@ -51,7 +51,8 @@ def reinforce(
     start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
     search = _Search(lab, loss, descent, params, lab.place(truth.channel), start)
     state = search.run(stage, search.first, descent.steps)
-    return parallel.gather(state.candidate.delta)[0]
+    delta: np.ndarray = parallel.gather(state.candidate.delta)[0]
+    return delta
 
 
 def invert(
@@ -126,7 +127,9 @@ def _judging(
 ) -> Callable[..., tuple[Array, Array]]:
     """The held-out shift error of a candidate, and its target."""
 
-    def error(params, channel, candidate, key) -> tuple[Array, Array]:
+    def error(
+        params: Params, channel: Channel, candidate: Candidate, key: Key
+    ) -> tuple[Array, Array]:
         if estimated:
             show = estimated_target(setup.model, setup.schedule, channel, setup.shard)
             target = show(params, candidate, jax.random.fold_in(key, 1))
@@ -206,13 +209,18 @@ class _Search:
     ) -> InversionState:
         """The state `steps` after that of `begin`."""
 
-        def advance(state: InversionState, start: int, stop: int):
+        def advance(
+            state: InversionState, start: int, stop: int
+        ) -> tuple[InversionState, InversionInfo]:
             count = np.int32(stop - start)
             return self._advance(self._params, self._channel, state, count)
 
         shapes = jax.eval_shape(begin)
         lab = self._lab
-        return lab.run.loop(stage, advance, begin, shapes, steps, lab.chunk)
+        found: InversionState = lab.run.loop(
+            stage, advance, begin, shapes, steps, lab.chunk
+        )
+        return found
 
 
 @functools.lru_cache(KEPT)
@@ -223,7 +231,7 @@ def _surveying(
     spread = parallel.spread(setup.mesh, survey.together)
     starts = parallel.spread(setup.mesh, count)
 
-    def draw(params, channel, triggers: Array, keys: Key) -> Array:
+    def draw(params: Params, channel: Channel, triggers: Array, keys: Key) -> Array:
         return survey.draw(
             setup.model,
             params,
@@ -235,7 +243,9 @@ def _surveying(
             axis=spread.axis,
         )
 
-    def choose(params, channel, triggers, images, key) -> Candidate:
+    def choose(
+        params: Params, channel: Channel, triggers: Array, images: Array, key: Key
+    ) -> Candidate:
         found, _ = survey.candidates(triggers, images, count)
         return survey.choose_sign(
             setup.model,

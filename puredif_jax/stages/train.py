@@ -69,7 +69,8 @@ def train(
         if before is not None:  # the trigger is another from there on
             return before
         init = jax.jit(unet.init)
-        return fresh(init(key_init) if start is None else lab.load(start))
+        params: Params = init(key_init) if start is None else lab.load(start)
+        return fresh(params)
 
     program = _training(lab.setup, training, attack, lab.chunk)
     if attack is not None:
@@ -79,13 +80,16 @@ def train(
     snapshots = run.folder / "checkpoints" / "snapshots"
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         found = kept.restore_last(run.place(shapes), until)
+    before: TrainState | None
     first, before = found or (0, None)
     if before is not None and first == until:
         return before.ema_params
     pixels = images.load(unet.image_shape)
     sharding = parallel.along(run.mesh, None, "batch")
 
-    def several(state: TrainState, first: int, last: int):
+    def several(
+        state: TrainState, first: int, last: int
+    ) -> tuple[TrainState, TrainInfo]:
         chosen = order(len(pixels), lab.seed, first, last, training.batch)
         count = last - first
 
