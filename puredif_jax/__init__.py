@@ -2,7 +2,7 @@
 
 For defense research, on models that the user has trained. The public names:
 
->>> from puredif_jax import UNet, LinearBetas, DistributionShift, Hypothesis
+>>> from puredif_jax import UNet, LinearBetas, DistributionShift, Fading
 
 A name is imported when it is first used, so that a program says what is wrong with a
 command, and hears Ctrl-C, before JAX is there.
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from puredif_jax.diffusion.multistep import UniPC as UniPC
     from puredif_jax.diffusion.sampling import sample as sample
     from puredif_jax.diffusion.schedules import LinearBetas as LinearBetas
+    from puredif_jax.diffusion.solver import Ancestral as Ancestral
+    from puredif_jax.diffusion.solver import Deterministic as Deterministic
     from puredif_jax.formats.diffusers import read_folder as read_folder
     from puredif_jax.formats.diffusers import write_folder as write_folder
     from puredif_jax.networks.unet import UNet as UNet
@@ -71,6 +73,7 @@ _HOMES = {
     "diffusion.multistep": ("DPMSolver", "UniPC"),
     "diffusion.sampling": ("sample",),
     "diffusion.schedules": ("LinearBetas",),
+    "diffusion.solver": ("Ancestral", "Deterministic"),
     "formats.diffusers": ("read_folder", "write_folder"),
     "networks.unet": ("UNet",),
     "types": ("Candidate",),
