@@ -25,6 +25,8 @@ from puredif_jax.formats.state_dict import to_torch
 from puredif_jax.formats.weight_sets import (
     LARGE,
     TRUTH,
+    TRUTH_IMAGES,
+    TRUTH_TABLES,
     WeightSet,
     choose,
     may_hold,
@@ -274,10 +276,10 @@ def _is_run(folder: pathlib.Path) -> bool:
 
 
 def _is_truth(path: pathlib.Path) -> bool:
-    """Whether this holds a trigger and a target, and nothing else."""
+    """Whether this holds the arrays of a backdoor, and nothing else."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            return set(file.keys()) == {"trigger", "target"}
+            return set(file.keys()) == {*TRUTH_IMAGES, *TRUTH_TABLES}
     except (safetensors.SafetensorError, OSError):
         return path.stat().st_size < LARGE
 

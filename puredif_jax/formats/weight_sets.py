@@ -19,7 +19,8 @@ STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLE = f"{STEM}.bin"
-TRUTH = "truth.safetensors"  # a trigger and a target, to compare with
+TRUTH = "truth.safetensors"  # a backdoor, to compare with
+TRUTH_IMAGES, TRUTH_TABLES = ("trigger", "target", "gamma"), ("shift", "response")
 LONGEST_NAME = 200  # characters of a shard's
 
 _VARIANT = r"(?:\.(?P<variant>(?![\w.-]*-\d{5}-of-\d{5}\.)[\w.-]+))?"

@@ -19,7 +19,7 @@ from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Solver
 from puredif_jax.files.whole import expanded
 from puredif_jax.formats import diffusers as convert
-from puredif_jax.formats.weight_sets import TRUTH
+from puredif_jax.formats.weight_sets import TRUTH, TRUTH_IMAGES, TRUTH_TABLES
 from puredif_jax.runs import parallel, weight_file
 from puredif_jax.runs.binding import RunError
 from puredif_jax.types import InputError
@@ -84,9 +84,6 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-_IMAGES, _TABLES = ("trigger", "target", "gamma"), ("shift", "response")
-
-
 class Truth(NamedTuple):
     """The backdoor that a model is known to have, to compare with; never an input.
 
@@ -128,7 +125,7 @@ class Truth(NamedTuple):
             return None
         image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
         table = jax.ShapeDtypeStruct((schedule.steps,), jnp.float32)
-        shapes = dict.fromkeys(_IMAGES, image) | dict.fromkeys(_TABLES, table)
+        shapes = dict.fromkeys(TRUTH_IMAGES, image) | dict.fromkeys(TRUTH_TABLES, table)
         try:
             found = weight_file.load_weights(path, shapes)
             about = weight_file.read_metadata(path)
