@@ -34,13 +34,13 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.objective import Loss
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
 from puredif_jax.runs.report import environment, placeless
-from puredif_jax.defenses.objective import Loss
 
 NETWORKS = {"shipped": SHIPPED, "cifar": UNet()}
 SCHEDULE = LinearBetas().tables()

@@ -10,13 +10,11 @@ import re
 import pytest
 
 from puredif_jax.defenses.detector import Detector
-from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.audit import Auditor
-from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.audit import Audit, Auditor
 from puredif_jax.stages.experiment import Experiment
-from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.stages.finding import MEASURES
 
 KNOWN = Experiment("run", SHIPPED, audit=Audit(("clean",)))

@@ -10,7 +10,7 @@ import pytest
 from puredif_jax import main
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.hypothesis import Fading
-from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.networks.memory import activations
 from puredif_jax.networks.unet import SHIPPED, UNet
@@ -19,7 +19,6 @@ from puredif_jax.stages import cost
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
-from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.stages.lab import Lab, Programs
 from puredif_jax.stages.perform import perform
 from puredif_jax.types import Params

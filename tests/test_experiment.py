@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params, get_config
 
-from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
 from puredif_jax.defenses.hypothesis import Exploding, Fading
-from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
@@ -27,7 +26,6 @@ from puredif_jax.metrics import measures as metrics
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Scan, Sweep, elijah
-from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.stages.perform import open_lab
 from puredif_jax.types import Candidate
 

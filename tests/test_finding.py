@@ -12,8 +12,8 @@ from typing import get_args
 import pytest
 
 import puredif_jax
-from puredif_jax.defenses.detector import Outcome
 from puredif_jax.defenses.base import Verdict
+from puredif_jax.defenses.detector import Outcome
 from puredif_jax.runs.report import Report
 from puredif_jax.stages import finding
 from puredif_jax.stages.finding import Finding, next_steps, scope

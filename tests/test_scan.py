@@ -15,6 +15,7 @@ from tiny_config import INVERSION, TINY, draw_params
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.hypothesis import Fading
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.diffusion.solver import Deterministic
 from puredif_jax.files import whole as files
@@ -24,7 +25,6 @@ from puredif_jax.formats import weight_sets
 from puredif_jax.runs import parallel
 from puredif_jax.stages import scan, sweep
 from puredif_jax.stages.audit import Audit
-from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.stages.experiment import Scan
 from puredif_jax.stages.weights import ZOO, Truth
 from puredif_jax.types import InputError

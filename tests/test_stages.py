@@ -17,7 +17,6 @@ from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
-from puredif_jax.diffusion.schedules import CosineBetas
 from puredif_jax.diffusion.ve import VarianceExploding
 from puredif_jax.runs import weight_file
 from puredif_jax.stages import lab, loops
@@ -26,7 +25,6 @@ from puredif_jax.stages.amplify import Amplification
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment
-from puredif_jax.stages.weights import Truth
 from puredif_jax.types import InputError
 
 WHOLE = tiny_config.get_config()

@@ -16,7 +16,7 @@ from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import ScaledLinearBetas
-from puredif_jax.runs import checkpoint
+from puredif_jax.runs import weight_file
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
 from puredif_jax.stages.lab import Lab, Programs
@@ -35,7 +35,7 @@ time.sleep(600)
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    checkpoint.save_weights(path, draw_params(TINY), {})
+    weight_file.save_weights(path, draw_params(TINY), {})
     return str(path)
 
 

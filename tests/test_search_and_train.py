@@ -1,4 +1,4 @@
-"""Long loops on a lab, against the same steps by hand."""
+"""Search and training on a lab, against the same steps by hand."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.runs import run, weight_file
-from puredif_jax.stages import loops
+from puredif_jax.stages import search, train
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.perform import open_lab
 
@@ -46,7 +46,7 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
     if trigger:
         other = 0.5 * np.asarray(poisoned.trigger)
         poisoned = poisoned._replace(trigger=jnp.asarray(other))
-    found = loops.train(lab, TRAINING, ATTACK, IMAGES, start, 3, other)
+    found = train.train(lab, TRAINING, ATTACK, IMAGES, start, 3, other)
 
     channel = ATTACK.channel(lab.schedule, TINY.image_shape)
     loss = functools.partial(training_loss, TINY, lab.schedule, channel, poisoned)
@@ -85,8 +85,8 @@ def test_results_do_not_depend_on_where_calls_end(tmp_path, monkeypatch) -> None
             return loop(stage, noted, *rest)
 
         monkeypatch.setattr(lab.run, "loop", noting)
-        params = loops.train(lab, TRAINING, ATTACK, IMAGES, None, 3)
-        inverted, _ = loops.invert(
+        params = train.train(lab, TRAINING, ATTACK, IMAGES, None, 3)
+        inverted, _ = search.invert(
             lab, "x", params, Fading(), inversion.loss, inversion.descent, None, 8
         )
         assert began == ([0, 1, 2, 0, 1, 2, 3] if not longest else [0, 1, 0, 1])
@@ -99,7 +99,7 @@ def test_a_damaged_snapshot_is_trained_again(tmp_path, caplog) -> None:
     lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
 
     def train(until: int):
-        return jax.device_get(loops.train(lab, TRAINING, ATTACK, IMAGES, None, until))
+        return jax.device_get(train.train(lab, TRAINING, ATTACK, IMAGES, None, until))
 
     first, last = train(1), train(3)
     top = tmp_path / "checkpoints"
