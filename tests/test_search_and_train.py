@@ -98,20 +98,20 @@ def test_a_damaged_snapshot_is_trained_again(tmp_path, caplog) -> None:
     """From the one before, since the trigger is another from there on."""
     lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
 
-    def train(until: int):
+    def trained(until: int):
         return jax.device_get(train.train(lab, TRAINING, ATTACK, IMAGES, None, until))
 
-    first, last = train(1), train(3)
+    first, last = trained(1), trained(3)
     top = tmp_path / "checkpoints"
     shutil.rmtree(top / "train")
     for file in (top / "snapshots" / "3").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-1])
-    jax.tree.map(np.testing.assert_array_equal, train(3), last)
+    jax.tree.map(np.testing.assert_array_equal, trained(3), last)
     assert "snapshots/3 is damaged" in caplog.text
     rows = lab.run.metrics.read("train")["step"]
     assert list(rows) == [1, 3], "it began at the snapshot of step 1"
-    jax.tree.map(np.testing.assert_array_equal, train(1), first)
+    jax.tree.map(np.testing.assert_array_equal, trained(1), first)
 
 
 def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
@@ -123,7 +123,7 @@ def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
     metrics.write("x", 2, seconds=4.0)
     metrics.write("x", 4, seconds=8.0)
     metrics.write("y", 2, seconds=16.0)
-    assert loops.seconds(lab, "x") == 15
+    assert search.seconds(lab, "x") == 15
     metrics.rewind("x", 2)
-    assert loops.seconds(lab, "x") == 7
-    assert loops.seconds(lab, "z") == 0
+    assert search.seconds(lab, "x") == 7
+    assert search.seconds(lab, "z") == 0
