@@ -20,7 +20,7 @@ from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.networks.memory import activations, sliced
 from puredif_jax.runs import parallel
 from puredif_jax.runs.binding import RunError
-from puredif_jax.stages import lab
+from puredif_jax.stages import setup
 from puredif_jax.types import Candidate
 
 SCHEDULE = LinearBetas().tables()
@@ -144,11 +144,11 @@ def test_images_are_as_many_as_fit_and_the_log_says_so(network, monkeypatch) -> 
     size = activations(net, params, SHAPE)
     light = activations(dataclasses.replace(net, remat=True), params, SHAPE)
     said: list[str] = []
-    monkeypatch.setattr(lab.logging, "info", lambda text, *x: said.append(text % x))
+    monkeypatch.setattr(setup.logging, "info", lambda text, *x: said.append(text % x))
 
     def fitted(free: int) -> tuple[bool, int]:
         monkeypatch.setattr(parallel, "free_memory", lambda: free)
-        unet, count = lab._fitted(net, 64, 2)
+        unet, count = setup.fitted(net, 64, 2)
         return unet.remat, count
 
     assert fitted(2 * 1000 * size) == (False, 2000) and not said
