@@ -122,6 +122,9 @@ def test_a_damaged_report_is_made_again_and_a_foreign_one_is_an_error(tmp_path) 
     path.write_text(json.dumps(seal(found)))  # of another version
     _, status = scan.perform_scan(plan(home, folder))
     assert status == 1 and "remove it" in table(home)["mine"]["reason"]
+    path.write_text(json.dumps(seal(found | {"numbers": {}})))  # of something else
+    _, status = scan.perform_scan(plan(home, folder))
+    assert status == 1 and "remove it" in table(home)["mine"]["reason"]
     path.unlink()
     _, status = scan.perform_scan(plan(home, folder))
     assert status == 0

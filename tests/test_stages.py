@@ -1,6 +1,7 @@
 """The stages of a run: what is refused before long work, and what must not be mixed."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -11,23 +12,30 @@ import pytest
 import tiny_config
 from tiny_config import ANY, INVERSION, TINY, draw_params
 
+from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box, Patch
+from puredif_jax.attacks.trojdiff import TrojDiff
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import NpzImages
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
-from puredif_jax.diffusion.schedules import CosineBetas
+from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
+from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.diffusion.ve import VarianceExploding
 from puredif_jax.runs import weight_file
 from puredif_jax.stages import lab, search, train
 from puredif_jax.stages import perform as stages
 from puredif_jax.stages.amplify import Amplification, Amplified, Snapshot
 from puredif_jax.stages.audit import Audit, labels
-from puredif_jax.stages.base import Context, State, results
+from puredif_jax.stages.base import Context, Result, State, results
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.measure import Measure, Measured, Rate
+from puredif_jax.stages.weights import Truth
 from puredif_jax.types import InputError
 
 WHOLE = tiny_config.get_config()
@@ -163,6 +171,58 @@ def test_results_come_back_by_their_kinds() -> None:
     found = results(json.loads(json.dumps(numbers)), "it")
     assert len(found) == 2 and amplified in found and measured in found
     assert results({"status": 0}, "it") == []
+
+
+def test_a_result_that_was_defined_again_is_read_once() -> None:
+    """As in a notebook, or by a file that is loaded twice."""
+
+    def defined(times: int) -> type[Result]:
+        @dataclasses.dataclass(frozen=True)
+        class Seen(Result):
+            value: int
+
+            def numbers(self):
+                return {"seen": self.value}
+
+            @classmethod
+            def read(cls, numbers, where):
+                return [cls(times * numbers["seen"])] if "seen" in numbers else []
+
+            def tables(self):
+                return {}
+
+        return Seen
+
+    both = defined(1), defined(2)
+    assert results({"seen": 3}, "it") == [both[1](6)]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        BadDiffusion(Box(), Hat()),
+        VillanDiffusion(Box(), Hat()),
+        VillanDiffusion(Box(), Hat(), psi=0.0, solver=Ancestral()),
+        TrojDiff(Patch(), Hat()),
+    ],
+)
+def test_the_truth_comes_back_from_its_file(tmp_path, attack) -> None:
+    schedule, shape = LinearBetas().tables(), TINY.image_shape
+    truth = Truth.of(attack, schedule, shape)
+    path = tmp_path / "weights.safetensors"
+    assert Truth.beside(path, schedule, shape) is None
+    for at in (path, tmp_path):
+        truth.save(at)
+        found = Truth.beside(at, schedule, shape)
+        assert (found.solver, found.controlled) == (attack.solver, attack.controlled)
+        assert (found.inside is None) == (not attack.controlled)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-6),
+            (found.trigger, found.target, found.channel),
+            (truth.trigger, truth.target, truth.channel),
+        )
+    fewer = LinearBetas(10).tables()
+    assert Truth.beside(path, fewer, shape) is None, "it is of another process"
 
 
 @pytest.mark.parametrize("cap", [0.999, 0.9])
