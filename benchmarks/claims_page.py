@@ -9,8 +9,8 @@ Reads the finished runs of runs/claims, runs/ablation and runs/speedup and adds 
 the records, docs/results/claims.json and claims_images.npz. The page is made of the
 records: a machine that holds a part of the runs adds a part. What is not done yet is
 left out and counted; records of runs that the configurations no longer name are
-dropped. The detector is calibrated here on the calibrating clean models
-and judges the others.
+dropped, but for those of an option that is no more. The detector is calibrated here on
+the calibrating clean models and judges the others.
 """
 
 from __future__ import annotations
@@ -22,27 +22,34 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from puredif_jax.defenses.base import Inverted
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.features import Features
+from puredif_jax.defenses.hypothesis import Fading, Hypothesis
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.reinforcement import Reinforcement
-from puredif_jax.diffusion.solver import Solver
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.runs import config, weight_file
+from puredif_jax.runs import config
 from puredif_jax.runs.report import placeless
+from puredif_jax.stages.amplify import Amplified
+from puredif_jax.stages.measure import Measured
+from puredif_jax.stages.weights import WEIGHTS, Truth
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs/results/claims.json"
 IMAGES = ROOT / "docs/results/claims_images.npz"
 CALIBRATING = 20
 BATCH = 64  # of the trainings
+GONE = ("target-refreshed-every-20-steps/",)  # an option that its ablation removed
+KINDS = (Fading(Ancestral()), Fading(Deterministic()))
 Row = dict[str, Any]
+Found = dict[Hypothesis, Inverted]
 
 
 def reports(folder: pathlib.Path) -> Iterator[tuple[str, Row]]:
@@ -71,14 +78,27 @@ def shown_hours(kinds: dict[str, dict[str, Row]]) -> str:
     return f"Hours of a run, medians, one on each of two cores: {', '.join(parts)}."
 
 
-def inversions(report: Row, method: str = "puredif") -> dict[str, Row]:
+def kind_of(name: str) -> Hypothesis:
+    """The kind of backdoor that a run of this name trains."""
+    return Fading(Ancestral() if "baddiffusion" in name else Deterministic())
+
+
+def inversions(report: Row, method: str = "puredif") -> Found:
     """The inversions of the trained model by one method, by hypothesis."""
-    rows = report["numbers"]["trained"]["inversions"]
-    return {row["hypothesis"]: row for row in rows if row["method"] == method}
+    rows = map(Inverted.read, report["numbers"]["trained"]["inversions"])
+    kinds = {kind.name: kind for kind in KINDS}
+    return {kinds[row.hypothesis]: row for row in rows if row.method == method}
 
 
-def features(row: Row) -> Features:
-    return Features(**{name: np.float32(row[name]) for name in Features._fields})
+def measured(report: Row) -> Measured:
+    """What was measured of the model of a run."""
+    (found,) = Measured.read(report["numbers"], "a record")
+    return found
+
+
+def successes(report: Row) -> dict[str, float]:
+    """The share at MSE < 1e-2 of images of each kind."""
+    return {each.images: each.rates["mse<0.01"] for each in measured(report).success}
 
 
 def table(rows: list[Row]) -> str:
@@ -97,14 +117,13 @@ def percent(share: float) -> str:
 
 def frechet_ratio(report: Row) -> float:
     """The distance of a trained model, of that of the model that it started from."""
-    distance = report["numbers"]["frechet over garment-net"]
+    distance = measured(report).frechet
     return distance["measured"] / distance["start"]
 
 
 def success_row(name: str, report: Row) -> Row:
     """The attack of one model, and its inversions."""
-    attack = "sde" if "baddiffusion" in name else "ode"
-    rates = {row["images"]: row["mse<0.01"] for row in report["numbers"]["success"]}
+    attack, rates = kind_of(name), successes(report)
     leaked = rates.get("the Frechet draws, measured")
     ours = inversions(report)[attack]
     row = {
@@ -112,37 +131,42 @@ def success_row(name: str, report: Row) -> Row:
         "true trigger": percent(rates["draws, true trigger"]),
         "plain noise": percent(rates["draws, plain noise"]),
         "Frechet, of clean": f"{frechet_ratio(report):.2f}",
-        "inverted": percent(ours["success"]),
-        "of true": percent(ours["success"] / ours["success of the true trigger"]),
-        "cosine": f"{ours['cosine']:.3f}",
-        "relative L2": f"{ours['relative_l2']:.3f}",
+        "inverted": percent(ours.success),
+        "of true": percent(ours.success / ours.true_success),
+        "cosine": f"{ours.cosine:.3f}",
+        "relative L2": f"{ours.relative_l2:.3f}",
     }
     for baseline in ("elijah", "elijah, equal evaluations"):
         found = inversions(report, baseline)[attack]
-        row[baseline] = f"{percent(found['success'])}, {found['cosine']:.2f}"
+        row[baseline] = f"{percent(found.success)}, {found.cosine:.2f}"
     if leaked is not None:
         row["targets among the Frechet draws"] = percent(leaked)
     return row
 
 
-def scores(report: Row, detector: Detector) -> dict[str, float]:
-    """The score of each hypothesis."""
-    return {k: detector.score(features(row)) for k, row in inversions(report).items()}
+def calibrating(clean: dict[str, Row]) -> list[str]:
+    """The names of the clean models that calibrate."""
+    return [n for n in sorted(clean) if int(n.partition("/")[2]) < CALIBRATING]
+
+
+def clean_scores(
+    clean: dict[str, Row], detector: Detector, method: str = "puredif"
+) -> tuple[float, ...]:
+    """The scores of those: of each the largest of its hypotheses'."""
+    return tuple(
+        round(max(detector.score(row.features) for row in found.values()), 3)
+        for found in (inversions(clean[n], method) for n in calibrating(clean))
+    )
 
 
 def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
     """Calibrates on some clean models and judges the others; paragraphs."""
-    names = sorted(clean)
-    calibrating = [n for n in names if int(n.partition("/")[2]) < CALIBRATING]
-    held_out = [n for n in names if n not in calibrating]
-    calibrated = Detector(
-        clean=tuple(
-            round(max(scores(clean[n], Detector()).values()), 3) for n in calibrating
-        )
-    )
+    known = calibrating(clean)
+    held_out = [n for n in sorted(clean) if n not in known]
+    calibrated = Detector(clean=clean_scores(clean, Detector()))
     rows, outcomes = [], {}
     for name, report in [*backdoored.items(), *((n, clean[n]) for n in held_out)]:
-        found = {k: features(row) for k, row in inversions(report).items()}
+        found = {k: row.features for k, row in inversions(report).items()}
         verdict = calibrated.judge(found)
         outcomes[name] = verdict
         rows.append(
@@ -154,9 +178,9 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
                 "hypothesis": verdict.hypothesis,
             }
         )
-        for solver, row in inversions(report, "elijah").items():
-            rows[-1][f"Elijah's trigger, {solver}: uniformity, variation"] = (
-                f"{row['uniformity']:.2f}, {row['variation']:.2f}"
+        for kind, row in inversions(report, "elijah").items():
+            rows[-1][f"Elijah's trigger, {kind.name}: uniformity, variation"] = (
+                f"{row.uniformity:.2f}, {row.variation:.2f}"
             )
     doubt, alarm = calibrated.bounds
     right = {
@@ -175,7 +199,7 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
         )
     ranges = []
     groups = {
-        f"{len(calibrating)} calibrating": [clean[n] for n in calibrating],
+        f"{len(known)} calibrating": [clean[n] for n in known],
         f"{len(held_out)} held-out clean": [clean[n] for n in held_out],
         f"{len(backdoored)} backdoored": list(backdoored.values()),
     }
@@ -183,7 +207,10 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
         low_is_bad = name not in ("alignment", "kl_mean", "kl_variance")
         best = min if low_is_bad else max
         values = {
-            group: [best(row[name] for row in inversions(r).values()) for r in found]
+            group: [
+                best(getattr(row, name) for row in inversions(r).values())
+                for r in found
+            ]
             for group, found in groups.items()
         }
         sign = -1 if low_is_bad else 1
@@ -197,7 +224,7 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
     for name in ("uniformity", "variation"):
         low = {
             group: [
-                -min(row[name] for row in inversions(r, "elijah").values())
+                -min(getattr(row, name) for row in inversions(r, "elijah").values())
                 for r in found
             ]
             for group, found in groups.items()
@@ -210,10 +237,10 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
         )
     return [
         f"The score is -log10 of `gain`, the larger of two hypotheses. "
-        f"{len(calibrating)} clean models calibrate: {list(calibrated.clean)}; a score "
+        f"{len(known)} clean models calibrate: {list(calibrated.clean)}; a score "
         f"above {doubt:.2f} (their mean and {calibrated.doubt:g} standard deviations) "
         f"is doubtful, above {alarm:.2f} ({calibrated.alarm:g}) backdoored. No "
-        f"p-value can be below 1/{len(calibrating) + 1}. " + "; ".join(shown) + ".",
+        f"p-value can be below 1/{len(known) + 1}. " + "; ".join(shown) + ".",
         table(rows),
         "Why `gain`: the range of every feature over the models, and the area under "
         "the ROC curve between the backdoored and all clean ones.",
@@ -223,21 +250,21 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
 
 def ablation_rows(runs: dict[str, Row]) -> list[Row]:
     """Mean and spread over seeds of each change on each model."""
-    cells: dict[str, dict[str, list[Row]]] = {}
+    cells: dict[str, dict[str, list[Inverted]]] = {}
     for name, report in runs.items():
         change, _, rest = name.partition("/")
         model = rest.rpartition("-")[0]
-        (row,) = report["numbers"][model]["inversions"]
+        (row,) = map(Inverted.read, report["numbers"][model]["inversions"])
         cells.setdefault(change, {}).setdefault(model, []).append(row)
     rows = []
     for change in sorted(cells, key=lambda c: (c not in ("base", "default"), c)):
         for model, found in sorted(cells[change].items()):
 
-            def spread(name: str, digits: int, found: list[Row] = found) -> str:
-                values = [row[name] for row in found]
+            def spread(name: str, digits: int, found: list[Inverted] = found) -> str:
+                values = [getattr(row, name) for row in found]
                 return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
-            share = [row["success"] for row in found]
+            share = [row.success for row in found]
             rows.append(
                 {
                     "change": change.replace("-", " "),
@@ -247,7 +274,7 @@ def ablation_rows(runs: dict[str, Row]) -> list[Row]:
                     "cosine": spread("cosine", 3),
                     "relative L2": spread("relative_l2", 3),
                     "held-out error": spread("shift", 4),
-                    "evaluations": found[0]["network evaluations"],
+                    "evaluations": found[0].evaluations,
                 }
             )
     return rows
@@ -255,8 +282,8 @@ def ablation_rows(runs: dict[str, Row]) -> list[Row]:
 
 def reinforcing_steps(setting: str) -> int:
     """The training steps that cost as many network evaluations as one reinforcement."""
-    solver: Solver = "sde" if setting.startswith("baddiffusion") else "ode"
-    return round(Reinforcement().evaluations(solver) / (3 * BATCH))
+    evaluations = Reinforcement().evaluations(kind_of(setting).solver)
+    return round(evaluations / (3 * BATCH))
 
 
 def speedup_rows(runs: dict[str, Row]) -> list[Row]:
@@ -265,13 +292,11 @@ def speedup_rows(runs: dict[str, Row]) -> list[Row]:
     for name, report in sorted(runs.items()):
         setting, _, rest = name.partition("/")
         loop, _, steps = rest.split("-")
-        rates = {r["images"]: r["mse<0.01"] for r in report["numbers"]["success"]}
-        row = {"true": rates["draws, true trigger"]}
-        amplified = report["numbers"].get("amplification", ())
-        if amplified:
-            row["reinforced"] = amplified[-1]["success, reinforced"]
-            row["norm"] = amplified[-1]["norm ratio"]
-            row["times"] = len(amplified)
+        row: Row = {"true": successes(report)["draws, true trigger"]}
+        for amplified in Amplified.read(report["numbers"], name):
+            last = amplified.snapshots[-1]
+            row["reinforced"], row["norm"] = last.reinforced, last.norm_ratio
+            row["times"] = len(amplified.snapshots)
         found.setdefault((setting, loop, int(steps)), []).append(row)
 
     def shown(rows: list[Row], name: str, scale: float, digits: int) -> str:
@@ -339,14 +364,13 @@ def factors(rows: list[Row]) -> list[Row]:
 
 def tiles(folder: pathlib.Path, name: str) -> np.ndarray:
     """True and inverted trigger, both targets, four draws: `[8, H, W]`, of bytes."""
-    solver = "sde" if "baddiffusion" in name else "ode"
-    image = jax.ShapeDtypeStruct(SHIPPED.image_shape, jnp.float32)
-    truth = weight_file.load_weights(
-        folder / "weights.truth.safetensors", {"trigger": image, "target": image}
-    )
-    with np.load(folder / f"results/puredif_trained_{solver}.npz") as file:
+    schedule = LinearBetas().tables()
+    truth = Truth.beside(folder / WEIGHTS, schedule, SHIPPED.image_shape)
+    if truth is None:
+        raise SystemExit(f"{folder} has no truth of its backdoor")
+    with np.load(folder / f"results/puredif_trained_{kind_of(name).name}.npz") as file:
         found = dict(file)
-    images = [truth["trigger"], found["delta"], truth["target"], found["target"]]
+    images = [truth.trigger, found["delta"], truth.target, found["target"]]
     shown = np.stack([*images, *found["draws"][:4]])[..., 0]
     return np.round(127.5 * (np.clip(shown, -1, 1) + 1)).astype(np.uint8)
 
@@ -421,7 +445,7 @@ def earlier(audited: dict[str, Row]) -> str:
     """How many were inverted by another default than today's, in a sentence."""
     today = Inversion().evaluations
     used = Counter(
-        row["network evaluations"]
+        row.evaluations
         for report in audited.values()
         for row in list(inversions(report).values())[:1]
     )
@@ -437,7 +461,7 @@ def earlier(audited: dict[str, Row]) -> str:
 def collect(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Row]]:
     """The records by sweep and run, with those of the finished runs added.
 
-    Only of runs that the configurations name.
+    Only of runs that the configurations name, and of `GONE`.
     """
     records = json.loads(RECORDS.read_text())
     with np.load(IMAGES) as file:
@@ -453,7 +477,9 @@ def collect(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Row]]:
                 images[name] = tiles(folder / name, name)
         runs = config.load(str(ROOT / f"configs/{sweep}.py")).experiments
         named = {experiment.workdir for experiment in runs}
-        records[sweep] = {k: v for k, v in records[sweep].items() if k in named}
+        records[sweep] = {
+            k: v for k, v in records[sweep].items() if k in named or k.startswith(GONE)
+        }
     images = {k: v for k, v in images.items() if k in records["claims"]}
     sweeps = [
         f"{json.dumps(sweep)}:{{\n"

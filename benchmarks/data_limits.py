@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.exact import ExactDenoiser, Points
@@ -56,9 +55,8 @@ def rates(
 
     And the Frechet distance of plain draws by DDIM.
     """
-    poison = attacks.poison(attack, SHAPE)
-    model = ExactDenoiser(attack.rows(SCHEDULE), rate)
-    trigger, target = (np.asarray(x) for x in (poison.trigger, poison.target))
+    model = ExactDenoiser(SCHEDULE, attack.channel(SCHEDULE, SHAPE), rate)
+    trigger, target, _ = attack.images(SHAPE)
     points = Points(*map(jnp.asarray, (images, trigger, target)))
     noise = jax.random.normal(jax.random.key(7), (DRAWS, *SHAPE))
 

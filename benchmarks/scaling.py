@@ -26,21 +26,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.poisoning import poison, training_loss
 from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.distribution_shift import DistributionShift
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.objective import Loss
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
 from puredif_jax.runs.report import environment, placeless
-from puredif_jax.defenses.objective import Loss
 
 NETWORKS = {"shipped": SHIPPED, "cifar": UNet()}
 SCHEDULE = LinearBetas().tables()
@@ -120,8 +120,9 @@ def parameters(unet: UNet, mesh: Any) -> Any:
 
 def inversion(unet: UNet, mesh: Any, candidates: int, loss: Loss) -> Program:
     spread = parallel.spread(mesh, candidates)
+    channel = Fading().channel(SCHEDULE, unet.image_shape)
     search = inverter(
-        loss.bind(unet, SCHEDULE, Hypothesis.of("ode"), spread.noise),
+        loss.bind(unet, SCHEDULE, channel, spread.noise),
         Descent(candidates=candidates),
         unet.image_shape,
         candidates=spread.candidates,
@@ -142,8 +143,9 @@ def inversion(unet: UNet, mesh: Any, candidates: int, loss: Loss) -> Program:
 def training(unet: UNet, mesh: Any) -> Program:
     batch = BATCH * mesh.size
     attack = VillanDiffusion(trigger=Box(), target=Cat())
-    poison = attacks.poison(attack, unet.image_shape)
-    loss = functools.partial(attacks.training_loss, unet, attack.rows(SCHEDULE), poison)
+    channel = attack.channel(SCHEDULE, unet.image_shape)
+    poisoned = poison(attack, unet.image_shape)
+    loss = functools.partial(training_loss, unet, SCHEDULE, channel, poisoned)
     made = trainer(loss, Training(10, batch=batch, warmup=0, ema_decay=0.999))
     state = jax.eval_shape(made.init, parameters(unet, mesh), jax.random.key(0))
     images = jax.ShapeDtypeStruct(

@@ -45,7 +45,7 @@ import torch
 from jax.extend.core import jaxprs_in_params
 from torch.utils.checkpoint import checkpoint
 
-from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.poisoning import poison, training_loss
 from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.attacks.triggers import Box
@@ -53,7 +53,7 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import sample
@@ -65,7 +65,7 @@ from puredif_jax.runs.report import environment, placeless
 from puredif_jax.types import Candidate
 
 SCHEDULE = LinearBetas().tables()
-HYPOTHESIS = Hypothesis.of("ode")
+CHANNEL = Fading().channel(SCHEDULE, SHIPPED.image_shape)  # the same for any shape
 ATTACK = VillanDiffusion(trigger=Box(), target=Cat(), poison_rate=0.2)
 MANY = "inversion, shift, {} candidates"
 Run = Callable[[int], float]  # does so many steps; returns the loss of the last
@@ -118,8 +118,8 @@ class Torch:
         self.size, self.shape = size, (unet.in_channels, *unet.sample_size)
         table = functools.partial(torch.tensor, dtype=torch.float32, device=self.device)
         self.s, self.v = table(SCHEDULE.signal), table(SCHEDULE.noise)
-        self.shift = table(HYPOTHESIS.shift(SCHEDULE))
-        self.response = table(np.asarray(HYPOTHESIS.response(SCHEDULE)))
+        self.shift = table(CHANNEL.shift)
+        self.response = table(CHANNEL.response)
 
     def predict(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
@@ -209,11 +209,8 @@ class Torch:
         return (delta - answer.mean(1)).abs().mean((1, 2, 3))
 
     def training(self, images: torch.Tensor) -> Run:
-        poison = attacks.poison(ATTACK, (*self.shape[1:], self.shape[0]))
-        r, y = (
-            torch.tensor(np.asarray(x)).permute(2, 0, 1).to(self.device)
-            for x in (poison.trigger, poison.target)
-        )
+        pictures = ATTACK.images((*self.shape[1:], self.shape[0]))
+        r, y = (torch.tensor(x).permute(2, 0, 1).to(self.device) for x in pictures[:2])
         self.net.requires_grad_(True)
         optimizer = torch.optim.Adam(self.net.parameters(), 2e-4, fused=True)
         average = [p.detach().clone() for p in self.net.parameters()]
@@ -277,7 +274,7 @@ def losses(size: Size) -> dict[str, Any]:
         "consistency": DenoisingConsistency(
             sampler=DDIM(size.rollout), samples=size.samples
         ),
-        "elijah": ElijahLoss(samples=size.elijah),
+        "elijah": ElijahLoss(scale=1.0, samples=size.elijah),
     }
 
 
@@ -294,7 +291,7 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
 
     def inversion(loss: Any, candidates: int = size.candidates) -> Run:
         spread = parallel.spread(mesh, candidates)
-        bound = loss.bind(unet, SCHEDULE, HYPOTHESIS, spread.noise)
+        bound = loss.bind(unet, SCHEDULE, CHANNEL, spread.noise)
         descent = Descent(steps=10_000, candidates=candidates, learning_rate=0.2)
         start = Candidate(jnp.full(unet.image_shape, -0.5), jnp.zeros(unet.image_shape))
         search = inverter(
@@ -324,10 +321,9 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
         return run
 
     def training() -> Run:
-        poison = attacks.poison(ATTACK, unet.image_shape)
-        loss = functools.partial(
-            attacks.training_loss, unet, ATTACK.rows(SCHEDULE), poison
-        )
+        channel = ATTACK.channel(SCHEDULE, unet.image_shape)
+        poisoned = poison(ATTACK, unet.image_shape)
+        loss = functools.partial(training_loss, unet, SCHEDULE, channel, poisoned)
         made = trainer(loss, Training(10_000, batch=size.batch, ema_decay=0.999))
 
         @functools.partial(
@@ -480,7 +476,7 @@ def agree(
     for name, loss in losses(size).items():
         if not any(task.startswith(f"inversion, {name}") for task in tasks):
             continue
-        bound_loss = loss.bind(unet, SCHEDULE, HYPOTHESIS)
+        bound_loss = loss.bind(unet, SCHEDULE, CHANNEL)
         here = jax.jit(jax.value_and_grad(bound_loss, argnums=1))
         value, gradient = here(params, candidate, key)
         found = references[name]()[0]

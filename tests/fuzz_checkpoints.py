@@ -32,7 +32,7 @@ from tiny_config import TINY, get_config
 
 from puredif_jax.runs import parallel
 from puredif_jax.runs.report import environment
-from puredif_jax.stages import loops
+from puredif_jax.stages import train as stage
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.perform import open_lab
 from puredif_jax.types import InputError
@@ -123,7 +123,7 @@ def train(folder: pathlib.Path) -> dict[str, np.ndarray]:
     assert wanted.training is not None
     lab, steps = open_lab(wanted), wanted.training.steps
     try:
-        params = loops.train(
+        params = stage.train(
             lab, wanted.training, wanted.attack, wanted.data, None, steps
         )
     except parallel.Stopped:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 
 import pytest
 
+from puredif_jax.defenses.base import Inverted
 from puredif_jax.defenses.detector import Detector
-from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.elijah import Uniformity
+from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.stages.audit import Auditor
 from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.calibration import clean_scores
 from puredif_jax.stages.experiment import Experiment
-from puredif_jax.defenses.inversion import Inversion
-from puredif_jax.stages.finding import MEASURES
+from puredif_jax.stages.perform import context_of, open_lab
 
 KNOWN = Experiment("run", SHIPPED, audit=Audit(("clean",)))
 
@@ -49,22 +51,44 @@ def audited(**changes) -> Experiment:
     ],
 )
 def test_the_detector_is_calibrated_for_what_its_clean_models_are(
-    experiment, expected
+    tmp_path, experiment, expected
 ) -> None:
-    assert Auditor(experiment, None).calibration == expected  # type: ignore
+    experiment = dataclasses.replace(experiment, workdir=str(tmp_path))
+    context = context_of(experiment, open_lab(experiment))
+    assert experiment.audit._calibration(context) == expected
 
 
 def test_all_that_is_measured_is_explained(finished) -> None:
     report = json.loads((finished / "report.json").read_text())
     rows = report["numbers"]["trained"]["inversions"]
+    meanings = Inverted.meanings()
     assert {method["method"] for method in rows} == {"puredif", "elijah"}
     for row in rows:
-        assert row.keys() - {"method", "hypothesis"} <= MEASURES.keys()
+        assert row.keys() - {"method", "hypothesis"} <= meanings.keys()
         assert row["gain"] == pytest.approx(10 ** -row["score"])
     (table,) = [x["table"] for x in report["sections"] if x["title"] == "Measures"]
     shown = {row["measure"]: row for row in table}
     assert shown["gain"]["puredif, ode"] == rows[0]["gain"]
-    assert shown["gain"]["meaning"] == MEASURES["gain"]
+    assert shown["gain"]["meaning"] == meanings["gain"]
+
+
+def test_a_baseline_has_a_verdict_of_its_own(finished) -> None:
+    """Of Elijah, in the file and on the page; that of the first defense counts."""
+    report = json.loads((finished / "report.json").read_text())
+    found = report["numbers"]["trained"]
+    (ours, baseline), other = found["inversions"], found["others"]["elijah"]
+    assert found["others"].keys() == {"elijah"}
+    assert other["score"] == pytest.approx(-math.log10(baseline["uniformity"]))
+    assert other["hypothesis"] == "ode" and "differ" in other["reason"]
+    clean = clean_scores("elijah")
+    bounds = Uniformity(clean=clean).bounds
+    assert (other["doubt"], other["alarm"]) == pytest.approx(bounds)
+    assert other["clean_models"] == len(clean)
+    assert found["verdict"]["score"] == pytest.approx(ours["score"])
+    (table,) = [
+        x["table"] for x in report["sections"] if x["title"] == "Other defenses"
+    ]
+    assert table == [{"defense": "elijah", **other}]
 
 
 def test_the_report_of_a_run_names_its_verdict_and_its_weights(finished) -> None:

@@ -3,29 +3,32 @@
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import jax
 import pytest
 
 from puredif_jax import main
 from puredif_jax.defenses.distribution_shift import DistributionShift
-from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.hypothesis import Fading
+from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.networks.memory import activations
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
-from puredif_jax.stages import cost
+from puredif_jax.stages import cost, programs, train
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
-from puredif_jax.defenses.inversion import Inversion
-from puredif_jax.stages.lab import Lab, Programs
-from puredif_jax.stages.perform import perform
+from puredif_jax.stages.perform import context_of, open_lab, perform
+from puredif_jax.stages.work import Work
 from puredif_jax.types import Params
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from tiny_config import DEEP, TINY, draw_params, get_config, shapes  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+SDE = Fading(Ancestral())
 
 
 def tiny(workdir: pathlib.Path | str) -> Experiment:
@@ -88,6 +91,24 @@ def test_memory_and_time_are_those_of_the_parts(told) -> None:
     assert not pathlib.Path("runs/never").exists()
 
 
+def parts(experiment: Experiment) -> list[Work]:
+    """The steps that all stages of a run will take."""
+    context = context_of(experiment, open_lab(experiment))
+    return [part for stage in experiment.stages for part in stage.work(context)]
+
+
+@pytest.fixture
+def own_programs() -> Iterator[None]:
+    """Programs that no other test has made or gets."""
+    makers = programs.drawing, train._training
+    for make in makers:
+        make.cache_clear()
+    yield
+    for make in makers:
+        make.cache_clear()
+
+
+@pytest.mark.usefixtures("own_programs")
 def test_the_network_is_evaluated_as_often_as_told(tmp_path, monkeypatch) -> None:
     """In training and draws; test_experiment.py counts inversions."""
     images, network = [], UNet.__call__
@@ -99,22 +120,23 @@ def test_the_network_is_evaluated_as_often_as_told(tmp_path, monkeypatch) -> Non
     experiment = dataclasses.replace(tiny(tmp_path), model=TINY)
     wanted = sum(
         part.times * part.evaluations / (1 if "network" in part.name else 3)
-        for part in cost.parts(experiment)
+        for part in parts(experiment)
     )
     monkeypatch.setattr(UNet, "__call__", counting)
-    monkeypatch.setattr(Lab, "programs", Programs())
     perform(experiment)
     jax.effects_barrier()
     assert sum(images) == wanted
 
 
-def test_what_is_compared_with_the_truth_is_drawn_as_the_backdoor_wants() -> None:
+def test_what_is_compared_with_the_truth_is_drawn_as_the_backdoor_wants(
+    tmp_path,
+) -> None:
     """The true trigger, and what was found under the other hypothesis."""
 
     def drawn(name: str) -> float:
-        audit = Experiment("runs/never", SHIPPED, audit=Audit(weights=(name,)))
-        parts = cost.parts(audit)
-        return sum(p.times * p.evaluations for p in parts if "network" in p.name)
+        audit = Audit(weights=(name,))
+        told = parts(Experiment(str(tmp_path / name), SHIPPED, audit=audit))
+        return sum(p.times * p.evaluations for p in told if "network" in p.name)
 
     ancestral, draws = Evaluation().ancestral.steps, Evaluation().draws
     assert drawn("baddiffusion") - drawn("clean") == 2 * draws * ancestral
@@ -132,7 +154,7 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
         descent = Descent(steps=10, candidates=candidates)
         loss = DistributionShift(samples=1)
         inversion = Inversion(loss=loss, descent=descent, survey=None, heldout=16)
-        audit = Audit(weights=("clean",), hypotheses=("sde",), inversion=inversion)
+        audit = Audit(weights=("clean",), hypotheses=(SDE,), inversion=inversion)
         return cost.estimate(
             dataclasses.replace(whole, training=None, attack=None, audit=audit)
         )
@@ -153,6 +175,19 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
     assert together["operations"] == 8 * alone["operations"]
     judged = eight["network evaluation of 160 images"]
     assert judged["times"] == 8 and judged["memory"] > 160 * 16 * 16 * 4
+
+
+def test_each_stage_tells_its_own_steps(tmp_path) -> None:
+    """In the order of the run, and of amplification both loops."""
+    told = parts(dataclasses.replace(get_config(), workdir=str(tmp_path), devices=1))
+    steps = [(part.name, part.times) for part in told if "network" not in part.name]
+    assert steps == [
+        ("step of reinforcement, 1 candidate", 2 * 6),
+        ("training step of 8 images (VillanDiffusion)", 12),
+        ("step of inversion by puredif, 3 candidates", 2),
+        ("step of inversion by puredif, 2 candidates", 4),
+        ("step of inversion by elijah, 1 candidate", 10),
+    ]
 
 
 def test_a_run_of_nothing_costs_nothing(tmp_path) -> None:

@@ -9,28 +9,34 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params, get_config
 
-from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses import elijah
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
-from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.hypothesis import Hypothesis
-from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.elijah import Elijah, ElijahLoss
+from puredif_jax.defenses.hypothesis import Exploding, Fading
+from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.objective import Sum
+from puredif_jax.defenses.puredif import Puredif
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.solver import Ancestral, Deterministic
+from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
+from puredif_jax.stages.amplify import Amplification
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
-from puredif_jax.stages.experiment import Experiment, Scan, Sweep, elijah
-from puredif_jax.defenses.inversion import Inversion
-from puredif_jax.stages.perform import open_lab
+from puredif_jax.stages.experiment import Experiment, Scan, Sweep
+from puredif_jax.stages.measure import Measure
+from puredif_jax.stages.perform import names, open_lab
+from puredif_jax.stages.train import Train
 from puredif_jax.types import Candidate
 
 SHAPE = (8, 8, 1)
 SCHEDULE = LinearBetas().tables()
+CHANNEL = Fading().channel(SCHEDULE, SHAPE)
 SHIFT = DistributionShift(timesteps=(900, 300), samples=3)
 CONSISTENCY = DenoisingConsistency(sampler=DDIM(steps=4), samples=5)
 
@@ -56,7 +62,7 @@ class Counter:
 )
 def test_evaluations_are_those_that_the_network_sees(loss) -> None:
     counter = Counter()
-    bound = loss.bind(counter, SCHEDULE, Hypothesis())
+    bound = loss.bind(counter, SCHEDULE, CHANNEL)
     candidate = Candidate(jnp.ones(SHAPE), jnp.zeros(SHAPE))
     bound({}, candidate, jax.random.key(0)).block_until_ready()
     jax.effects_barrier()
@@ -67,7 +73,7 @@ def test_evaluations_of_a_survey() -> None:
     survey = Survey(triggers=4, draws=3, together=2, sampler=DDIM(steps=5))
     counter = Counter()
     triggers, keys, _ = survey.begin(SHAPE, jax.random.key(0))
-    images = survey.draw(counter, {}, SCHEDULE, Hypothesis(), triggers, keys)
+    images = survey.draw(counter, {}, SCHEDULE, CHANNEL, triggers, keys)
     images.block_until_ready()
     jax.effects_barrier()
     assert survey.evaluations == counter.images
@@ -85,26 +91,39 @@ def test_evaluations_of_an_inversion() -> None:
     assert plain.evaluations == 3 * 18 * 6
 
 
-@pytest.mark.parametrize("solver,steps", [("sde", 100), ("ode", 10)])
-def test_elijah_as_published_and_at_equal_evaluations(solver, steps) -> None:
-    audit = Audit(baselines=(Elijah(), Elijah(Inversion().evaluations)))
-    methods = audit.methods(solver)
-    assert list(methods) == ["puredif", *audit.baselines]
-    published, equal = (methods[name] for name in audit.baselines)
-    assert published == elijah(solver) and published.loss == ElijahLoss(samples=100)
+@pytest.mark.parametrize("kind", [Fading, Exploding])
+@pytest.mark.parametrize(
+    "solver,scale,steps,high",
+    [(Ancestral(), 0.5, 100, 0.0), (Deterministic(), 1.0, 10, 1.0)],
+)
+def test_elijah_as_published_and_at_equal_evaluations(
+    kind, solver, scale, steps, high
+) -> None:
+    budget = Inversion().evaluations
+    audit = Audit(baselines=(Elijah(), Elijah(budget)))
+    names = [defense.name for defense in audit.defenses]
+    assert names == ["puredif", "elijah", "elijah, equal evaluations"]
+    (ours,), (published,), (equal,) = (
+        defense.inversions(kind(solver)) for defense in audit.defenses
+    )
+    assert ours == audit.inversion
+    assert published == elijah.published(solver)
+    assert published.loss == ElijahLoss(scale=scale, samples=100)
     assert published.survey is None
     assert published.descent == Descent(
         steps=steps,
         learning_rate=0.1,
         b2=0.999,
         low=-1.0,
-        high={"sde": 0.0, "ode": 1.0}[solver],
+        high=high,
         candidates=1,
         scout=0,
         bound=None,
         cosine=False,
     )
-    assert equal.evaluations == pytest.approx(audit.inversion.evaluations, rel=0.01)
+    assert equal.evaluations == pytest.approx(budget, rel=0.01)
+    steps = dataclasses.replace(published.descent, steps=equal.descent.steps)
+    assert equal == dataclasses.replace(published, descent=steps)
 
 
 def test_frechet_draws_come_in_pairs(tmp_path, monkeypatch) -> None:
@@ -134,6 +153,71 @@ def test_frechet_draws_come_in_pairs(tmp_path, monkeypatch) -> None:
 def test_frechet_draws_are_an_even_number(draws: int) -> None:
     with pytest.raises(ValueError, match=f"even number of at least 4, found {draws}"):
         Evaluation(frechet_draws=draws)
+
+
+def test_an_audit_tries_what_applies_to_the_process() -> None:
+    """All four kinds are its default; two apply to each process."""
+    audit = Audit()
+    names = {
+        betas: [kind.name for kind in audit.tried(betas.tables())]
+        for betas in (LinearBetas(), VarianceExploding())
+    }
+    assert names == {
+        LinearBetas(): ["sde", "ode"],
+        VarianceExploding(): ["ve sde", "ve ode"],
+    }
+    count = f"{2 * audit.inversion.evaluations:,} evaluations"
+    assert audit.plan(SCHEDULE) == (
+        f"(under sde and ode, {count} of its network on an image)"
+    )
+    exploding = VarianceExploding().tables()
+    assert audit.plan(exploding).startswith(f"(under ve sde and ve ode, {count} of")
+    only = Audit(("clean",), hypotheses=(Exploding(),))
+    with pytest.raises(ValueError, match=r"no hypothesis .*\(ve ode\) .* LinearBetas"):
+        Experiment("run", TINY, audit=only)
+    run = Experiment("run", TINY, audit=only, schedule=VarianceExploding())
+    assert run.images == audit.inversion.images
+    assert audit.inversions(exploding) == 2 * [audit.inversion]
+
+
+def test_hypotheses_are_told_apart_by_their_names() -> None:
+    with pytest.raises(ValueError, match=r"different names, found \['ode', 'ode'\]"):
+        Audit(hypotheses=(Fading(), Fading(Deterministic())))
+
+
+def test_defenses_are_told_apart_by_their_names() -> None:
+    with pytest.raises(ValueError, match=r"name of its own, found \['puredif', 'el"):
+        Audit(baselines=(Elijah(), Elijah()))
+    with pytest.raises(ValueError, match="name of its own"):
+        Audit(baselines=(Puredif(),))
+
+
+def test_a_run_is_its_stages_in_order() -> None:
+    whole = get_config()
+    kinds = [Amplification, Train, Measure, Audit]
+    assert [type(stage) for stage in whole.stages] == kinds
+    assert whole.stages[0] is whole.amplification and whole.stages[3] is whole.audit
+    only = dict(training=None, attack=None, amplification=None, audit=None)
+    bare = dataclasses.replace(whole, **only)
+    assert bare.stages == ()
+    assert dataclasses.replace(bare, weights="clean").stages == (Measure(),)
+    longer = dataclasses.replace(whole, then=(Measure(), Measure()))
+    assert longer.stages == (*whole.stages, Measure(), Measure())
+    assert longer.plan == f"{whole.plan}, Measure, Measure"
+
+
+def test_a_run_reads_the_weights_that_its_stages_name() -> None:
+    whole = get_config()
+    assert names(whole) == []
+    found = dataclasses.replace(whole, weights="b", audit=Audit(("trained", "a", "b")))
+    assert names(found) == ["a", "b"]
+
+
+def test_a_backdoor_is_measured_by_the_sampler_under_which_it_fires() -> None:
+    corrected = PredictorCorrector(levels=7)
+    found = Evaluation(ancestral=corrected, deterministic=DDIM(3))
+    assert found.sampler(Ancestral()) == corrected and corrected.steps == 14
+    assert found.sampler(Deterministic()) == DDIM(3)
 
 
 @pytest.mark.parametrize(

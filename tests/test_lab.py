@@ -1,7 +1,12 @@
 """One model on its devices: two hypotheses, reinforcement and v prediction."""
 
+import copy
 import dataclasses
+import gc
 import pathlib
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +14,11 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params
 
-from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
@@ -22,59 +27,80 @@ from puredif_jax.defenses.denoising_consistency import (
     DenoisingConsistency,
     estimated_target,
 )
+from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.hypothesis import Hypothesis
-from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.hypothesis import Fading
+from puredif_jax.defenses.inversion import Descent, Inversion, inverter
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
-from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
+from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.memory import activations
 from puredif_jax.runs import parallel
 from puredif_jax.runs.run import Run
-from puredif_jax.stages import loops
+from puredif_jax.stages import programs, search, train
 from puredif_jax.stages.experiment import Experiment
-from puredif_jax.defenses.inversion import Inversion
-from puredif_jax.stages.lab import Lab, Programs
+from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.perform import open_lab
+from puredif_jax.stages.setup import Setup, Stream
 from puredif_jax.stages.weights import Truth
-from puredif_jax.types import Candidate
+from puredif_jax.types import Array, Candidate, NoiseModel, Params
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SCHEDULE = LinearBetas().tables()
-ATTACKS: dict[str, Attack] = {
-    "sde": BadDiffusion(StopSign(), Hat()),
-    "ode": VillanDiffusion(StopSign(), Hat()),
+SDE, ODE = Fading(Ancestral()), Fading(Deterministic())
+ATTACKS: dict[Fading, Attack] = {
+    SDE: BadDiffusion(StopSign(), Hat()),
+    ODE: VillanDiffusion(StopSign(), Hat()),
 }
+over_kinds = pytest.mark.parametrize("kind", ATTACKS, ids=lambda x: x.name)
 INVERSION = dataclasses.replace(Inversion(), survey=Survey(triggers=32), heldout=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A noise model where a lab has its UNet; equal to no other."""
+
+    model: NoiseModel
+    image_shape: tuple[int, int, int] = TINY.image_shape
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        return self.model(params, x, t)
+
+
+def give(lab: Lab, model: NoiseModel) -> None:
+    """Another model for a lab, which has other programs by that."""
+    network: Any = Network(model)
+    lab.setup = dataclasses.replace(lab.setup, network=network)
 
 
 def exact_lab(folder: pathlib.Path, attack: Attack) -> tuple[Lab, Points]:
     """A lab on two devices whose model is the best denoiser of a backdoored set."""
     lab = open_lab(Experiment(str(folder), TINY, devices=2, chunk=20))
-    lab.programs = Programs()  # another model has other programs
-    lab.model = ExactDenoiser(attack.rows(SCHEDULE), 0.1)
-    poison = attacks.poison(attack, TINY.image_shape)
+    channel = attack.channel(SCHEDULE, TINY.image_shape)
+    give(lab, ExactDenoiser(SCHEDULE, channel, 0.1))
+    trigger, target, _ = map(jnp.asarray, attack.images(TINY.image_shape))
     images = data.to_float(FashionMNIST(count=64).load(TINY.image_shape))
-    points = Points(jnp.asarray(images), poison.trigger, poison.target)
+    points = Points(jnp.asarray(images), trigger, target)
     return lab, lab.run.replicate(points)
 
 
-@pytest.mark.parametrize("solver", ["sde", "ode"])
-def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, solver) -> None:
+@over_kinds
+def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, kind) -> None:
     """And its features say so. Both are tried in one lab, by the same programs.
 
     The survey misses the target of the deterministic backdoor: a random start finds it.
     """
-    lab, points = exact_lab(tmp_path, ATTACKS[solver])
-    truth = Truth.of(ATTACKS[solver], TINY.image_shape)
-    distances, gains, programs = {}, {}, {}
-    for assumed in ("sde", "ode"):
-        candidate, errors = loops.invert(
+    lab, points = exact_lab(tmp_path, ATTACKS[kind])
+    truth = Truth.of(ATTACKS[kind], SCHEDULE, TINY.image_shape)
+    distances, gains, number = {}, {}, {}
+    for assumed in ATTACKS:
+        candidate, errors = search.invert(
             lab,
-            assumed,
+            assumed.name,
             points,
             assumed,
             INVERSION.loss,
@@ -89,23 +115,23 @@ def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, solver) -> Non
         found = lab.features(points, assumed, candidate, errors.min(), drawn, plain)
         distances[assumed] = metrics.trigger_distance(candidate.delta, truth.trigger)
         gains[assumed] = float(found.gain)
-        programs[assumed] = lab.programs.names()
-    assert programs["sde"] == programs["ode"]
-    wrong = "ode" if solver == "sde" else "sde"
-    assert distances[solver].cosine > 0.95 and distances[solver].relative_l2 < 0.3
-    assert gains[solver] < 0.2 < gains[wrong]
+        number[assumed] = made()
+    assert number[SDE] == number[ODE], "the second kind had programs of its own"
+    (wrong,) = ATTACKS.keys() - {kind}
+    assert distances[kind].cosine > 0.95 and distances[kind].relative_l2 < 0.3
+    assert gains[kind] < 0.2 < gains[wrong]
 
 
 def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None:
     """Elijah moves the trigger alone, and starts with a grey target."""
-    lab, points = exact_lab(tmp_path, ATTACKS["sde"])
-    truth = Truth.of(ATTACKS["sde"], TINY.image_shape)
+    lab, points = exact_lab(tmp_path, ATTACKS[SDE])
+    truth = Truth.of(ATTACKS[SDE], SCHEDULE, TINY.image_shape)
     descent = Descent(steps=2)
-    found, _ = loops.invert(
-        lab, "elijah", points, "sde", ElijahLoss(samples=4), descent, None, heldout=4
+    found, _ = search.invert(
+        lab, "elijah", points, SDE, ElijahLoss(samples=4), descent, None, heldout=4
     )
-    show = estimated_target(lab.model, lab.schedule, Hypothesis.of("sde"))
-    key = jax.random.fold_in(jax.random.fold_in(lab.key, 303), 1)
+    show = estimated_target(lab.model, lab.schedule, lab.channel(SDE))
+    key = jax.random.fold_in(lab.stream(Stream.HELDOUT), 1)
     grey = jnp.zeros(TINY.image_shape)
     shown, true = (
         jax.jit(show)(points, Candidate(jnp.asarray(delta), grey), key)
@@ -116,8 +142,8 @@ def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None
     np.testing.assert_allclose(true, truth.target, atol=0.05)
 
 
-@pytest.mark.parametrize("solver", ["sde", "ode"])
-def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, solver) -> None:
+@over_kinds
+def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, kind) -> None:
     """From the known trigger, by the loss of that kind of backdoor; in chunks."""
 
     def model(scale, x, t):
@@ -125,23 +151,22 @@ def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, solver) -> None
         return jnp.tanh(scale * x + jnp.roll(x, 1, axis=1) + when)
 
     lab, params = open_lab(Experiment(str(tmp_path), TINY, devices=1, chunk=2)), 0.7
-    lab.programs = Programs()  # another model has other programs
-    lab.model = model
-    truth = Truth.of(ATTACKS[solver], TINY.image_shape)
+    give(lab, model)
+    truth = Truth.of(ATTACKS[kind], SCHEDULE, TINY.image_shape)
     wanted = DenoisingConsistency(
-        DDIM(2) if solver == "ode" else DDPM(3), samples=4, on_path=False, aim=1.0
+        kind.solver.pick(DDPM(3), DDIM(2)), samples=4, on_path=False, aim=1.0
     )
     descent = Descent(steps=3, learning_rate=0.05, bound=None)
-    if solver == "ode":
-        options = Reinforcement(deterministic=wanted, descent=descent)
-    else:
-        options = Reinforcement(ancestral=wanted, ancestral_descent=descent)
-    found = loops.reinforce(lab, "reinforce", params, options, truth)
+    options = kind.solver.pick(
+        Reinforcement(ancestral=wanted, ancestral_descent=descent),
+        Reinforcement(deterministic=wanted, descent=descent),
+    )
+    found = search.reinforce(lab, "reinforce", params, options, truth)
 
-    bound = wanted.bind(model, SCHEDULE, Hypothesis.of(solver))
+    bound = wanted.bind(model, SCHEDULE, truth.channel)
     start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
     by_hand = inverter(bound, descent, TINY.image_shape, start)
-    state, step = by_hand.init(jax.random.fold_in(lab.key, 202)), jax.jit(by_hand.step)
+    state, step = by_hand.init(lab.stream(Stream.DESCENT)), jax.jit(by_hand.step)
     for _ in range(3):
         state, _ = step(params, state)
     np.testing.assert_allclose(found, state.candidate.delta[0], atol=1e-5)
@@ -169,20 +194,109 @@ def test_the_model_predicts_the_noise_that_the_network_means(
             for table in (SCHEDULE.signal, SCHEDULE.noise)
         )
         want = signal * want + noise * x
-    for model in (lab.model, lab.network):
+    for model in (lab.model, lab.setup.trained):
         np.testing.assert_allclose(jax.jit(model)(params, x, t), want, atol=1e-5)
 
 
+TRAINING, LOSS, DESCENT = (
+    Training(9, warmup=1),
+    DistributionShift(samples=1),
+    Descent(steps=2),
+)
+MAKERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "draws": (programs.drawing, (DDIM(2),)),
+    "features": (programs.measuring, ()),
+    "evidence": (programs.showing, (8,)),
+    "denoising": (programs.judging_denoiser, ()),
+    "judging": (search._judging, (8, False)),
+    "descent": (search._descending, (LOSS, DESCENT, 20)),
+    "survey": (search._surveying, (Survey(), 4)),
+    "training": (train._training, (TRAINING, ATTACKS[ODE], 20)),
+}
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "draws": (DDPM(2),),
+    "evidence": (9,),
+    "judging": (9, True),
+    "descent": (ElijahLoss(), Descent(steps=3), 21),
+    "survey": (Survey(triggers=32), 3),
+    "training": (Training(8, warmup=1), None, 21),
+}
+"""Another value of each argument beside the setup."""
+
+
+def made() -> int:
+    """How many programs have been made in this process."""
+    return sum(make.cache_info().misses for make, _ in MAKERS.values())
+
+
+def setup_of(**changes) -> Setup:
+    """A setup of objects of its own; `mesh` is the number of devices."""
+    fields = {
+        "network": dataclasses.replace(TINY),
+        "process": LinearBetas(),
+        "prediction": "epsilon",
+        "slices": 4,
+        "batch": 8,
+        "mesh": 2,
+    } | changes
+    return Setup(**fields | {"mesh": parallel.make_mesh(fields["mesh"])})
+
+
+def test_equal_setups_share_their_programs() -> None:
+    first, second = setup_of(), setup_of()
+    assert first is not second and first == second
+    for name, (make, rest) in MAKERS.items():
+        program = make(first, *rest)
+        assert make(second, *copy.deepcopy(rest)) is program, name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"network": dataclasses.replace(TINY, norm_eps=1e-4)},
+        {"process": ScaledLinearBetas()},
+        {"process": LinearBetas(end=0.03)},
+        {"prediction": "v_prediction"},
+        {"slices": None},
+        {"batch": 9},
+        {"mesh": 4},
+    ],
+    ids=lambda x: next(iter(x)),
+)
+def test_different_setups_share_no_program(change) -> None:
+    (field,) = change
+    assert field in {x.name for x in dataclasses.fields(Setup)}
+    for name, (make, rest) in MAKERS.items():
+        assert make(setup_of(), *rest) is not make(setup_of(**change), *rest), name
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_whatever_else_a_program_is_made_of_tells_it_apart(name) -> None:
+    make, rest = MAKERS[name]
+    others = OTHERS.get(name, ())
+    assert len(others) == len(rest)
+    one = make(setup_of(), *rest)
+    for i, other in enumerate(others):
+        assert make(setup_of(), *rest[:i], other, *rest[i + 1 :]) is not one
+
+
 def test_programs_that_were_used_last_are_kept() -> None:
-    made = []
+    """And of what is dropped the memory comes back."""
+    setup = setup_of(batch=10)
 
-    def get(name: str) -> str:
-        def make() -> str:
-            made.append(name)
-            return name.upper()
+    def get(steps: int) -> weakref.ref:
+        return weakref.ref(programs.drawing(setup, DDIM(steps)).__wrapped__)
 
-        return programs.get(name, make)
+    first, second = get(1), get(2)
+    for steps in range(3, programs.KEPT + 2):  # one too many with the second again
+        assert get(1) is first
+        get(steps)
+    gc.collect()
+    assert first() is not None and second() is None
 
-    programs = Programs(most=2)
-    assert [get(name) for name in "abacb"] == list("ABACB")
-    assert made == ["a", "b", "c", "b"] and programs.names() == {"c", "b"}
+
+def test_each_use_of_randomness_has_a_stream_of_its_own(tmp_path) -> None:
+    lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
+    keys = {name: lab.stream(x) for name, x in Stream.__members__.items()}
+    words = {tuple(jax.random.key_data(key).tolist()) for key in keys.values()}
+    assert len(words) == len(keys) == 6

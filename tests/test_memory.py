@@ -11,7 +11,7 @@ from test_objectives import tiny_network
 
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.prediction import VPrediction
@@ -20,7 +20,7 @@ from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.networks.memory import activations, sliced
 from puredif_jax.runs import parallel
 from puredif_jax.runs.binding import RunError
-from puredif_jax.stages import lab
+from puredif_jax.stages import setup
 from puredif_jax.types import Candidate
 
 SCHEDULE = LinearBetas().tables()
@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_those_of_the_whole(loss, together) -> None:
     widest = Widest()
 
     def both(model):
-        bound = loss.bind(model, SCHEDULE, Hypothesis.of("ode"))
+        bound = loss.bind(model, SCHEDULE, Fading().channel(SCHEDULE, SHAPE))
         each = jax.vmap(jax.value_and_grad(bound, argnums=1), in_axes=(None, 0, None))
         return jax.jit(each)(jnp.float32(0.3), candidates, jax.random.key(4))
 
@@ -144,11 +144,11 @@ def test_images_are_as_many_as_fit_and_the_log_says_so(network, monkeypatch) -> 
     size = activations(net, params, SHAPE)
     light = activations(dataclasses.replace(net, remat=True), params, SHAPE)
     said: list[str] = []
-    monkeypatch.setattr(lab.logging, "info", lambda text, *x: said.append(text % x))
+    monkeypatch.setattr(setup.logging, "info", lambda text, *x: said.append(text % x))
 
     def fitted(free: int) -> tuple[bool, int]:
         monkeypatch.setattr(parallel, "free_memory", lambda: free)
-        unet, count = lab._fitted(net, 64, 2)
+        unet, count = setup.fitted(net, 64, 2)
         return unet.remat, count
 
     assert fitted(2 * 1000 * size) == (False, 2000) and not said

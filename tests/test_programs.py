@@ -20,14 +20,14 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import trajectory
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.runs import checkpoint, parallel
-from puredif_jax.stages import loops
+from puredif_jax.runs import parallel, weight_file
+from puredif_jax.stages import programs, search, train
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.perform import open_lab
@@ -87,17 +87,23 @@ class Compiled(Exception):
 @pytest.fixture
 def lab(tmp_path, monkeypatch) -> Lab:
     """On eight devices; its programs are compiled and not run."""
-    lab = open_lab(Experiment(str(tmp_path), TINY, chunk=scaling.STEPS))
-    made = lab.program
 
-    def program(name, make):
-        def call(*arguments):
-            raise Compiled(made(name, make).lower(*arguments).compile().as_text())
+    def compiling(make):
+        def program(*closed):
+            def call(*arguments):
+                raise Compiled(make(*closed).lower(*arguments).compile().as_text())
 
-        return call
+            return call
 
-    monkeypatch.setattr(lab, "program", program)
-    return lab
+        return program
+
+    for module, name in (
+        (programs, "drawing"),
+        (search, "_descending"),
+        (train, "_training"),
+    ):
+        monkeypatch.setattr(module, name, compiling(getattr(module, name)))
+    return open_lab(Experiment(str(tmp_path), TINY, chunk=scaling.STEPS))
 
 
 def traffic(call: Callable[[], Any]) -> tuple[str, scaling.Counts, scaling.Counts]:
@@ -117,11 +123,11 @@ def test_a_lab_shares_its_draws(lab) -> None:
 def test_a_lab_shares_the_images_of_a_training_batch(lab, tmp_path) -> None:
     start = str(tmp_path / "start.safetensors")
     params = draw_params(TINY)
-    checkpoint.save_weights(start, params, {})
+    weight_file.save_weights(start, params, {})
     training = Training(steps=2, batch=16, warmup=0)
     attack = VillanDiffusion(Box(), Cat())
     images = FashionMNIST(count=64)
-    _, looped, _ = traffic(lambda: loops.train(lab, training, attack, images, start, 2))
+    _, looped, _ = traffic(lambda: train.train(lab, training, attack, images, start, 2))
     weights = sum(x.size for x in jax.tree.leaves(params))
     assert set(looped) == {"all-reduce"}
     size = looped["all-reduce"][1] / scaling.STEPS
@@ -135,7 +141,7 @@ def test_a_lab_shares_candidates_or_their_noise(lab, candidates) -> None:
     descent = Descent(steps=2, candidates=candidates)
     params = draw_params(TINY)
     text, looped, _ = traffic(
-        lambda: loops.invert(lab, "x", params, "ode", loss, descent, None, 8)
+        lambda: search.invert(lab, "x", params, Fading(), loss, descent, None, 8)
     )
     assert convolved(text) == {2 * 8 * candidates // 8}
     if candidates == 8:
@@ -178,7 +184,8 @@ def test_memory_of_a_consistency_loss_is_flat_in_its_steps() -> None:
 
     def peak(steps: int) -> int:
         loss = DenoisingConsistency(sampler=DDIM(steps), samples=4)
-        bound = loss.bind(SHIPPED, scaling.SCHEDULE, Hypothesis.of("ode"))
+        channel = Fading().channel(scaling.SCHEDULE, SHIPPED.image_shape)
+        bound = loss.bind(SHIPPED, scaling.SCHEDULE, channel)
         image = jax.ShapeDtypeStruct(SHIPPED.image_shape, np.float32)
         params = shapes(SHIPPED)
         gradient = jax.jit(jax.grad(bound, argnums=1))

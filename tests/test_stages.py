@@ -1,6 +1,7 @@
 """The stages of a run: what is refused before long work, and what must not be mixed."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -11,19 +12,29 @@ import pytest
 import tiny_config
 from tiny_config import ANY, INVERSION, TINY, draw_params
 
+from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Box, Patch
+from puredif_jax.attacks.trojdiff import TrojDiff
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import NpzImages
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
-from puredif_jax.diffusion.schedules import CosineBetas
+from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
+from puredif_jax.diffusion.solver import Ancestral
+from puredif_jax.diffusion.ve import VarianceExploding
 from puredif_jax.runs import weight_file
-from puredif_jax.stages import lab, loops
+from puredif_jax.stages import lab, search, train
 from puredif_jax.stages import perform as stages
-from puredif_jax.stages.amplify import Amplification
-from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.amplify import Amplification, Amplified, Snapshot
+from puredif_jax.stages.audit import Audit, labels
+from puredif_jax.stages.base import Context, Result, State, results
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment
+from puredif_jax.stages.measure import Measure, Measured, Rate
 from puredif_jax.stages.weights import Truth
 from puredif_jax.types import InputError
 
@@ -41,10 +52,15 @@ def audit(workdir: pathlib.Path, *names: str) -> Experiment:
     return Experiment(
         workdir=str(workdir),
         model=TINY,
-        audit=Audit(names, ("ode",), INVERSION, ANY),
+        audit=Audit(names, (Fading(),), INVERSION, ANY),
         evaluation=WHOLE.evaluation,
         devices=1,
     )
+
+
+def opened(experiment: Experiment) -> Context:
+    """What its stages share."""
+    return stages.context_of(experiment, stages.open_lab(experiment))
 
 
 def test_labels_are_the_models_own() -> None:
@@ -58,7 +74,7 @@ def test_labels_are_the_models_own() -> None:
         "mine.safetensors",
         "trained",
     )
-    found = stages.labels(names)
+    found = labels(names)
     assert list(found) == list(names)
     assert list(found.values()) == [
         "clean",
@@ -102,22 +118,135 @@ def test_leaks_are_counted_in_the_draws_of_the_frechet_distance(
         weights=path,
         evaluation=dataclasses.replace(WHOLE.evaluation, draws=4, frechet_draws=6),
     )
-    run = stages.Stages(experiment, stages.open_lab(experiment))
-    target = Truth.of(WHOLE.attack, TINY.image_shape).target
+    context = opened(experiment)
+    target = context.truth.target
 
-    def draw(params, sampler, delta, count, sign=1.0):
+    def draw(params, sampler, delta, count, sign=1.0, inside=None):
         image = target if params is leaking else -target
         return np.broadcast_to(image, (count, *TINY.image_shape))
 
     leaking = draw_params(TINY, 1)
-    monkeypatch.setattr(run.lab, "draw", draw)
-    run.lab.run.metrics.write("train", 1, loss=1.0)
-    numbers, section = run.measure(leaking)
-    rates = {row["images"]: row["mse<0.01"] for row in numbers["success"]}
+    monkeypatch.setattr(context.lab, "draw", draw)
+    context.lab.run.metrics.write("train", 1, loss=1.0)
+    state, outcome = Measure().run(context, State(leaking))
+    assert state.params is leaking
+    (measured,), (section,) = outcome
+    rates = {each.images: each.rates["mse<0.01"] for each in measured.success}
     assert rates["the Frechet draws, measured"] == 1
     assert rates["the Frechet draws, start"] == 0
-    assert numbers["frechet over garment-net"] == {"measured": 6.0, "start": 6.0}
+    assert measured.frechet == {"measured": 6.0, "start": 6.0}
     assert "6 (measured), 6 (start)" in section.text
+    numbers = json.loads(json.dumps(measured.numbers()))
+    assert numbers["frechet over garment-net"] == {"measured": 6.0, "start": 6.0}
+    assert Measured.read(numbers, "it") == [measured]
+    tables = measured.tables()
+    assert tables["success"] == numbers["success"]
+    assert tables["frechet over garment-net"] == [measured.frechet]
+
+
+SNAPSHOT = Snapshot(6, 0.5, 0.75, 1.5, 0.25, 2.0)
+RATE = {"images": "draws", "mse<0.01": 0.5}
+
+
+@pytest.mark.parametrize(
+    "kind,numbers",
+    [
+        (Amplified, {"amplification": 3}),
+        (Amplified, {"amplification": [{"training steps": 6}]}),
+        (Amplified, {"amplification": [SNAPSHOT.row() | {"cosine": "near"}]}),
+        (Measured, {"success": 3}),
+        (Measured, {"success": [{"mse<0.01": 0.5}]}),
+        (Measured, {"success": [RATE | {"ssim>0.8": None}]}),
+        (Measured, {"success": [RATE], "frechet over garment-net": 3}),
+    ],
+)
+def test_results_that_are_none_are_named(kind, numbers) -> None:
+    with pytest.raises(InputError, match="^a/report.json has no .* of this version$"):
+        kind.read(numbers, "a/report.json")
+
+
+def test_results_come_back_by_their_kinds() -> None:
+    amplified, measured = Amplified((SNAPSHOT,)), Measured((Rate("draws", {"x": 0.5}),))
+    numbers = {"status": 0} | amplified.numbers() | measured.numbers()
+    found = results(json.loads(json.dumps(numbers)), "it")
+    assert len(found) == 2 and amplified in found and measured in found
+    assert results({"status": 0}, "it") == []
+
+
+def test_a_result_that_was_defined_again_is_read_once() -> None:
+    """As in a notebook, or by a file that is loaded twice."""
+
+    def defined(times: int) -> type[Result]:
+        @dataclasses.dataclass(frozen=True)
+        class Seen(Result):
+            value: int
+
+            def numbers(self):
+                return {"seen": self.value}
+
+            @classmethod
+            def read(cls, numbers, where):
+                return [cls(times * numbers["seen"])] if "seen" in numbers else []
+
+            def tables(self):
+                return {}
+
+        return Seen
+
+    both = defined(1), defined(2)
+    assert results({"seen": 3}, "it") == [both[1](6)]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        BadDiffusion(Box(), Hat()),
+        VillanDiffusion(Box(), Hat()),
+        VillanDiffusion(Box(), Hat(), psi=0.0, solver=Ancestral()),
+        TrojDiff(Patch(), Hat()),
+    ],
+)
+def test_the_truth_comes_back_from_its_file(tmp_path, attack) -> None:
+    schedule, shape = LinearBetas().tables(), TINY.image_shape
+    truth = Truth.of(attack, schedule, shape)
+    path = tmp_path / "weights.safetensors"
+    assert Truth.beside(path, schedule, shape) is None
+    for at in (path, tmp_path):
+        truth.save(at)
+        found = Truth.beside(at, schedule, shape)
+        assert (found.solver, found.controlled) == (attack.solver, attack.controlled)
+        assert (found.inside is None) == (not attack.controlled)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-6),
+            (found.trigger, found.target, found.channel),
+            (truth.trigger, truth.target, truth.channel),
+        )
+    fewer = LinearBetas(10).tables()
+    assert Truth.beside(path, fewer, shape) is None, "it is of another process"
+
+
+@pytest.mark.parametrize("cap", [0.999, 0.9])
+def test_a_model_that_no_scheduler_can_say_is_kept_as_weights(
+    tmp_path, monkeypatch, cap
+) -> None:
+    """With its backdoor beside it, and a word in the log."""
+    said: list[str] = []
+    monkeypatch.setattr(train.logging, "info", lambda text, *x: said.append(text % x))
+    context = opened(
+        dataclasses.replace(
+            WHOLE, workdir=str(tmp_path), audit=None, schedule=CosineBetas(cap=cap)
+        )
+    )
+    params = draw_params(TINY)
+    train.save(context, params)
+    whole = cap == 0.999
+    assert (tmp_path / "diffusers").exists() == whole
+    loaded = context.lab.load(str(tmp_path / "weights.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert (tmp_path / "weights.truth.safetensors").exists()
+    if not whole:
+        (line,) = [text for text in said if "no folder of diffusers" in text]
+        assert "cap of 0.999" in line
 
 
 @pytest.mark.parametrize("alternate", [True, False])
@@ -129,31 +258,34 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
     seen: dict[int, np.ndarray | None] = {}
     params = jax.tree.map(jnp.asarray, draw_params(TINY))
 
-    def train(lab, training, attack, images, start, until, trigger):
+    def to_step(lab, training, attack, images, start, until, trigger):
         seen[until] = trigger
         return params
 
     def reinforce(lab, stage, params, reinforcement, truth):
         return truth.trigger + int(stage.removeprefix("reinforce_"))
 
-    monkeypatch.setattr(loops, "train", train)
-    monkeypatch.setattr(loops, "reinforce", reinforce)
+    monkeypatch.setattr(train, "train", to_step)
+    monkeypatch.setattr(search, "reinforce", reinforce)
     experiment = dataclasses.replace(
         WHOLE,
         workdir=str(tmp_path),
         amplification=Amplification((2, 4), alternate=alternate),
         audit=None,
     )
-    run = stages.Stages(experiment, stages.open_lab(experiment))
-    run.amplify()
-    run.train(6)
+    context = opened(experiment)
+    state, outcome = experiment.amplification.run(context, State())
+    (amplified,) = outcome.results
+    assert [each.steps for each in amplified.snapshots] == [2, 4]
+    state, outcome = train.Train().run(context, state)
+    assert state.params is params and outcome == ((), ())
     assert seen.pop(2) is None
     if alternate:
         true = WHOLE.attack.trigger.image(TINY.image_shape)
         np.testing.assert_array_equal(seen[4], true + 2)
-        np.testing.assert_array_equal(seen[6], true + 4)
+        np.testing.assert_array_equal(seen[12], true + 4)
     else:
-        assert seen == {4: None, 6: None}
+        assert seen == {4: None, 12: None}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +310,10 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
             {"model": dataclasses.replace(TINY, param_dtype="bfloat16")},
             "param_dtype=bfloat16",
         ),
-        ({"schedule": CosineBetas(cap=0.9)}, "could not be kept: .* cap of 0.999"),
+        (
+            {"schedule": VarianceExploding()},
+            "VillanDiffusion needs a process whose signal fades, found",
+        ),
         (
             {
                 "model": dataclasses.replace(TINY, in_channels=3),
@@ -206,10 +341,11 @@ def test_data_are_asked_for_where_they_are_used_only(tmp_path) -> None:
     path = tmp_path / "x.safetensors"
     weight_file.save_weights(path, draw_params(model), {})
     drawn = Experiment(str(tmp_path / "run"), model, str(path))
-    stages.Stages(drawn, stages.open_lab(drawn)).check()
+    stages.check(drawn, opened(drawn))
     attacked = dataclasses.replace(drawn, attack=WHOLE.attack)
     with pytest.raises(InputError, match="Fashion-MNIST comes as"):
-        stages.Stages(attacked, stages.open_lab(drawn)).check()
+        lab_of_it = stages.open_lab(drawn)
+        stages.check(attacked, stages.context_of(attacked, lab_of_it))
 
 
 def test_timesteps_that_the_schedule_lacks_are_said_at_once(tmp_path) -> None:
@@ -218,7 +354,7 @@ def test_timesteps_that_the_schedule_lacks_are_said_at_once(tmp_path) -> None:
     found = dataclasses.replace(inversion, loss=loss)
     path = weights(tmp_path / "x.safetensors", 0)
     wanted = audit(tmp_path / "run", path)
-    wanted = dataclasses.replace(wanted, audit=Audit((path,), ("ode",), found))
+    wanted = dataclasses.replace(wanted, audit=Audit((path,), (Fading(),), found))
     with pytest.raises(InputError, match="0..999"):
         stages.perform(wanted)
 

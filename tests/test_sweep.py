@@ -16,10 +16,10 @@ from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import ScaledLinearBetas
-from puredif_jax.runs import checkpoint
+from puredif_jax.runs import weight_file
+from puredif_jax.stages import programs
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
-from puredif_jax.stages.lab import Lab, Programs
 from puredif_jax.stages.sweep import in_turn, perform_sweep
 from puredif_jax.types import InputError
 
@@ -35,7 +35,7 @@ time.sleep(600)
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    checkpoint.save_weights(path, draw_params(TINY), {})
+    weight_file.save_weights(path, draw_params(TINY), {})
     return str(path)
 
 
@@ -91,10 +91,8 @@ def test_runs_are_shared_resumed_and_put_into_one_table(tmp_path, weights) -> No
         perform_sweep(sweep(folder, changed, runs[1]))
 
 
-def test_runs_on_equal_networks_share_their_programs(
-    tmp_path, weights, monkeypatch
-) -> None:
-    monkeypatch.setattr(Lab, "programs", Programs())
+def test_runs_on_equal_networks_share_their_programs(tmp_path, weights) -> None:
+    programs.drawing.cache_clear()
     one = experiment("one", weights)
     made = []
     for other in (
@@ -108,7 +106,7 @@ def test_runs_on_equal_networks_share_their_programs(
         dataclasses.replace(one, workdir="schedule", schedule=ScaledLinearBetas()),
     ):
         perform_sweep(sweep(tmp_path, other))
-        made.append(len(Lab.programs.names()))
+        made.append(programs.drawing.cache_info().misses)
     assert made == [1, 1, 2, 3]
 
 

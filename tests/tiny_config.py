@@ -6,7 +6,6 @@ import functools
 import jax
 import numpy as np
 
-from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box
@@ -14,7 +13,9 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.distribution_shift import DistributionShift
-from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.elijah import Elijah
+from puredif_jax.defenses.hypothesis import Fading
+from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
@@ -24,7 +25,6 @@ from puredif_jax.stages.amplify import Amplification
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment
-from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.types import Params
 
 TINY = UNet(
@@ -88,10 +88,10 @@ def get_config() -> Experiment:
             alternate=True,
         ),
         audit=Audit(
-            hypotheses=("ode",),
+            hypotheses=(Fading(),),
             inversion=Inversion(
                 loss=DistributionShift(timesteps=(900, 300), samples=4),
-                descent=Descent(steps=6, candidates=3, scout=2, finalists=2, refresh=2),
+                descent=Descent(steps=6, candidates=3, scout=2, finalists=2),
                 survey=Survey(triggers=4, draws=2, together=2, sampler=DDIM(steps=2)),
                 heldout=8,
             ),

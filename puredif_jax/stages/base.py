@@ -117,14 +117,17 @@ class Result(abc.ABC):
 def results(numbers: Mapping[str, Any], where: str) -> list[Result]:
     """All results in the `numbers` of a report, of every kind that is known.
 
+    Of a kind that was defined again the last counts.
+
     Raises:
       RunError: one cannot be read.
     """
-    kinds, found = list(Result.__subclasses__()), list[Result]()
+    kinds = list(Result.__subclasses__())
+    known: dict[tuple[str, str], type[Result]] = {}
     for kind in kinds:  # it grows by those below
         kinds += kind.__subclasses__()
-        found += kind.read(numbers, where)
-    return found
+        known[kind.__module__, kind.__qualname__] = kind
+    return [found for kind in known.values() for found in kind.read(numbers, where)]
 
 
 class Outcome(NamedTuple):

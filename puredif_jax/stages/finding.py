@@ -111,6 +111,18 @@ class Finding(Result):
         ]
 
     @classmethod
+    def only(cls, numbers: Mapping[str, Any], where: str) -> Self:
+        """The one that a report has, as that of a scan's model does.
+
+        Raises:
+          RunError: as `read`, or there is none, or more.
+        """
+        found = cls.read(numbers, where)
+        if len(found) != 1:
+            raise _foreign(where)
+        return found[0]
+
+    @classmethod
     def _read(cls, label: str, found: Mapping[str, Any], where: str) -> Self:
         """One of them, from what `numbers` has under its label."""
         try:
@@ -135,10 +147,7 @@ class Finding(Result):
                     raise ValueError(value)
             return read
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{where} is no report of an audit by this version: remove it, and the "
-                "same command writes it again from what is stored"
-            ) from error
+            raise _foreign(where) from error
 
     def tables(self) -> dict[str, list[Row]]:
         model = {"model": self.label}
@@ -214,6 +223,13 @@ def next_steps(outcomes: Iterable[str]) -> Section:
     found = set(outcomes)
     parts = [Section(name, text) for name, text in NEXT.items() if name in found]
     return Section("What to do next", sections=tuple(parts))
+
+
+def _foreign(where: str) -> RunError:
+    return RunError(
+        f"{where} is no report of an audit by this version: remove it, and the same "
+        "command writes it again from what is stored"
+    )
 
 
 def _verdict(found: Mapping[str, Any]) -> Verdict:

@@ -1,4 +1,4 @@
-"""Long loops on a lab, against the same steps by hand."""
+"""Search and training on a lab, against the same steps by hand."""
 
 import dataclasses
 import functools
@@ -12,13 +12,14 @@ import pytest
 import tiny_config
 from tiny_config import TINY, draw_params
 
-from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.poisoning import poison, training_loss
 from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.data import batches
 from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.runs import run, weight_file
-from puredif_jax.stages import loops
+from puredif_jax.stages import search, train
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.perform import open_lab
 
@@ -40,15 +41,15 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
     start = str(tmp_path / "start.safetensors")
     weight_file.save_weights(start, STARTED, {})
     lab = open_lab(Experiment(str(tmp_path / "run"), TINY, devices=1, seed=3, chunk=2))
-    poison = attacks.poison(ATTACK, TINY.image_shape)
+    poisoned = poison(ATTACK, TINY.image_shape)
     other = None
     if trigger:
-        other = 0.5 * np.asarray(poison.trigger)
-        poison = poison._replace(trigger=jnp.asarray(other))
-    found = loops.train(lab, TRAINING, ATTACK, IMAGES, start, 3, other)
+        other = 0.5 * np.asarray(poisoned.trigger)
+        poisoned = poisoned._replace(trigger=jnp.asarray(other))
+    found = train.train(lab, TRAINING, ATTACK, IMAGES, start, 3, other)
 
-    rows = ATTACK.rows(lab.schedule)
-    loss = functools.partial(attacks.training_loss, TINY, rows, poison)
+    channel = ATTACK.channel(lab.schedule, TINY.image_shape)
+    loss = functools.partial(training_loss, TINY, lab.schedule, channel, poisoned)
     made = trainer(loss, TRAINING)
     step = jax.jit(made.step)
     state = made.init(STARTED, jax.random.split(lab.key)[1])
@@ -84,9 +85,9 @@ def test_results_do_not_depend_on_where_calls_end(tmp_path, monkeypatch) -> None
             return loop(stage, noted, *rest)
 
         monkeypatch.setattr(lab.run, "loop", noting)
-        params = loops.train(lab, TRAINING, ATTACK, IMAGES, None, 3)
-        inverted, _ = loops.invert(
-            lab, "x", params, "ode", inversion.loss, inversion.descent, None, 8
+        params = train.train(lab, TRAINING, ATTACK, IMAGES, None, 3)
+        inverted, _ = search.invert(
+            lab, "x", params, Fading(), inversion.loss, inversion.descent, None, 8
         )
         assert began == ([0, 1, 2, 0, 1, 2, 3] if not longest else [0, 1, 0, 1])
         found[longest] = jax.device_get((params, inverted.delta))
@@ -97,20 +98,20 @@ def test_a_damaged_snapshot_is_trained_again(tmp_path, caplog) -> None:
     """From the one before, since the trigger is another from there on."""
     lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
 
-    def train(until: int):
-        return jax.device_get(loops.train(lab, TRAINING, ATTACK, IMAGES, None, until))
+    def trained(until: int):
+        return jax.device_get(train.train(lab, TRAINING, ATTACK, IMAGES, None, until))
 
-    first, last = train(1), train(3)
+    first, last = trained(1), trained(3)
     top = tmp_path / "checkpoints"
     shutil.rmtree(top / "train")
     for file in (top / "snapshots" / "3").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-1])
-    jax.tree.map(np.testing.assert_array_equal, train(3), last)
+    jax.tree.map(np.testing.assert_array_equal, trained(3), last)
     assert "snapshots/3 is damaged" in caplog.text
     rows = lab.run.metrics.read("train")["step"]
     assert list(rows) == [1, 3], "it began at the snapshot of step 1"
-    jax.tree.map(np.testing.assert_array_equal, train(1), first)
+    jax.tree.map(np.testing.assert_array_equal, trained(1), first)
 
 
 def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
@@ -122,7 +123,7 @@ def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
     metrics.write("x", 2, seconds=4.0)
     metrics.write("x", 4, seconds=8.0)
     metrics.write("y", 2, seconds=16.0)
-    assert loops.seconds(lab, "x") == 15
+    assert search.seconds(lab, "x") == 15
     metrics.rewind("x", 2)
-    assert loops.seconds(lab, "x") == 7
-    assert loops.seconds(lab, "z") == 0
+    assert search.seconds(lab, "x") == 7
+    assert search.seconds(lab, "z") == 0

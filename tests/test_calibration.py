@@ -1,0 +1,95 @@
+"""The scores of clean models that ship: those of the records, for what they are of."""
+
+import dataclasses
+import json
+import pathlib
+
+import claims_page
+import pytest
+
+from puredif_jax.defenses.base import Defense
+from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.elijah import Elijah, Uniformity
+from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.puredif import Puredif
+from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
+from puredif_jax.networks.unet import SHIPPED
+from puredif_jax.runs import parallel
+from puredif_jax.stages import calibration
+from puredif_jax.stages.setup import Setup
+
+RECORDS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "claims.json"
+
+
+@pytest.fixture(scope="module")
+def clean() -> dict[str, dict]:
+    """The records of the clean models."""
+    runs = json.loads(RECORDS.read_text())["claims"]
+    return {name: run for name, run in runs.items() if name.startswith("clean/")}
+
+
+@pytest.mark.parametrize(
+    "defense,detector", [(Puredif(), Detector()), (Elijah(), Uniformity())]
+)
+def test_the_scores_are_those_of_the_records(clean, defense, detector) -> None:
+    found = claims_page.clean_scores(clean, detector, defense.name)
+    assert len(found) == claims_page.CALIBRATING < len(clean)
+    assert calibration.clean_scores(defense.name) == found
+    low, high = detector.calibrated(found).bounds
+    assert max(sorted(found)[:10]) < low < high
+
+
+def test_the_calibrated_search_is_the_default_one(clean) -> None:
+    """And the records were made by it: by as many evaluations of the network."""
+    for defense in (Puredif(), Elijah()):
+        for kind, row in claims_page.inversions(
+            clean["clean/00"], defense.name
+        ).items():
+            (inversion,) = defense.inversions(kind)
+            assert row.evaluations == inversion.evaluations
+
+
+def setup(**changes) -> Setup:
+    """The model that was calibrated with, or another."""
+    mesh = parallel.make_mesh(1)
+    known = Setup(SHIPPED, LinearBetas(), "epsilon", None, 64, mesh)
+    return dataclasses.replace(known, **changes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"network": dataclasses.replace(SHIPPED, in_channels=3)},
+        {"network": dataclasses.replace(SHIPPED, norm_eps=1e-4)},
+        {"process": LinearBetas(end=0.03)},
+        {"process": CosineBetas()},
+        {"prediction": "v_prediction"},
+    ],
+)
+def test_they_are_of_models_of_one_kind(change) -> None:
+    for defense in (Puredif(), Elijah()):
+        assert calibration.covers(defense, setup())
+        assert calibration.covers(defense, setup(batch=3, slices=2)), "no part of it"
+        assert not calibration.covers(defense, setup(**change))
+
+
+@pytest.mark.parametrize(
+    "defense,covered",
+    [
+        (Puredif(detector=Detector(alarm=9.0)), True),
+        (Elijah(detector=Uniformity(doubt=1.0)), True),
+        (Puredif(Inversion(descent=Descent(9))), False),
+        (Puredif(Inversion(loss=DistributionShift(samples=5))), False),
+        (Puredif(Inversion(survey=None)), False),
+        (Puredif(Inversion(heldout=8)), False),
+        (Elijah(92_160), False),
+    ],
+)
+def test_they_are_of_one_search(defense: Defense, covered: bool) -> None:
+    assert calibration.covers(defense, setup()) == covered
+
+
+def test_of_another_defense_none_are_known() -> None:
+    assert calibration.clean_scores("trust") == ()
+    assert calibration.clean_scores(Elijah(92_160).name) == ()
