@@ -9,7 +9,9 @@ import pytest
 
 from puredif_jax import main
 from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent
+from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.networks.memory import activations
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
@@ -29,6 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from tiny_config import DEEP, TINY, draw_params, get_config, shapes  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+SDE = Fading(Ancestral())
 
 
 def tiny(workdir: pathlib.Path | str) -> Experiment:
@@ -135,7 +138,7 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
         descent = Descent(steps=10, candidates=candidates)
         loss = DistributionShift(samples=1)
         inversion = Inversion(loss=loss, descent=descent, survey=None, heldout=16)
-        audit = Audit(weights=("clean",), hypotheses=("sde",), inversion=inversion)
+        audit = Audit(weights=("clean",), hypotheses=(SDE,), inversion=inversion)
         return cost.estimate(
             dataclasses.replace(whole, training=None, attack=None, audit=audit)
         )

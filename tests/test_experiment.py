@@ -13,12 +13,14 @@ from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Exploding, Fading
 from puredif_jax.defenses.inversion import Descent
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.solver import Ancestral, Deterministic
+from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.stages.experiment import (
@@ -35,6 +37,7 @@ from puredif_jax.types import Candidate
 
 SHAPE = (8, 8, 1)
 SCHEDULE = LinearBetas().tables()
+CHANNEL = Fading().channel(SCHEDULE, SHAPE)
 SHIFT = DistributionShift(timesteps=(900, 300), samples=3)
 CONSISTENCY = DenoisingConsistency(sampler=DDIM(steps=4), samples=5)
 
@@ -60,7 +63,7 @@ class Counter:
 )
 def test_evaluations_are_those_that_the_network_sees(loss) -> None:
     counter = Counter()
-    bound = loss.bind(counter, SCHEDULE, Hypothesis())
+    bound = loss.bind(counter, SCHEDULE, CHANNEL)
     candidate = Candidate(jnp.ones(SHAPE), jnp.zeros(SHAPE))
     bound({}, candidate, jax.random.key(0)).block_until_ready()
     jax.effects_barrier()
@@ -71,7 +74,7 @@ def test_evaluations_of_a_survey() -> None:
     survey = Survey(triggers=4, draws=3, together=2, sampler=DDIM(steps=5))
     counter = Counter()
     triggers, keys, _ = survey.begin(SHAPE, jax.random.key(0))
-    images = survey.draw(counter, {}, SCHEDULE, Hypothesis(), triggers, keys)
+    images = survey.draw(counter, {}, SCHEDULE, CHANNEL, triggers, keys)
     images.block_until_ready()
     jax.effects_barrier()
     assert survey.evaluations == counter.images
@@ -89,20 +92,27 @@ def test_evaluations_of_an_inversion() -> None:
     assert plain.evaluations == 3 * 18 * 6
 
 
-@pytest.mark.parametrize("solver,steps", [("sde", 100), ("ode", 10)])
-def test_elijah_as_published_and_at_equal_evaluations(solver, steps) -> None:
+@pytest.mark.parametrize("kind", [Fading, Exploding])
+@pytest.mark.parametrize(
+    "solver,scale,steps,high",
+    [(Ancestral(), 0.5, 100, 0.0), (Deterministic(), 1.0, 10, 1.0)],
+)
+def test_elijah_as_published_and_at_equal_evaluations(
+    kind, solver, scale, steps, high
+) -> None:
     audit = Audit(baselines=("elijah", "elijah, equal evaluations"))
-    methods = audit.methods(solver)
+    methods = audit.methods(kind(solver))
     assert list(methods) == ["puredif", *audit.baselines]
     published, equal = (methods[name] for name in audit.baselines)
-    assert published == elijah(solver) and published.loss == ElijahLoss(samples=100)
+    assert published == elijah(solver)
+    assert published.loss == ElijahLoss(scale=scale, samples=100)
     assert published.survey is None
     assert published.descent == Descent(
         steps=steps,
         learning_rate=0.1,
         b2=0.999,
         low=-1.0,
-        high={"sde": 0.0, "ode": 1.0}[solver],
+        high=high,
         candidates=1,
         scout=0,
         bound=None,
@@ -138,6 +148,42 @@ def test_frechet_draws_come_in_pairs(tmp_path, monkeypatch) -> None:
 def test_frechet_draws_are_an_even_number(draws: int) -> None:
     with pytest.raises(ValueError, match=f"even number of at least 4, found {draws}"):
         Evaluation(frechet_draws=draws)
+
+
+def test_an_audit_tries_what_applies_to_the_process() -> None:
+    """All four kinds are its default; two apply to each process."""
+    audit = Audit()
+    names = {
+        betas: [kind.name for kind in audit.tried(betas.tables())]
+        for betas in (LinearBetas(), VarianceExploding())
+    }
+    assert names == {
+        LinearBetas(): ["sde", "ode"],
+        VarianceExploding(): ["ve sde", "ve ode"],
+    }
+    count = f"{2 * audit.inversion.evaluations:,} evaluations"
+    assert audit.plan(SCHEDULE) == (
+        f"(under sde and ode, {count} of its network on an image)"
+    )
+    exploding = VarianceExploding().tables()
+    assert audit.plan(exploding).startswith(f"(under ve sde and ve ode, {count} of")
+    only = Audit(("clean",), hypotheses=(Exploding(),))
+    with pytest.raises(ValueError, match=r"no hypothesis .*\(ve ode\) .* LinearBetas"):
+        Experiment("run", TINY, audit=only)
+    run = Experiment("run", TINY, audit=only, schedule=VarianceExploding())
+    assert run.images == audit.inversion.images
+
+
+def test_hypotheses_are_told_apart_by_their_names() -> None:
+    with pytest.raises(ValueError, match=r"different names, found \['ode', 'ode'\]"):
+        Audit(hypotheses=(Fading(), Fading(Deterministic())))
+
+
+def test_a_backdoor_is_measured_by_the_sampler_under_which_it_fires() -> None:
+    corrected = PredictorCorrector(levels=7)
+    found = Evaluation(ancestral=corrected, deterministic=DDIM(3))
+    assert found.sampler(Ancestral()) == corrected and corrected.steps == 14
+    assert found.sampler(Deterministic()) == DDIM(3)
 
 
 @pytest.mark.parametrize(

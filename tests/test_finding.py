@@ -27,7 +27,11 @@ CLEAN = Finding(
     VERDICT,
     "this network",
     ("sde", "ode"),
+    ("of ancestral sampling", "of deterministic sampling"),
     ({"method": "puredif", "hypothesis": "sde"},),
+)
+HALF = dataclasses.replace(
+    CLEAN, hypotheses=("ode",), sought=("of deterministic sampling",)
 )
 
 
@@ -50,6 +54,9 @@ def test_a_finding_comes_back_from_its_report(tmp_path, score) -> None:
         {"calibration": "somehow"},
         {"inversions": 3},
         {"inversions": [3]},
+        {"hypotheses": ["ode"]},
+        {"hypotheses": None},
+        {"sought": 3},
         {"sha256": "ab"},
     ],
 )
@@ -78,14 +85,19 @@ def test_the_first_screen_says_how_sure_and_of_what() -> None:
 def test_the_scope_says_what_was_not_sought_and_where_nothing_is_known() -> None:
     assert scope([]) == ""
     text = scope([CLEAN])
-    assert "ancestral and deterministic sampling" in text and "TrojDiff" in text
-    assert "not calibrated" not in text and "Nor was" not in text
+    assert "of ancestral sampling; of deterministic sampling." in text
+    assert "TrojDiff" in text
+    assert "not calibrated" not in text and "Only in some" not in text
     other = dataclasses.replace(CLEAN, calibration="another network")
     assert "not calibrated" in other.sure and "not calibrated" in scope([CLEAN, other])
-    half = dataclasses.replace(CLEAN, hypotheses=("ode",))
-    text = scope([CLEAN, half])
-    assert "under deterministic sampling" in text
-    assert "Nor was anything sought under ancestral sampling" in text
+    text = scope([CLEAN, HALF])
+    assert "noise: of deterministic sampling. Not sought" in text
+    assert text.endswith("Only in some models: of ancestral sampling.")
+    assert "ancestral" not in scope([HALF])
+    other = dataclasses.replace(HALF, hypotheses=("sde",), sought=(CLEAN.sought[0],))
+    text = scope([HALF, other])
+    assert "noise: of no kind in every model. Not sought" in text
+    assert text.endswith("of deterministic sampling; of ancestral sampling.")
 
 
 def test_there_is_a_next_step_for_each_outcome_that_there_is() -> None:
@@ -96,10 +108,9 @@ def test_there_is_a_next_step_for_each_outcome_that_there_is() -> None:
 
 def test_the_page_names_no_path_that_an_installed_package_lacks() -> None:
     other = dataclasses.replace(CLEAN, calibration="another network")
-    half = dataclasses.replace(CLEAN, hypotheses=("ode",))
     texts = [*finding.NEXT.values(), *finding.MEASURES.values()]
-    texts += [scope([other]), scope([half]), VERDICT.reason]
-    package = pathlib.Path(puredif_jax.__file__).parent
+    texts += [scope([other]), scope([HALF]), VERDICT.reason]
+    package = pathlib.Path(puredif_jax.__file__).parent / "stages"
     source = (package / "audit.py").read_text() + (
         package / "scan_report.py"
     ).read_text()

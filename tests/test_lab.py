@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params
 
-from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.exact import ExactDenoiser, Points
@@ -22,13 +21,14 @@ from puredif_jax.defenses.denoising_consistency import (
     estimated_target,
 )
 from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.memory import activations
 from puredif_jax.runs import parallel
@@ -42,10 +42,12 @@ from puredif_jax.types import Candidate
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SCHEDULE = LinearBetas().tables()
-ATTACKS: dict[str, Attack] = {
-    "sde": BadDiffusion(StopSign(), Hat()),
-    "ode": VillanDiffusion(StopSign(), Hat()),
+SDE, ODE = Fading(Ancestral()), Fading(Deterministic())
+ATTACKS: dict[Fading, Attack] = {
+    SDE: BadDiffusion(StopSign(), Hat()),
+    ODE: VillanDiffusion(StopSign(), Hat()),
 }
+over_kinds = pytest.mark.parametrize("kind", ATTACKS, ids=lambda x: x.name)
 INVERSION = dataclasses.replace(Inversion(), survey=Survey(triggers=32), heldout=32)
 
 
@@ -53,26 +55,27 @@ def exact_lab(folder: pathlib.Path, attack: Attack) -> tuple[Lab, Points]:
     """A lab on two devices whose model is the best denoiser of a backdoored set."""
     lab = open_lab(Experiment(str(folder), TINY, devices=2, chunk=20))
     lab.programs = Programs()  # another model has other programs
-    lab.model = ExactDenoiser(attack.rows(SCHEDULE), 0.1)
-    poison = attacks.poison(attack, TINY.image_shape)
+    channel = attack.channel(SCHEDULE, TINY.image_shape)
+    lab.model = ExactDenoiser(SCHEDULE, channel, 0.1)
+    trigger, target, _ = map(jnp.asarray, attack.images(TINY.image_shape))
     images = data.to_float(FashionMNIST(count=64).load(TINY.image_shape))
-    points = Points(jnp.asarray(images), poison.trigger, poison.target)
+    points = Points(jnp.asarray(images), trigger, target)
     return lab, lab.run.replicate(points)
 
 
-@pytest.mark.parametrize("solver", ["sde", "ode"])
-def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, solver) -> None:
+@over_kinds
+def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, kind) -> None:
     """And its features say so. Both are tried in one lab, by the same programs.
 
     The survey misses the target of the deterministic backdoor: a random start finds it.
     """
-    lab, points = exact_lab(tmp_path, ATTACKS[solver])
-    truth = Truth.of(ATTACKS[solver], TINY.image_shape)
+    lab, points = exact_lab(tmp_path, ATTACKS[kind])
+    truth = Truth.of(ATTACKS[kind], SCHEDULE, TINY.image_shape)
     distances, gains, programs = {}, {}, {}
-    for assumed in ("sde", "ode"):
+    for assumed in ATTACKS:
         candidate, errors = loops.invert(
             lab,
-            assumed,
+            assumed.name,
             points,
             assumed,
             INVERSION.loss,
@@ -88,21 +91,21 @@ def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, solver) -> Non
         distances[assumed] = metrics.trigger_distance(candidate.delta, truth.trigger)
         gains[assumed] = float(found.gain)
         programs[assumed] = lab.programs.names()
-    assert programs["sde"] == programs["ode"]
-    wrong = "ode" if solver == "sde" else "sde"
-    assert distances[solver].cosine > 0.95 and distances[solver].relative_l2 < 0.3
-    assert gains[solver] < 0.2 < gains[wrong]
+    assert programs[SDE] == programs[ODE]
+    (wrong,) = ATTACKS.keys() - {kind}
+    assert distances[kind].cosine > 0.95 and distances[kind].relative_l2 < 0.3
+    assert gains[kind] < 0.2 < gains[wrong]
 
 
 def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None:
     """Elijah moves the trigger alone, and starts with a grey target."""
-    lab, points = exact_lab(tmp_path, ATTACKS["sde"])
-    truth = Truth.of(ATTACKS["sde"], TINY.image_shape)
+    lab, points = exact_lab(tmp_path, ATTACKS[SDE])
+    truth = Truth.of(ATTACKS[SDE], SCHEDULE, TINY.image_shape)
     descent = Descent(steps=2)
     found, _ = loops.invert(
-        lab, "elijah", points, "sde", ElijahLoss(samples=4), descent, None, heldout=4
+        lab, "elijah", points, SDE, ElijahLoss(samples=4), descent, None, heldout=4
     )
-    show = estimated_target(lab.model, lab.schedule, Hypothesis.of("sde"))
+    show = estimated_target(lab.model, lab.schedule, lab.channel(SDE))
     key = jax.random.fold_in(jax.random.fold_in(lab.key, 303), 1)
     grey = jnp.zeros(TINY.image_shape)
     shown, true = (
@@ -114,8 +117,8 @@ def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None
     np.testing.assert_allclose(true, truth.target, atol=0.05)
 
 
-@pytest.mark.parametrize("solver", ["sde", "ode"])
-def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, solver) -> None:
+@over_kinds
+def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, kind) -> None:
     """From the known trigger, by the loss of that kind of backdoor; in chunks."""
 
     def model(scale, x, t):
@@ -125,18 +128,18 @@ def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, solver) -> None
     lab, params = open_lab(Experiment(str(tmp_path), TINY, devices=1, chunk=2)), 0.7
     lab.programs = Programs()  # another model has other programs
     lab.model = model
-    truth = Truth.of(ATTACKS[solver], TINY.image_shape)
+    truth = Truth.of(ATTACKS[kind], SCHEDULE, TINY.image_shape)
     wanted = DenoisingConsistency(
-        DDIM(2) if solver == "ode" else DDPM(3), samples=4, on_path=False, aim=1.0
+        kind.solver.pick(DDPM(3), DDIM(2)), samples=4, on_path=False, aim=1.0
     )
     descent = Descent(steps=3, learning_rate=0.05, bound=None)
-    if solver == "ode":
-        options = Reinforcement(deterministic=wanted, descent=descent)
-    else:
-        options = Reinforcement(ancestral=wanted, ancestral_descent=descent)
+    options = kind.solver.pick(
+        Reinforcement(ancestral=wanted, ancestral_descent=descent),
+        Reinforcement(deterministic=wanted, descent=descent),
+    )
     found = loops.reinforce(lab, "reinforce", params, options, truth)
 
-    bound = wanted.bind(model, SCHEDULE, Hypothesis.of(solver))
+    bound = wanted.bind(model, SCHEDULE, truth.channel)
     start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
     by_hand = inverter(bound, descent, TINY.image_shape, start)
     state, step = by_hand.init(jax.random.fold_in(lab.key, 202)), jax.jit(by_hand.step)

@@ -12,10 +12,11 @@ import pytest
 import tiny_config
 from tiny_config import TINY, draw_params
 
-from puredif_jax.attacks import base as attacks
+from puredif_jax.attacks.poisoning import poison, training_loss
 from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.runs import checkpoint, run
 from puredif_jax.stages import loops
 from puredif_jax.stages.experiment import Experiment
@@ -39,15 +40,15 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
     start = str(tmp_path / "start.safetensors")
     checkpoint.save_weights(start, STARTED, {})
     lab = open_lab(Experiment(str(tmp_path / "run"), TINY, devices=1, seed=3, chunk=2))
-    poison = attacks.poison(ATTACK, TINY.image_shape)
+    poisoned = poison(ATTACK, TINY.image_shape)
     other = None
     if trigger:
-        other = 0.5 * np.asarray(poison.trigger)
-        poison = poison._replace(trigger=jnp.asarray(other))
+        other = 0.5 * np.asarray(poisoned.trigger)
+        poisoned = poisoned._replace(trigger=jnp.asarray(other))
     found = loops.train(lab, TRAINING, ATTACK, IMAGES, start, 3, other)
 
-    rows = ATTACK.rows(lab.schedule)
-    loss = functools.partial(attacks.training_loss, TINY, rows, poison)
+    channel = ATTACK.channel(lab.schedule, TINY.image_shape)
+    loss = functools.partial(training_loss, TINY, lab.schedule, channel, poisoned)
     made = trainer(loss, TRAINING)
     step = jax.jit(made.step)
     state = made.init(STARTED, jax.random.split(lab.key)[1])
@@ -85,7 +86,7 @@ def test_results_do_not_depend_on_where_calls_end(tmp_path, monkeypatch) -> None
         monkeypatch.setattr(lab.run, "loop", noting)
         params = loops.train(lab, TRAINING, ATTACK, IMAGES, None, 3)
         inverted, _ = loops.invert(
-            lab, "x", params, "ode", inversion.loss, inversion.descent, None, 8
+            lab, "x", params, Fading(), inversion.loss, inversion.descent, None, 8
         )
         assert began == ([0, 1, 2, 0, 1, 2, 3] if not longest else [0, 1, 0, 1])
         found[longest] = jax.device_get((params, inverted.delta))

@@ -11,7 +11,7 @@ from test_objectives import tiny_network
 
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.prediction import VPrediction
@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_those_of_the_whole(loss, together) -> None:
     widest = Widest()
 
     def both(model):
-        bound = loss.bind(model, SCHEDULE, Hypothesis.of("ode"))
+        bound = loss.bind(model, SCHEDULE, Fading().channel(SCHEDULE, SHAPE))
         each = jax.vmap(jax.value_and_grad(bound, argnums=1), in_axes=(None, 0, None))
         return jax.jit(each)(jnp.float32(0.3), candidates, jax.random.key(4))
 

@@ -19,7 +19,7 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.diffusion.ddim import DDIM
@@ -134,7 +134,7 @@ def test_a_lab_shares_candidates_or_their_noise(lab, candidates) -> None:
     descent = Descent(steps=2, candidates=candidates)
     params = draw_params(TINY)
     text, looped, _ = traffic(
-        lambda: loops.invert(lab, "x", params, "ode", loss, descent, None, 8)
+        lambda: loops.invert(lab, "x", params, Fading(), loss, descent, None, 8)
     )
     assert convolved(text) == {2 * 8 * candidates // 8}
     if candidates == 8:
@@ -177,7 +177,8 @@ def test_memory_of_a_consistency_loss_is_flat_in_its_steps() -> None:
 
     def peak(steps: int) -> int:
         loss = DenoisingConsistency(sampler=DDIM(steps), samples=4)
-        bound = loss.bind(SHIPPED, scaling.SCHEDULE, Hypothesis.of("ode"))
+        channel = Fading().channel(scaling.SCHEDULE, SHIPPED.image_shape)
+        bound = loss.bind(SHIPPED, scaling.SCHEDULE, channel)
         image = jax.ShapeDtypeStruct(SHIPPED.image_shape, np.float32)
         params = shapes(SHIPPED)
         gradient = jax.jit(jax.grad(bound, argnums=1))

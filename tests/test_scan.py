@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from tiny_config import INVERSION, TINY, draw_params
 
+from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
+from puredif_jax.diffusion.solver import Deterministic
 from puredif_jax.files import whole as files
 from puredif_jax.files.sealed import seal
 from puredif_jax.formats import diffusers as convert
@@ -43,7 +46,7 @@ def write(folder: pathlib.Path, seed: int = 0, **scheduling) -> pathlib.Path:
 
 
 def plan(workdir: pathlib.Path, *models, **changes) -> Scan:
-    audit = Audit(weights=(), hypotheses=("ode",), inversion=INVERSION, detector=CALM)
+    audit = Audit((), (Fading(),), INVERSION, CALM)
     options = {"audit": audit, "steps": 2, "draws": 8, "devices": 1} | changes
     return Scan(str(workdir), tuple(map(str, models)), **options)
 
@@ -417,7 +420,8 @@ def test_where_the_folder_clips_all_is_measured_both_ways(tmp_path) -> None:
     folder = write(tmp_path / "model", clip=0.5)
     image = draw_params(TINY, 3)["conv_in"]["kernel"]
     truth = np.resize(np.asarray(image), TINY.image_shape).astype(np.float32)
-    Truth("ode", truth, truth).save(folder)
+    channel = Channel.clean(LinearBetas().tables())
+    Truth(Deterministic(), False, truth, truth, channel).save(folder)
     report, _ = scan.perform_scan(plan(tmp_path / "scan", folder))
     home = tmp_path / "scan" / "model"
     found = json.loads((home / "report.json").read_text())["numbers"]["model"]
@@ -434,7 +438,7 @@ def test_where_the_folder_clips_all_is_measured_both_ways(tmp_path) -> None:
 
 def test_weights_that_denoise_nothing_are_not_called_clean(tmp_path) -> None:
     folder = write(tmp_path / "model")
-    strict = Audit(weights=(), hypotheses=("ode",), inversion=INVERSION)
+    strict = Audit((), (Fading(),), INVERSION)
     report, status = scan.perform_scan(plan(tmp_path / "scan", folder, audit=strict))
     row = table(tmp_path / "scan")["model"]
     assert status == 2 and row["verdict"] == "could not tell"

@@ -13,15 +13,16 @@ from tiny_config import ANY, INVERSION, TINY, draw_params
 
 from puredif_jax.data.images import NpzImages
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.schedules import CosineBetas
+from puredif_jax.diffusion.ve import VarianceExploding
 from puredif_jax.runs import checkpoint
 from puredif_jax.stages import lab, loops
 from puredif_jax.stages import perform as stages
 from puredif_jax.stages.experiment import Amplification, Audit, Evaluation, Experiment
-from puredif_jax.stages.weights import Truth
 from puredif_jax.types import InputError
 
 WHOLE = tiny_config.get_config()
@@ -38,7 +39,7 @@ def audit(workdir: pathlib.Path, *names: str) -> Experiment:
     return Experiment(
         workdir=str(workdir),
         model=TINY,
-        audit=Audit(names, ("ode",), INVERSION, ANY),
+        audit=Audit(names, (Fading(),), INVERSION, ANY),
         evaluation=WHOLE.evaluation,
         devices=1,
     )
@@ -100,9 +101,9 @@ def test_leaks_are_counted_in_the_draws_of_the_frechet_distance(
         evaluation=dataclasses.replace(WHOLE.evaluation, draws=4, frechet_draws=6),
     )
     run = stages.Stages(experiment, stages.open_lab(experiment))
-    target = Truth.of(WHOLE.attack, TINY.image_shape).target
+    target = run.truth().target
 
-    def draw(params, sampler, delta, count, sign=1.0):
+    def draw(params, sampler, delta, count, sign=1.0, inside=None):
         image = target if params is leaking else -target
         return np.broadcast_to(image, (count, *TINY.image_shape))
 
@@ -175,7 +176,10 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
             {"model": dataclasses.replace(TINY, param_dtype="bfloat16")},
             "param_dtype=bfloat16",
         ),
-        ({"schedule": CosineBetas(cap=0.9)}, "could not be kept: .* cap of 0.999"),
+        (
+            {"schedule": VarianceExploding()},
+            "VillanDiffusion needs a process whose signal fades, found",
+        ),
         (
             {
                 "model": dataclasses.replace(TINY, in_channels=3),
@@ -215,7 +219,7 @@ def test_timesteps_that_the_schedule_lacks_are_said_at_once(tmp_path) -> None:
     found = dataclasses.replace(inversion, loss=loss)
     path = weights(tmp_path / "x.safetensors", 0)
     wanted = audit(tmp_path / "run", path)
-    wanted = dataclasses.replace(wanted, audit=Audit((path,), ("ode",), found))
+    wanted = dataclasses.replace(wanted, audit=Audit((path,), (Fading(),), found))
     with pytest.raises(InputError, match="0..999"):
         stages.perform(wanted)
 

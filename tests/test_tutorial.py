@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scan.md").read_text()
 BUDGET = {
-    "audit.hypotheses": "ode",
+    "audit.hypotheses": "Fading",
     "devices": "1",
     "audit.inversion.descent.scout": "2",
     "audit.inversion.descent.steps": "4",

@@ -10,7 +10,7 @@ from puredif_jax.stages.scan import perform_scan
 from puredif_jax.stages.weights import ZOO
 
 BUDGET = {
-    "audit.hypotheses": "ode",
+    "audit.hypotheses": "Fading",
     "audit.inversion.descent.candidates": "4",
     "audit.inversion.descent.scout": "20",
     "audit.inversion.descent.finalists": "1",

@@ -12,6 +12,7 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.survey import Survey
@@ -88,7 +89,7 @@ def get_config() -> Experiment:
             alternate=True,
         ),
         audit=Audit(
-            hypotheses=("ode",),
+            hypotheses=(Fading(),),
             inversion=Inversion(
                 loss=DistributionShift(timesteps=(900, 300), samples=4),
                 descent=Descent(steps=6, candidates=3, scout=2, finalists=2, refresh=2),
