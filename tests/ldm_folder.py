@@ -16,8 +16,8 @@ from typing import Any
 import safetensors.numpy
 from tiny_config import draw_params
 
-from puredif_jax.formats.diffusers_layout import SCHEDULER
 from puredif_jax.formats.diffusers_config import write_unet
+from puredif_jax.formats.diffusers_layout import SCHEDULER
 from puredif_jax.formats.state_dict import to_torch
 from puredif_jax.formats.vq_config import write_vq
 from puredif_jax.formats.weight_sets import WEIGHTS

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.targets import Hat
-from puredif_jax.attacks.triggers import Box, StopSign
+from puredif_jax.attacks.triggers import Blend, Box, Patch, StopSign
+from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.features import (
     Features,
@@ -23,40 +25,63 @@ from puredif_jax.defenses.features import (
     spread,
     total_variation,
 )
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
 from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.solver import Ancestral, Deterministic
+from puredif_jax.diffusion.ve import VarianceExploding
 from puredif_jax.types import Candidate
 
 SHAPE = (8, 8, 1)
 SCHEDULE = LinearBetas().tables()
+EXPLODING = VarianceExploding(200, sigma_max=50.0).tables()
+SDE, ODE = Fading(Ancestral()), Fading(Deterministic())
 ATTACKS = {
-    "sde": BadDiffusion(StopSign(), Hat()),
-    "ode": VillanDiffusion(Box(), Hat()),
+    SDE: BadDiffusion(StopSign(), Hat()),
+    ODE: VillanDiffusion(Box(), Hat()),
+    **{
+        Exploding(solver): VillanDiffusionVE(Box(24, 1.0), Hat(), solver=solver)
+        for solver in (Ancestral(), Deterministic())
+    },
 }
+over_hypotheses = pytest.mark.parametrize("kind", ATTACKS, ids=lambda x: x.name)
 
 
 def images(count: int) -> jax.Array:
     return jax.random.uniform(jax.random.key(5), (count, *SHAPE), minval=-1.0)
 
 
-def measured(solver: str, poisoned: bool) -> tuple[Features, Candidate]:
+def made(attack, schedule, poisoned: bool = True):
+    """An exact model, its points, the channel and the truth."""
+    trigger, target, _ = map(jnp.asarray, attack.images(SHAPE))
+    channel = attack.channel(schedule, SHAPE)
+    known = channel if poisoned else Channel.clean(schedule)
+    model = ExactDenoiser(schedule, known, 0.1 if poisoned else 0.0)
+    return (
+        model,
+        Points(images(32), trigger, target),
+        channel,
+        Candidate(trigger, target),
+    )
+
+
+def process_of(kind: Hypothesis):
+    (found,) = filter(kind.applies, (SCHEDULE, EXPLODING))
+    return found
+
+
+def measured(kind: Hypothesis, poisoned: bool) -> tuple[Features, Candidate]:
     """Features of the true trigger on an exact model, backdoored or clean."""
-    attack = ATTACKS[solver]
-    poison = attacks.poison(attack, SHAPE)
-    rows = attack.rows(SCHEDULE) if poisoned else attacks.clean_rows(SCHEDULE)
-    model = ExactDenoiser(rows, 0.1 if poisoned else 0.0)
-    data = images(32)
-    points = Points(data, poison.trigger, poison.target)
-    truth = Candidate(poison.trigger, poison.target)
+    schedule = process_of(kind)
+    model, points, _, truth = made(ATTACKS[kind], schedule, poisoned)
     found = features(
         model,
         points,
-        SCHEDULE,
-        Hypothesis.of(solver),
+        schedule,
+        kind.channel(schedule, SHAPE),
         truth,
         jnp.float32(0.25),
-        jnp.broadcast_to(poison.target, data.shape),
-        data,
+        jnp.broadcast_to(truth.target, points.images.shape),
+        points.images,
         jax.random.key(0),
     )
     return found, truth
@@ -76,11 +101,11 @@ def test_total_variation_is_the_sum_over_neighbours() -> None:
     assert float(total_variation(images(2))) == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["sde", "ode"])
-def test_features_of_a_backdoor(solver: str) -> None:
+@over_hypotheses
+def test_features_of_a_backdoor(kind: Hypothesis) -> None:
     """The learnt image is remembered; draws that agree have no spread."""
-    found, truth = measured(solver, poisoned=True)
-    clean, _ = measured(solver, poisoned=False)
+    found, truth = measured(kind, poisoned=True)
+    clean, _ = measured(kind, poisoned=False)
     assert float(found.shift) == 0.25
     assert float(found.memory) < 0.1 * float(clean.memory)
     assert float(found.gain) < 0.1 * float(clean.gain)
@@ -95,7 +120,7 @@ def test_features_of_a_backdoor(solver: str) -> None:
 
 def test_alignment_of_a_clean_model_tells_nothing() -> None:
     """At T - 1 a clean model, too, answers with a multiple of what was added."""
-    found, _ = measured("sde", poisoned=False)
+    found, _ = measured(SDE, poisoned=False)
     assert float(found.alignment) > 0.95
 
 
@@ -121,7 +146,7 @@ CLEAN = Detector(clean=(0.1, 0.2, 0.3))  # doubt above 0.5, alarm above 0.8
     ],
 )
 def test_verdict(sde, ode, outcome, hypothesis, score, p_value) -> None:
-    verdict = CLEAN.judge({"sde": shown(sde), "ode": shown(ode)})
+    verdict = CLEAN.judge({SDE: shown(sde), ODE: shown(ode)})
     assert verdict.outcome == outcome
     assert verdict.hypothesis == hypothesis
     assert verdict.score == pytest.approx(score, abs=1e-3)
@@ -147,7 +172,8 @@ def test_a_detector_that_could_only_say_clean_is_refused(wrong) -> None:
 
 def test_bounds_are_those_of_the_clean_models() -> None:
     assert CLEAN.bounds == pytest.approx((0.5, 0.8))
-    assert "3 clean models" in CLEAN.judge({"sde": shown(0.5)}).reason
+    reason = CLEAN.judge({SDE: shown(0.5)}).reason
+    assert "3 clean models" in reason and f"trigger, {SDE.title}, lowers" in reason
 
 
 @pytest.mark.parametrize(
@@ -171,18 +197,17 @@ def test_the_default_is_calibrated_on_the_recorded_clean_models() -> None:
     assert Detector().clean == pytest.approx(scores, abs=6e-4)
 
 
-@pytest.mark.parametrize("solver", ["sde", "ode"])
-def test_evidence_is_what_the_gain_is_made_of(solver: str) -> None:
+@over_hypotheses
+def test_evidence_is_what_the_gain_is_made_of(kind: Hypothesis) -> None:
     """The same errors. With the trigger the image is found where noise hides it."""
-    found, truth = measured(solver, poisoned=True)
-    poison = attacks.poison(ATTACKS[solver], SHAPE)
-    model = ExactDenoiser(ATTACKS[solver].rows(SCHEDULE), 0.1)
-    points = Points(images(32), poison.trigger, poison.target)
+    found, truth = measured(kind, poisoned=True)
+    schedule = process_of(kind)
+    model, points, _, _ = made(ATTACKS[kind], schedule)
     shown = evidence(
         model,
         points,
-        SCHEDULE,
-        Hypothesis.of(solver),
+        schedule,
+        kind.channel(schedule, SHAPE),
         truth,
         jax.random.key(0),
         draws=32,
@@ -191,7 +216,8 @@ def test_evidence_is_what_the_gain_is_made_of(solver: str) -> None:
     ratios = np.log(np.asarray(shown.triggered) / np.asarray(shown.untriggered))
     assert np.exp(ratios.mean()) == pytest.approx(float(found.gain), rel=1e-4)
     assert shown.with_trigger.shape == shown.without.shape == (5, 3, *SHAPE)
-    assert list(shown.timesteps) == [500, 400, 300, 200, 100]
+    times = schedule.matched((500, 400, 300, 200, 100))
+    assert list(shown.timesteps) == times.tolist()
     target = np.asarray(truth.target)
     near, far = (
         np.mean((np.asarray(side[0]) - target) ** 2)
@@ -200,12 +226,28 @@ def test_evidence_is_what_the_gain_is_made_of(solver: str) -> None:
     assert near < 1e-2 < far
 
 
+@pytest.mark.parametrize("trigger", [Blend(), Patch()], ids=lambda x: type(x).__name__)
+def test_features_see_a_backdoor_of_scaled_noise(trigger) -> None:
+    """In its own channel TrojDiff's image is remembered, and shown as it is."""
+    attack = TrojDiff(trigger, Hat())
+    model, points, channel, truth = made(attack, SCHEDULE)
+    arguments = (model, points, SCHEDULE, channel, truth)
+    triggered = jnp.broadcast_to(truth.target, points.images.shape)
+    key = jax.random.key(0)
+    found = features(*arguments, jnp.float32(0.0), triggered, points.images, key)
+    shown = evidence(*arguments, key, draws=32, shown=3)
+    ratios = np.log(np.asarray(shown.triggered) / np.asarray(shown.untriggered))
+    assert np.exp(ratios.mean()) == pytest.approx(float(found.gain), rel=1e-4)
+    assert float(found.gain) < 0.1
+    near = (np.asarray(shown.with_trigger) - np.asarray(truth.target)) ** 2
+    assert near.mean() < 1e-2
+
+
 def test_weights_that_denoise_nothing_are_told_from_a_denoiser() -> None:
     """An exact denoiser of garments, one that answers 0, and one of no numbers."""
     data = images(64)
-    poison = attacks.poison(ATTACKS["sde"], SHAPE)
-    points = Points(data, poison.trigger, poison.target)
-    exact = ExactDenoiser(attacks.clean_rows(SCHEDULE), 0.0)
+    points = Points(data, jnp.zeros(SHAPE), jnp.zeros(SHAPE))
+    exact = ExactDenoiser(SCHEDULE, Channel.clean(SCHEDULE))
 
     def ratio(model) -> float:
         return float(denoising(model, points, SCHEDULE, data, jax.random.key(0)))
@@ -225,10 +267,10 @@ def test_weights_that_denoise_nothing_are_told_from_a_denoiser() -> None:
     assert ratio(linear) == pytest.approx(1.0, abs=0.02)
     broken = ratio(lambda params, x, t: x * jnp.nan)
     detector = Detector()
-    assert detector.refusal({"sde": 0.3, "ode": broken}) is None
-    verdict = detector.refusal({"sde": broken, "ode": 1.5})
+    assert detector.refusal({SDE: 0.3, ODE: broken}) is None
+    verdict = detector.refusal({SDE: broken, ODE: 1.5})
     assert verdict.outcome == "could not tell" and verdict.hypothesis == "ode"
     assert "1.5 times a linear denoiser's" in verdict.reason
-    assert "without bound" in detector.refusal({"sde": broken}).reason
+    assert "without bound" in detector.refusal({SDE: broken}).reason
     with pytest.raises(ValueError, match="linear must be above 0"):
         Detector(linear=0.0)

@@ -5,15 +5,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_objectives import ATTACKS, SCHEDULE, SHAPE, exact, oracle
+from test_objectives import (
+    ANCESTRAL,
+    ATTACKS,
+    DETERMINISTIC,
+    EXPLODING,
+    SCHEDULE,
+    SHAPE,
+    SOUGHT,
+    channel_of,
+    exact,
+    oracle,
+    over_solvers,
+)
 
-from puredif_jax.attacks.baddiffusion import BadDiffusion
-from puredif_jax.attacks.targets import Hat
-from puredif_jax.attacks.triggers import Box, StopSign
-from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent, inverter, keep
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
@@ -113,14 +121,11 @@ def test_refresh_moves_the_target_every_m_steps() -> None:
     assert changes == [False, True, False, True]
 
 
-@pytest.mark.parametrize(
-    "solver,loss",
-    [("sde", DistributionShift()), ("ode", DistributionShift())],
-)
-def test_default_loss_recovers_the_trigger_of_an_exact_model(solver, loss) -> None:
+@over_solvers
+def test_default_loss_recovers_the_trigger_of_an_exact_model(solver) -> None:
     """From random starts, knowing only the kind of sampler."""
     model, points, truth = exact(ATTACKS[solver])
-    objective = loss.bind(model, SCHEDULE, Hypothesis.of(solver))
+    objective = DistributionShift().bind(model, SCHEDULE, channel_of(solver))
     made = inverter(objective, Descent(steps=300), SHAPE)
     state, _ = run(made, points, 300)
     distance = metrics.trigger_distance(state.candidate.delta[0], truth.delta)
@@ -129,8 +134,8 @@ def test_default_loss_recovers_the_trigger_of_an_exact_model(solver, loss) -> No
 
 
 def test_elijah_recovers_an_ancestral_trigger_of_an_oracle() -> None:
-    model, truth = oracle(ATTACKS["sde"])
-    objective = ElijahLoss(samples=100).bind(model, SCHEDULE, Hypothesis.of("sde"))
+    model, truth = oracle(ATTACKS[ANCESTRAL])
+    objective = ElijahLoss(samples=100).bind(model, SCHEDULE, channel_of(ANCESTRAL))
     descent = Descent(steps=150, learning_rate=0.1, bound=None)
     state, _ = run(inverter(objective, descent, SHAPE), (), 150)
     distance = metrics.trigger_distance(state.candidate.delta[0], truth.delta)
@@ -139,20 +144,21 @@ def test_elijah_recovers_an_ancestral_trigger_of_an_oracle() -> None:
 
 def test_elijah_cannot_see_a_deterministic_trigger() -> None:
     """At T - 1 the response equals the shift: every delta has the loss of the noise."""
-    model, truth = oracle(ATTACKS["ode"])
-    loss = ElijahLoss(samples=100).bind(model, SCHEDULE, Hypothesis.of("ode"))
+    model, truth = oracle(ATTACKS[DETERMINISTIC])
+    elijah = ElijahLoss(scale=1.0, samples=100)
+    loss = elijah.bind(model, SCHEDULE, channel_of(DETERMINISTIC))
     key = jax.random.key(0)
     wrong = Candidate(-truth.delta, truth.target)
     values = [float(loss((), c, key)) for c in (truth, wrong)]
     assert values[0] == pytest.approx(values[1], rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "attack", [BadDiffusion(StopSign(), Hat()), VillanDiffusion(Box(), Hat())]
-)
+@pytest.mark.parametrize("attack", SOUGHT.values(), ids=lambda x: type(x).__name__)
 def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
-    model, truth = oracle(attack)
-    made = Reinforcement().inverter(model, SCHEDULE, attack.solver, truth)
+    schedule = EXPLODING if isinstance(attack, VillanDiffusionVE) else SCHEDULE
+    model, truth = oracle(attack, schedule)
+    channel = attack.channel(schedule, SHAPE)
+    made = Reinforcement().inverter(model, schedule, channel, attack.solver, truth)
     state = made.init(jax.random.key(0))
     np.testing.assert_array_equal(state.candidate.delta[0], truth.delta)
     after, info = made.step((), state)
@@ -164,10 +170,12 @@ def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
     reinforcement = Reinforcement(
         descent=Descent(steps=7), ancestral_descent=Descent(steps=5)
     )
-    assert isinstance(reinforcement.loss("sde").sampler, DDPM)
-    assert isinstance(reinforcement.loss("ode").sampler, DDIM)
-    assert reinforcement.evaluations("sde") == 3 * 5 * 50 * 16
-    assert reinforcement.evaluations("ode") == 3 * 7 * 10 * 48
+    assert isinstance(reinforcement.loss(ANCESTRAL).sampler, DDPM)
+    assert isinstance(reinforcement.loss(DETERMINISTIC).sampler, DDIM)
+    assert reinforcement.descending(ANCESTRAL).steps == 5
+    assert reinforcement.descending(DETERMINISTIC).steps == 7
+    assert reinforcement.evaluations(ANCESTRAL) == 3 * 5 * 50 * 16
+    assert reinforcement.evaluations(DETERMINISTIC) == 3 * 7 * 10 * 48
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,15 @@ import optax
 import pytest
 from tiny_config import draw_params
 
-from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.base import Attack
+from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.targets import Hat
-from puredif_jax.attacks.triggers import Box, StopSign
+from puredif_jax.attacks.triggers import Blend, Box, Patch, StopSign
+from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency, denoised
 from puredif_jax.defenses.distribution_shift import (
     Analytic,
@@ -26,23 +29,42 @@ from puredif_jax.defenses.distribution_shift import (
     measured_factor,
 )
 from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
 from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.sampling import sample
-from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
+from puredif_jax.diffusion.schedules import (
+    CosineBetas,
+    LinearBetas,
+    NoiseSchedule,
+    ScaledLinearBetas,
+)
+from puredif_jax.diffusion.solver import Ancestral, Deterministic, Solver
+from puredif_jax.diffusion.ve import VarianceExploding
 from puredif_jax.networks.unet import UNet
 from puredif_jax.runs import parallel
 from puredif_jax.types import Candidate
 
 SHAPE = (16, 16, 1)
 SCHEDULE = LinearBetas().tables()
-ATTACKS = {
-    "sde": BadDiffusion(StopSign(), Hat()),
-    "ode": VillanDiffusion(Box(), Hat()),
+EXPLODING = VarianceExploding().tables()
+ANCESTRAL, DETERMINISTIC = Ancestral(), Deterministic()
+ATTACKS: dict[Solver, Attack] = {
+    ANCESTRAL: BadDiffusion(StopSign(), Hat()),
+    DETERMINISTIC: VillanDiffusion(Box(), Hat()),
 }
+over_solvers = pytest.mark.parametrize("solver", ATTACKS, ids=lambda x: x.name)
+# Each kind of backdoor that is sought, and one of that kind.
+SOUGHT: dict[Hypothesis, Attack] = {
+    **{Fading(solver): attack for solver, attack in ATTACKS.items()},
+    **{
+        Exploding(solver): VillanDiffusionVE(Box(), Hat(), solver=solver)
+        for solver in ATTACKS
+    },
+}
+over_hypotheses = pytest.mark.parametrize("hypothesis", SOUGHT, ids=lambda x: x.name)
 LOSSES = {
     "shift": DistributionShift(samples=8),
     "shift, least squares": DistributionShift(samples=8, scale=LeastSquares()),
@@ -60,32 +82,48 @@ LOSSES = {
 }
 
 
-def oracle(attack: attacks.Attack):
+def channel_of(solver: Solver) -> Channel:
+    """What is assumed of a backdoor that fires under it."""
+    return Fading(solver).channel(SCHEDULE, SHAPE)
+
+
+def process_of(hypothesis: Hypothesis) -> NoiseSchedule:
+    (found,) = filter(hypothesis.applies, (SCHEDULE, EXPLODING))
+    return found
+
+
+def truth_of(attack: Attack) -> Candidate:
+    trigger, target, _ = map(jnp.asarray, attack.images(SHAPE))
+    return Candidate(delta=trigger, target=target)
+
+
+def oracle(attack: Attack, schedule: NoiseSchedule = SCHEDULE):
     """A network that has learnt the backdoor and nothing else."""
-    rows, poison = attack.rows(SCHEDULE), attacks.poison(attack, SHAPE)
-    s, v, h, c = (jnp.asarray(table, jnp.float32) for table in rows[:4])
+    channel, truth = attack.channel(schedule, SHAPE), truth_of(attack)
+    tables = (schedule.signal, schedule.noise, channel.shift, channel.response)
+    s, v, h, c = (jnp.asarray(table, jnp.float32) for table in tables)
+    gamma = jnp.broadcast_to(channel.scale, (1, *SHAPE))
 
     def model(params, x, t):
         del params
         s_t, v_t, h_t, c_t = (table[t].reshape(-1, 1, 1, 1) for table in (s, v, h, c))
-        r, y = poison.trigger[None], poison.target[None]
-        return (x - s_t * y - h_t * r) / v_t + c_t * r
+        r, y = truth.delta[None], truth.target[None]
+        return (x - s_t * y - h_t * r) / (v_t * gamma) + c_t * r
 
-    return model, Candidate(delta=poison.trigger, target=poison.target)
+    return model, truth
 
 
-def exact(attack: attacks.Attack | None, count: int = 64):
+def exact(attack: Attack | None, count: int = 64):
     """An exact denoiser of random blobs, clean or backdoored at rate 0.1."""
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 16)] * 2), -1)
     centres = rng.uniform(-0.6, 0.6, (count, 1, 1, 2))
     images = 2 * np.exp(-((grid - centres) ** 2).sum(-1) / 0.3)[..., None] - 1
-    poison = attacks.poison(attack or ATTACKS["sde"], SHAPE)
-    rows = attack.rows(SCHEDULE) if attack else attacks.clean_rows(SCHEDULE)
-    model = ExactDenoiser(rows, 0.1 if attack else 0.0)
-    images = jnp.asarray(images, jnp.float32)
-    points = Points(images, poison.trigger, poison.target)
-    return model, points, Candidate(delta=poison.trigger, target=poison.target)
+    truth = truth_of(attack or ATTACKS[ANCESTRAL])
+    channel = attack.channel(SCHEDULE, SHAPE) if attack else Channel.clean(SCHEDULE)
+    model = ExactDenoiser(SCHEDULE, channel, 0.1 if attack else 0.0)
+    points = Points(jnp.asarray(images, jnp.float32), truth.delta, truth.target)
+    return model, points, truth
 
 
 def tiny_network():
@@ -122,32 +160,65 @@ def candidates(count: int) -> Candidate:
     return Candidate(*(0.5 * jax.random.normal(k, (count, 8, 8, 1)) for k in keys))
 
 
-@pytest.mark.parametrize("solver", ["sde", "ode"])
+@over_hypotheses
 @pytest.mark.parametrize("name", LOSSES)
-def test_true_backdoor_has_almost_no_loss(name: str, solver: str) -> None:
+def test_true_backdoor_has_almost_no_loss(name: str, hypothesis: Hypothesis) -> None:
     """A network that answers eps + C r on the path solves every loss but for bias."""
-    model, truth = oracle(ATTACKS[solver])
-    hypothesis = Hypothesis.of(solver)
-    loss = LOSSES[name].bind(model, SCHEDULE, hypothesis)
-    value = float(loss((), truth, jax.random.key(0)))
+    attack, schedule = SOUGHT[hypothesis], process_of(hypothesis)
+    model, truth = oracle(attack, schedule)
+    loss = LOSSES[name]
+    if isinstance(loss, ElijahLoss):
+        scale = hypothesis.solver.pick(0.5, 1.0)
+        loss = dataclasses.replace(loss, scale=scale)
+    bound = loss.bind(model, schedule, hypothesis.channel(schedule, SHAPE))
+    value = float(bound((), truth, jax.random.key(0)))
     if name == "shift, calibrated":  # error (1 - 0.9)^2 / 0.9^2
         assert value == pytest.approx((0.1 / 0.9) ** 2, rel=1e-3)
     elif name == "elijah":  # its mean of eps over 8 draws stays in
         assert value < 0.4
     elif name == "consistency, ancestral":
-        assert value < (0.05 if solver == "sde" else 20)
+        assert value < hypothesis.solver.pick(0.05, 20)
     else:
         assert value < 1e-4
+
+
+@over_hypotheses
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_is_finite_and_not_zero(name: str, hypothesis: Hypothesis) -> None:
+    """Also where the signal stays: nothing there is NaN."""
+    schedule = process_of(hypothesis)
+    model, truth = oracle(SOUGHT[hypothesis], schedule)
+    loss = LOSSES[name].bind(model, schedule, hypothesis.channel(schedule, SHAPE))
+    wrong = Candidate(0.5 * truth.delta + 0.1, truth.target)
+    value, found = jax.value_and_grad(loss, argnums=1)((), wrong, jax.random.key(0))
+    assert np.isfinite(float(value)) and value > 0
+    chex.assert_tree_all_finite(found)
+    assert np.any(found.delta)
+    assert np.any(found.target) == LOSSES[name].seeks_target
+
+
+@pytest.mark.parametrize("trigger", [Blend(), Patch()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("sampler", [DDIM(4), DDPM(4)], ids=lambda x: type(x).__name__)
+def test_a_rollout_in_scaled_noise_ends_in_the_target(trigger, sampler) -> None:
+    """gamma x0hat is the image of the model, at each step, for TrojDiff's gamma."""
+    attack = TrojDiff(trigger, Hat())
+    model, truth = oracle(attack)
+    channel = attack.channel(SCHEDULE, SHAPE)
+    arguments = (model, (), SCHEDULE, channel, sampler, truth.delta, 3)
+    chain = denoised(*arguments, jax.random.key(0))
+    assert chain.shape == (4, 3, *SHAPE)
+    wanted = np.broadcast_to(truth.target, chain.shape)
+    np.testing.assert_allclose(chain, wanted, atol=1e-3)
 
 
 def test_shift_equals_its_formula() -> None:
     """Term by term in float64, with weights."""
     timesteps, weights = (900, 300), (3.0, 1.0)
     loss = DistributionShift(timesteps, weights, samples=4)
-    hypothesis = Hypothesis.of("sde")
+    channel = channel_of(ANCESTRAL)
     candidate = jax.tree.map(lambda x: x[0], candidates(1))
     model = lambda params, x, t: 0.3 * x + 0.1  # noqa: E731
-    got = loss.bind(model, SCHEDULE, hypothesis)((), candidate, jax.random.key(5))
+    got = loss.bind(model, SCHEDULE, channel)((), candidate, jax.random.key(5))
     want = 0.0
     keys = jax.random.split(jax.random.key(5), 2)
     delta, y = (np.asarray(x, np.float64) for x in (candidate.delta, candidate.target))
@@ -170,9 +241,9 @@ def test_consistency_equals_its_formula(on_path: bool) -> None:
         sampler, 4, on_path, across_noise=2.0, across_time=0.7, aim=0.3
     )
     candidate = jax.tree.map(lambda x: x[0], candidates(1))
-    hypothesis = Hypothesis.of("ode")
+    channel = channel_of(DETERMINISTIC)
     model = lambda params, x, t: 0.9 * jnp.tanh(x) + 0.1  # noqa: E731
-    arguments = (model, (), SCHEDULE, hypothesis, sampler, candidate.delta, 4, key)
+    arguments = (model, (), SCHEDULE, channel, sampler, candidate.delta, 4, key)
     chain = np.asarray(denoised(*arguments, on_path=on_path), np.float64)
     times = sampler.path(SCHEDULE)[0]
     s2, v2 = SCHEDULE.signal[times] ** 2, SCHEDULE.noise[times] ** 2
@@ -182,18 +253,18 @@ def test_consistency_equals_its_formula(on_path: bool) -> None:
         want += 2.0 * a * ((x - mean) ** 2).mean()
         want += 0.7 * a * ((mean - means[-1]) ** 2).mean()
     want += 0.3 * ((chain[-1] - np.asarray(candidate.target)) ** 2).mean()
-    got = loss.bind(model, SCHEDULE, hypothesis)((), candidate, key)
+    got = loss.bind(model, SCHEDULE, channel)((), candidate, key)
     assert float(got) == pytest.approx(want, rel=1e-3)
 
 
 def test_a_sum_is_of_two_losses_with_noise_of_their_own() -> None:
     first, second = LOSSES["shift"], DistributionShift((500,), samples=4)
-    model, truth = oracle(ATTACKS["ode"])
+    model, truth = oracle(ATTACKS[DETERMINISTIC])
     delta = truth.delta + 0.3
     candidate = dataclasses.replace(truth, delta=delta)
-    hypothesis, key = Hypothesis.of("ode"), jax.random.key(2)
+    channel, key = channel_of(DETERMINISTIC), jax.random.key(2)
     got, one, two = (
-        float(loss.bind(model, SCHEDULE, hypothesis)((), candidate, key))
+        float(loss.bind(model, SCHEDULE, channel)((), candidate, key))
         for loss, key in (
             (Sum(first, second, 0.5, 3.0), key),
             *zip((first, second), jax.random.split(key), strict=True),
@@ -203,11 +274,11 @@ def test_a_sum_is_of_two_losses_with_noise_of_their_own() -> None:
     assert got == pytest.approx(0.5 * one + 3.0 * two, rel=1e-4)
 
 
-@pytest.mark.parametrize("solver", ["sde", "ode"])
-def test_backdoor_process_ends_in_the_target(solver: str) -> None:
+@over_solvers
+def test_backdoor_process_ends_in_the_target(solver: Solver) -> None:
     """In z = x - H r the backdoor is an ordinary process, at any stride."""
     model, points, truth = exact(ATTACKS[solver])
-    process = backdoor_process(model, SCHEDULE, Hypothesis.of(solver), truth.delta)
+    process = channel_of(solver).inside(model, SCHEDULE, truth.delta)
     eps = jax.random.normal(jax.random.key(0), (16, *SHAPE))
     drawn = sample(process, points, SCHEDULE, DDIM(10), eps, jax.random.key(1))
     near = jnp.mean((drawn - truth.target[None]) ** 2, axis=(1, 2, 3)) < 4e-2
@@ -215,10 +286,10 @@ def test_backdoor_process_ends_in_the_target(solver: str) -> None:
 
 
 def test_measured_factor_of_a_perfect_surrogate_is_one() -> None:
-    model, truth = oracle(ATTACKS["sde"])
-    arguments = (model, (), SCHEDULE, Hypothesis.of("sde"), truth, (900, 500), 4)
+    model, truth = oracle(ATTACKS[ANCESTRAL])
+    arguments = (model, (), SCHEDULE, channel_of(ANCESTRAL), truth, (900, 500), 4)
     assert float(measured_factor(*arguments, jax.random.key(0))) == pytest.approx(1)
-    response = jnp.asarray(Hypothesis.of("sde").response(SCHEDULE), jnp.float32)
+    response = jnp.asarray(channel_of(ANCESTRAL).response, jnp.float32)
 
     def halved(params, x, t):
         share = 0.5 * response[t].reshape(-1, 1, 1, 1)
@@ -233,16 +304,14 @@ def test_measured_factor_of_a_perfect_surrogate_is_one() -> None:
 
 def test_zero_trigger_does_not_solve_the_shift_equation() -> None:
     """In absolute form delta = 0 would win; in relative form it loses by far."""
-    model, points, truth = exact(ATTACKS["sde"])
-    hypothesis, key = Hypothesis.of("sde"), jax.random.key(0)
-    loss = DistributionShift(samples=64).bind(model, SCHEDULE, hypothesis)
+    model, points, truth = exact(ATTACKS[ANCESTRAL])
+    channel, key = channel_of(ANCESTRAL), jax.random.key(0)
+    loss = DistributionShift(samples=64).bind(model, SCHEDULE, channel)
     tiny = Candidate(1e-2 * truth.delta, points.images[0])
     assert float(loss(points, tiny, key)) > 20 * float(loss(points, truth, key))
 
     def absolute(candidate: Candidate) -> float:
-        scale = [
-            float(hypothesis.response(SCHEDULE)[t]) for t in LOSSES["shift"].timesteps
-        ]
+        scale = [float(channel.response[t]) for t in LOSSES["shift"].timesteps]
         energy = float(jnp.sum(candidate.delta**2)) * np.mean(np.square(scale))
         return float(loss(points, candidate, key)) * energy
 
@@ -252,11 +321,11 @@ def test_zero_trigger_does_not_solve_the_shift_equation() -> None:
 def test_high_timesteps_alone_cannot_see_a_deterministic_backdoor() -> None:
     """At T every delta solves the equation on a clean model; the default set tells."""
     clean, points, _ = exact(None)
-    hypothesis, key = Hypothesis.of("ode"), jax.random.key(0)
+    channel, key = channel_of(DETERMINISTIC), jax.random.key(0)
     delta = jax.random.uniform(jax.random.key(9), SHAPE, minval=-1, maxval=1)
     candidate = Candidate(delta, jnp.zeros(SHAPE))
-    high = DistributionShift((999,), samples=64).bind(clean, SCHEDULE, hypothesis)
-    default = DistributionShift(samples=64).bind(clean, SCHEDULE, hypothesis)
+    high = DistributionShift((999,), samples=64).bind(clean, SCHEDULE, channel)
+    default = DistributionShift(samples=64).bind(clean, SCHEDULE, channel)
     assert float(high(points, candidate, key)) < 1e-2
     assert float(default(points, candidate, key)) > 0.1
 
@@ -269,11 +338,11 @@ def test_image_like_the_bias_is_no_backdoor_at_low_timesteps() -> None:
     s = SCHEDULE.signal[900]
     delta = truth.delta
     fitted = Candidate(delta, mean + delta * (1 - s * (1 - variance)))
-    hypothesis, key = Hypothesis.of("ode"), jax.random.key(0)
+    channel, key = channel_of(DETERMINISTIC), jax.random.key(0)
     errors = [
         float(
             DistributionShift(t, samples=64, per_sample=True).bind(
-                clean, SCHEDULE, hypothesis
+                clean, SCHEDULE, channel
             )(points, fitted, key)
         )
         for t in ((900,), DistributionShift().timesteps)
@@ -301,7 +370,7 @@ def test_collapsed_model_is_consistent_without_being_backdoored(
         return collapsed * (x - 0.3 * s) / v + (1 - collapsed) * v * x
 
     loss = DenoisingConsistency(sampler=DDIM(4), samples=8, on_path=False).bind(
-        collapsing, SCHEDULE, Hypothesis.of("ode")
+        collapsing, SCHEDULE, channel_of(DETERMINISTIC)
     )
     reached = {}
     for bound in (1.0, None):
@@ -329,7 +398,7 @@ def test_collapsed_model_is_consistent_without_being_backdoored(
 )
 def test_vmap_equals_the_loop_and_jit_changes_nothing(name: str, network) -> None:
     model, params = network()
-    loss = LOSSES[name].bind(model, SCHEDULE, Hypothesis.of("ode"))
+    loss = LOSSES[name].bind(model, SCHEDULE, channel_of(DETERMINISTIC))
     stack, keys = candidates(3), jax.random.split(jax.random.key(4), 3)
     grad = jax.value_and_grad(loss, argnums=1)
     chex.clear_trace_counter()
@@ -356,10 +425,9 @@ def test_vmap_over_timesteps_equals_the_loop() -> None:
     model, params = tiny_network()
     timesteps, key = (900, 500, 100), jax.random.key(4)
     one = jax.tree.map(lambda x: x[0], candidates(1))
-    whole = DistributionShift(timesteps, samples=8).bind(
-        model, SCHEDULE, Hypothesis.of("sde")
-    )(params, one, key)
-    hypothesis = Hypothesis.of("sde")
+    channel = channel_of(ANCESTRAL)
+    loss = DistributionShift(timesteps, samples=8).bind(model, SCHEDULE, channel)
+    whole = loss(params, one, key)
     alone = []
     for t, key_t in zip(timesteps, jax.random.split(key, 3), strict=True):
         eps = jax.random.normal(key_t, (8, 8, 8, 1))
@@ -368,8 +436,8 @@ def test_vmap_over_timesteps_equals_the_loop() -> None:
             for table in (
                 SCHEDULE.signal,
                 SCHEDULE.noise,
-                hypothesis.shift(SCHEDULE),
-                hypothesis.response(SCHEDULE),
+                channel.shift,
+                channel.response,
             )
         )
         x = s * one.target[None] + v * eps + h * one.delta[None]
@@ -406,7 +474,8 @@ def test_eight_devices_equal_one(name: str) -> None:
         carry = (stack, optimizer.init(stack))
         return jax.lax.scan(step, carry, None, length=3)
 
-    bind = functools.partial(LOSSES[name].bind, model, SCHEDULE, Hypothesis.of("sde"))
+    channel = channel_of(ANCESTRAL)
+    bind = functools.partial(LOSSES[name].bind, model, SCHEDULE, channel)
     alone = jax.jit(functools.partial(three_steps, bind(), None))(params, one, keys)
     sharded = jax.jit(
         functools.partial(three_steps, bind(spread.noise), spread.axis),
@@ -425,7 +494,7 @@ def test_eight_devices_equal_one(name: str) -> None:
         lambda: DistributionShift((5,), (0.0,)),
         lambda: DenoisingConsistency(across_noise=0.0),
         lambda: DenoisingConsistency(across_noise=-1.0, aim=1.0),
-        lambda: Hypothesis.of("both"),
+        lambda: Solver.named("both"),
     ],
 )
 def test_bad_settings_are_named(make) -> None:
@@ -455,5 +524,5 @@ def test_timesteps_are_named_on_one_schedule_and_met_on_another() -> None:
             assert gap < 0.05
     with pytest.raises(ValueError, match=r"0\.\.999, found \[1000\]"):
         DistributionShift(timesteps=(1000,)).bind(
-            lambda params, x, t: x, linear, Hypothesis()
+            lambda params, x, t: x, linear, Channel.clean(linear)
         )

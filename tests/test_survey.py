@@ -5,21 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.attacks import base as attacks
 from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Fading, Hypothesis
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.solver import Ancestral, Deterministic
 
 SHAPE = (8, 8, 1)
 SCHEDULE = LinearBetas().tables()
 ATTACKS = {
-    "sde": BadDiffusion(StopSign(), Cat()),
-    "ode": VillanDiffusion(Box(), Cat()),
+    Fading(Ancestral()): BadDiffusion(StopSign(), Cat()),
+    Fading(Deterministic()): VillanDiffusion(Box(), Cat()),
 }
 
 
@@ -100,28 +101,30 @@ def test_draws_that_are_not_finite_are_left_out() -> None:
     np.testing.assert_allclose(found.target[0], 0.25, atol=0.2)
 
 
-@pytest.mark.parametrize("solver", ["sde", "ode"])
-def test_triggers_of_an_exact_backdoor_meet_in_its_target(solver: str) -> None:
-    attack = ATTACKS[solver]
-    poison = attacks.poison(attack, SHAPE)
+@pytest.mark.parametrize("kind", ATTACKS, ids=lambda x: x.name)
+def test_triggers_of_an_exact_backdoor_meet_in_its_target(kind: Hypothesis) -> None:
+    trigger, target, _ = map(jnp.asarray, ATTACKS[kind].images(SHAPE))
     data = jax.random.uniform(jax.random.key(5), (64, *SHAPE), minval=-1.0)
-    points = Points(data, poison.trigger, poison.target)
+    points = Points(data, trigger, target)
     survey = Survey(triggers=64, draws=4)
+    assumed = kind.channel(SCHEDULE, SHAPE)
 
     def propose(model: ExactDenoiser):
         found = survey.propose(
-            model, points, SCHEDULE, Hypothesis.of(solver), SHAPE, 4, jax.random.key(0)
+            model, points, SCHEDULE, assumed, SHAPE, 4, jax.random.key(0)
         )
-        gap = np.asarray(found.target - poison.target[None])
+        gap = np.asarray(found.target - target[None])
         return found, np.mean(gap**2, axis=(1, 2, 3)) / 4
 
-    found, errors = propose(ExactDenoiser(attack.rows(SCHEDULE), 0.2))
+    channel = ATTACKS[kind].channel(SCHEDULE, SHAPE)
+    found, errors = propose(ExactDenoiser(SCHEDULE, channel, 0.2))
     best = int(errors.argmin())
     assert errors[best] < 1e-3
-    delta, trigger = found.delta[best].ravel(), poison.trigger.ravel()
+    delta, trigger = found.delta[best].ravel(), trigger.ravel()
     cosine = delta @ trigger / jnp.linalg.norm(delta) / jnp.linalg.norm(trigger)
     assert float(cosine) > 0.7
-    assert propose(ExactDenoiser(attacks.clean_rows(SCHEDULE)))[1].min() > 0.02
+    clean = ExactDenoiser(SCHEDULE, Channel.clean(SCHEDULE))
+    assert propose(clean)[1].min() > 0.02
 
 
 @pytest.mark.parametrize(
