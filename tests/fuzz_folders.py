@@ -327,7 +327,8 @@ def make(top: pathlib.Path, count: int, seed: int) -> list[pathlib.Path]:
         kind = KINDS[i % len(KINDS)]
         name = os.fsdecode(b"%03d-" % i + NAMES[rng.randrange(len(NAMES))])
         folder = top / name
-        convert.write_folder(folder, convert.Model(TINY, params, convert.Scheduling()))
+        spec = convert.Spec(TINY, convert.Scheduling())
+        convert.write_folder(folder, convert.Model(spec, params))
         kind(folder, rng)
         made.append(folder)
     return made

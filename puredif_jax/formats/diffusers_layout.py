@@ -18,6 +18,7 @@ from puredif_jax.formats.opening import read_json
 from puredif_jax.formats.weight_sets import of_file, weight_sets
 
 SCHEDULER = "scheduler_config.json"
+FIRST_STAGE = "vqvae"  # the part of a pipeline that makes images of latents
 UP = 2  # folders above a network without a scheduler in which one is looked for
 
 
@@ -96,6 +97,15 @@ def is_network(folder: pathlib.Path) -> bool:
     if kind is None:
         return bool(weight_sets(folder))
     return not str(kind).endswith(("Scheduler", "Pipeline"))
+
+
+def is_latent(path: pathlib.Path) -> bool:
+    """Whether a folder's index names a first stage, so that a model draws latents."""
+    index = path / "model_index.json"
+    try:
+        return index.is_file() and bool(read_json(index).get(FIRST_STAGE))
+    except ConvertError:
+        return False
 
 
 def _pipeline_above(network: pathlib.Path) -> pathlib.Path | None:

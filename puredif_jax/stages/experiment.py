@@ -29,7 +29,7 @@ from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.diffusion.schedules import LinearBetas, NoiseSchedule, Process
 from puredif_jax.diffusion.solver import Ancestral, Deterministic, Solver
 from puredif_jax.files.whole import safe_name
-from puredif_jax.networks.unet import UNet
+from puredif_jax.networks.base import ImageNetwork
 
 
 def _at_least(node: Any, **bounds: int) -> None:
@@ -272,7 +272,7 @@ class Experiment:
     """
 
     workdir: str
-    model: UNet
+    model: ImageNetwork
     weights: str | None = None
     training: Training | None = None
     attack: Attack | None = None

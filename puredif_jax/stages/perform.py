@@ -18,7 +18,9 @@ from puredif_jax.defenses.objective import Loss
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.files.whole import safe_name
 from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.base import Model, Spec
 from puredif_jax.formats.discovery import distinct
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.runs import config, numerics, parallel, weight_file
@@ -31,7 +33,9 @@ from puredif_jax.stages.audit import Auditor
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.finding import Finding, scope
 from puredif_jax.stages.lab import PLAIN, Lab, Success
-from puredif_jax.stages.weights import Truth, find_weights, fingerprint, weight_digests
+from puredif_jax.stages.models import Models
+from puredif_jax.stages.pictures import as_images
+from puredif_jax.stages.weights import Truth
 from puredif_jax.types import Params
 
 WEIGHTS = "weights.safetensors"
@@ -72,16 +76,17 @@ class Stages:
                 f"training.batch must be a multiple of the {devices} devices (or set "
                 f"fewer `devices`), found {experiment.training.batch}"
             )
-        if experiment.training and experiment.model.param_dtype != "float32":
+        dtype = getattr(experiment.model, "param_dtype", "float32")
+        if experiment.training and dtype != "float32":
             raise RunError(
                 "training steps are too small for parameters of bfloat16, found "
-                f"model.param_dtype={experiment.model.param_dtype}: set it to float32 "
+                f"model.param_dtype={dtype}: set it to float32 "
                 "(model.dtype may be bfloat16)"
             )
-        if experiment.training and experiment.model.dropout:
+        dropout = getattr(experiment.model, "dropout", 0)
+        if experiment.training and dropout:
             raise RunError(
-                f"training has no dropout, found model.dropout="
-                f"{experiment.model.dropout}: set it to 0"
+                f"training has no dropout, found model.dropout={dropout}: set it to 0"
             )
         measured = experiment.attack or experiment.evaluation.frechet_draws
         if experiment.training or (experiment.weights and measured):
@@ -100,7 +105,7 @@ class Stages:
                 raise RunError(str(error)) from error
         for name in names(experiment):
             self.lab.load(name)
-        pin(self.lab.run.folder, digests(experiment))
+        pin(self.lab.run.folder, digests(experiment, self.lab.models))
 
     def check_timesteps(self) -> None:
         """Makes every path and binds every loss, which read the schedule.
@@ -153,10 +158,10 @@ class Stages:
         return Truth.of(attack, self.lab.schedule, self.lab.unet.image_shape)
 
     @property
-    def scheduling(self) -> convert.Scheduling:
+    def scheduling(self) -> Scheduling:
         """What the folder of the trained model says of its schedule."""
         experiment = self.experiment
-        return convert.Scheduling(experiment.schedule, experiment.prediction, clip=None)
+        return Scheduling(experiment.schedule, experiment.prediction, clip=None)
 
     def save(self, params: Params) -> None:
         """Writes the trained model, and a folder of diffusers where that can say it."""
@@ -170,7 +175,7 @@ class Stages:
         truth = None if experiment.attack is None else self.truth()
         if truth is not None:
             truth.save(top / WEIGHTS)
-        model = convert.Model(experiment.model, host, self.scheduling)
+        model = Model(Spec(experiment.model, self.scheduling), host)
         try:
             convert.write_folder(top / convert.FOLDER, model)
         except convert.ConvertError as error:
@@ -308,13 +313,19 @@ def names(experiment: Experiment) -> list[str]:
     return sorted(found - {"trained"})
 
 
-def digests(experiment: Experiment) -> dict[str, str]:
+def opened(experiment: Experiment) -> Models:
+    """Where the weights of an experiment are read."""
+    audit = experiment.audit
+    return Models(None if audit is None else audit.scheduler)
+
+
+def digests(experiment: Experiment, models: Models) -> dict[str, str]:
     """The fingerprint of each of the weights that an experiment reads.
 
     Raises:
       InputError: they cannot be read.
     """
-    return {name: fingerprint(name) for name in names(experiment)}
+    return {name: models[name].fingerprint for name in names(experiment)}
 
 
 def labels(weights: Sequence[str]) -> dict[str, str]:
@@ -332,8 +343,12 @@ def labels(weights: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def open_lab(experiment: Experiment) -> Lab:
+def open_lab(experiment: Experiment, models: Models | None = None) -> Lab:
     """The model of an experiment on its devices, in its folder.
+
+    Args:
+      experiment: the experiment.
+      models: where its weights are read.
 
     Raises:
       InputError: the devices do not fit, or the folder holds another run.
@@ -353,17 +368,22 @@ def open_lab(experiment: Experiment) -> Lab:
         experiment.chunk,
         experiment.prediction,
         experiment.images,
+        opened(experiment) if models is None else models,
     )
 
 
-def perform(experiment: Experiment) -> Report:
+def perform(experiment: Experiment, models: Models | None = None) -> Report:
     """Runs an experiment to its report, resuming what its folder already holds.
+
+    Args:
+      experiment: the experiment.
+      models: where its weights are read; what is read there already is not read again.
 
     Raises:
       InputError: something given is wrong, in one sentence.
     """
     config.check(experiment)
-    lab = open_lab(experiment)
+    lab = open_lab(experiment, models)
     run = lab.run
     stages = Stages(experiment, lab)
     stages.check()
@@ -378,25 +398,25 @@ def perform(experiment: Experiment) -> Report:
         stages.save(trained)
         parts.append(stages.measure(trained))
     elif experiment.weights is not None:
-        parts.append(stages.measure(lab.load(experiment.weights)))
+        part = stages.measure(lab.load(experiment.weights))
+        shown = lab.models[experiment.weights].shown
+        section = as_images(part.section, shown, lab.schedule.prior)
+        parts.append(part._replace(section=section))
     if experiment.audit is not None:
         for name, label in labels(experiment.audit.weights).items():
             own = name == "trained"
-            path = run.folder / WEIGHTS if own else find_weights(name)
-            truth = Truth.beside(path, lab.schedule, lab.unet.image_shape)
+            source = lab.models[run.folder / WEIGHTS if own else name]
+            truth = Truth.beside(source.path, lab.schedule, lab.unet.image_shape)
             # Those of the run's own model have been drawn, by `measure`.
             drawn = "true_trained" if own else f"audit_{label}"
             params = trained if own else lab.load(name)
             # Process 0 has written them, and it alone writes of them.
-            sha256 = weight_digests(str(path)) if parallel.is_host_zero() else {}
-            remarks: tuple[str, ...] = ()
-            if not own and convert.is_model(path):
-                spec = convert.read_spec(path, experiment.audit.scheduler)
-                cast = convert.check_weights(path, spec.unet)
-                remarks = (*spec.remarks, *cast)
+            sha256 = source.digests if parallel.is_host_zero() else {}
+            remarks = () if own else source.remarks
             finding, section = Auditor(experiment, lab).audit(
                 label, WEIGHTS if own else name, sha256, remarks, params, truth, drawn
             )
+            section = as_images(section, source.shown, lab.schedule.prior)
             findings[label] = finding
             parts.append(Part({label: finding.numbers()}, section))
     device = jax.devices()[0].device_kind
