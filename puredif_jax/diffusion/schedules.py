@@ -98,6 +98,12 @@ class NoiseSchedule:
         """s_t, 1e-5 or more, so that a division by it stays finite; `[T]`."""
         return np.maximum(self.signal, 1e-5)
 
+    @property
+    def unit(self) -> float:
+        """Half the width of `values`: how much 1 is in the network's own range."""
+        low, high = self.values
+        return (high - low) / 2
+
     def start(self, noise: Any) -> Any:
         """x_T from which sampling starts, of standard noise and what is added to it.
 

@@ -104,6 +104,14 @@ class Format(abc.ABC):
           ConvertError: they cannot be told.
         """
 
+    def homes(self, path: pathlib.Path) -> list[pathlib.Path]:
+        """The folders of its networks, of which a download fetches the weights.
+
+        Raises:
+          ConvertError: its configurations are not supported; no weights are asked for.
+        """
+        return []
+
     def shown(self, path: pathlib.Path, spec: Spec) -> Shown | None:
         """What makes images of what the model draws; None where it draws images.
 

@@ -89,6 +89,11 @@ class DiffusersFolder(Format):
     def files(self, path: pathlib.Path) -> list[pathlib.Path]:
         return _chosen(path).files()
 
+    def homes(self, path: pathlib.Path) -> list[pathlib.Path]:
+        place = locate(path, None)
+        _read_configs(place, [])
+        return [place.network]
+
 
 def read_folder(folder: str | os.PathLike[str]) -> Model:
     """Reads a diffusers folder of an unconditional pixel-space model.
@@ -118,17 +123,6 @@ def is_model(path: str | os.PathLike[str]) -> bool:
     if top.is_file():
         return of_file(top) is not None and is_network(top.parent)
     return is_network(top / "unet") or is_network(top)
-
-
-def check_configs(folder: pathlib.Path) -> pathlib.Path:
-    """The folder of a model's network, if its configurations are supported.
-
-    Raises:
-      ConvertError: as `DiffusersFolder.spec`; weights are not asked for.
-    """
-    place = locate(folder, None)
-    _read_configs(place, [])
-    return place.network
 
 
 def variants(chosen: WeightSet) -> Remarks:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pathlib
 
+from puredif_jax.formats import ddim_checkpoint as ddim_checkpoint
 from puredif_jax.formats import diffusers as diffusers
+from puredif_jax.formats import latent as latent
 from puredif_jax.formats.base import Format, formats
 from puredif_jax.formats.diffusers_config import ConvertError
 
