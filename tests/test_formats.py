@@ -7,6 +7,8 @@ import importlib.util
 import io
 import json
 import pathlib
+import sys
+import types
 import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,7 +37,7 @@ from puredif_jax.diffusion.schedules import (
     Widened,
 )
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
-from puredif_jax.formats import ddim_checkpoint, discovery
+from puredif_jax.formats import ddim_checkpoint, discovery, hub
 from puredif_jax.formats.base import Format, Model, Spec
 from puredif_jax.formats.ddim_checkpoint import DDIMCheckpoint
 from puredif_jax.formats.ddim_config import Config, read_config
@@ -790,3 +792,39 @@ def test_what_a_scan_says_of_a_path_in_no_format(tmp_path) -> None:
     wanted = Scan(str(tmp_path / "scan"), (str(tmp_path),), Audit(weights=()))
     with pytest.raises(InputError, match="in none of the formats"):
         scan.as_experiment(wanted, "x", tmp_path / "x")
+
+
+def test_all_parts_of_latent_diffusion_are_fetched_from_the_hub(
+    tmp_path, monkeypatch
+) -> None:
+    """Configurations first; weights of both networks, where those are supported."""
+    path, _ = write_latents(tmp_path)
+    asked: list[str] = []
+
+    def snapshot_download(name, revision, allow_patterns, local_files_only):
+        asked.extend(allow_patterns)
+        return str(path)
+
+    source = types.ModuleType("huggingface_hub")
+    source.snapshot_download = snapshot_download
+    source.list_repo_files = lambda name, revision: []
+    monkeypatch.setitem(sys.modules, "huggingface_hub", source)
+    assert hub.find_folder("owner/name") == path
+    assert "vqvae/config.json" in asked
+    assert {f"vqvae/{WEIGHTS}", f"unet/{WEIGHTS}"} <= {*asked}
+    place = path / "vqvae" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"act_fn": "gelu"}))
+    asked.clear()
+    assert hub.find_folder("owner/name") == path
+    assert not any(WEIGHTS in pattern for pattern in asked)
+
+
+def test_a_file_that_must_not_be_read_is_named(tmp_path, monkeypatch) -> None:
+    path, _ = write_checkpoint(tmp_path)
+
+    def closed(self, *args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(ddim_checkpoint.zipfile, "is_zipfile", closed)
+    with pytest.raises(InputError, match=r"ckpt.pth \(a pickle\)"):
+        discovery.find([str(path.parent)])

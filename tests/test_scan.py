@@ -313,10 +313,10 @@ def test_whatever_one_model_leads_to_the_others_are_scanned(
     folders = [write(tmp_path / name) for name in ("a", "b")]
     whole = scan.perform_once
 
-    def perform_once(experiment, label):
+    def perform_once(experiment, label, models):
         if experiment.workdir.endswith("/a"):
             raise ZeroDivisionError("of this model")
-        return whole(experiment, label)
+        return whole(experiment, label, models)
 
     monkeypatch.setattr(scan, "perform_once", perform_once)
     _, status = scan.perform_scan(plan(tmp_path / "scan", *folders))

@@ -134,10 +134,10 @@ def _head(path: pathlib.Path) -> bytes:
                     return b""
                 with file.open(name) as member:
                     return member.read(_LONGEST_HEAD)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError):
-        pass  # of which the beginning still tells what it was meant to be
-    with path.open("rb") as plain:
-        return plain.read(_LONGEST_HEAD)
+        with path.open("rb") as plain:
+            return plain.read(_LONGEST_HEAD)
+    except Exception:  # of many kinds: then it is a file that no format knows
+        return b""
 
 
 def _open(path: pathlib.Path) -> _Checkpoint:

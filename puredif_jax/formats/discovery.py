@@ -146,8 +146,9 @@ def _lines(path: pathlib.Path) -> list[str]:
 
 def _no_model(name: str) -> ConvertError:
     return ConvertError(
-        f"{name} is no model: give a folder with unet/config.json, a folder that has "
-        "such folders, a text file that names one a line, or a name of the Hub"
+        f"{name} is no model: give a folder with unet/config.json, a checkpoint file, "
+        "a folder that has such, a text file that names one a line, or a name of the "
+        "Hub"
     )
 
 

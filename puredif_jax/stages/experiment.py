@@ -386,14 +386,14 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """Models in diffusers' format, each audited in a folder of its own.
+    """Models in any format that is known, each audited in a folder of its own.
 
     Started again, or several times at once, each call goes on with what nobody has
     done or is doing; the table of all is written again after each model.
 
     Attributes:
       workdir: folder of the scan; "" for runs/scan-MODEL, see `located`.
-      model: folders of models or of runs that trained one, folders of such folders,
+      model: folders or files of models, or of runs that trained one, folders of such,
         text files that name one a line, or names of the Hub ("owner/name",
         "owner/name@revision", an address).
       audit: how each is inverted and judged; names no weights.
