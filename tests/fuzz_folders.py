@@ -19,6 +19,7 @@ import pickle
 import platform
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -273,6 +274,24 @@ def loose(folder, rng) -> None:
     (folder / "images.npz").write_bytes(file.getvalue())
 
 
+def checkpoint(folder, rng) -> None:
+    """A file that looks like one of the DDIM code, in place of the model."""
+    shutil.rmtree(folder / "unet")
+    (folder / "model_index.json").unlink()
+    names = b"temb.dense.0.weight conv_in.weight"
+    bomb = pickle.dumps([names.decode(), Bomb(folder / "executed")])
+    path = folder / rng.choice(["ckpt.pth", "a.ckpt", f"b{ANSI}.pt", "c<b>.PTH"])
+    path.write_bytes(bomb + rng.randbytes(rng.choice([0, 100])))
+    if rng.random() < 0.5:
+        kind = rng.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_LZMA])
+        with zipfile.ZipFile(path, "w", kind) as file:
+            file.writestr("archive/data.pkl", bomb + bytes(rng.choice([0, 9_000_000])))
+            file.writestr("archive/version", "3")
+    if rng.random() < 0.3:
+        path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+    (folder / "config.yml").write_text(f"data:\n  image_size: {rng.choice(TEXTS[:4])}")
+
+
 def truth(folder, rng) -> None:
     """A whole model, whose truth file is none."""
     (folder / "truth.safetensors").write_bytes(rng.randbytes(50))
@@ -281,7 +300,7 @@ def truth(folder, rng) -> None:
 def parts(folder, rng) -> None:
     path = folder / "model_index.json"
     found = json.loads(path.read_text())
-    found[rng.choice([MARKUP, ANSI, "vae", "unet"])] = rng.choice(
+    found[rng.choice([MARKUP, ANSI, "vae", "vqvae", "unet"])] = rng.choice(
         [
             ["os", "system"],
             ["diffusers", MARKUP],
@@ -312,6 +331,7 @@ KINDS: tuple[Spoil, ...] = (
     odd_files,
     links,
     loose,
+    checkpoint,
     truth,
     parts,
     removed,
@@ -327,7 +347,8 @@ def make(top: pathlib.Path, count: int, seed: int) -> list[pathlib.Path]:
         kind = KINDS[i % len(KINDS)]
         name = os.fsdecode(b"%03d-" % i + NAMES[rng.randrange(len(NAMES))])
         folder = top / name
-        convert.write_folder(folder, convert.Model(TINY, params, convert.Scheduling()))
+        spec = convert.Spec(TINY, convert.Scheduling())
+        convert.write_folder(folder, convert.Model(spec, params))
         kind(folder, rng)
         made.append(folder)
     return made

@@ -76,12 +76,12 @@ def ours(folder: pathlib.Path):
 
 
 def outputs_agree(pipeline, model) -> bool:
-    x = np.broadcast_to(X, (*X.shape[:3], model.unet.in_channels))
+    x = np.broadcast_to(X, (*X.shape[:3], model.spec.network.in_channels))
     with torch.no_grad():
         given = torch.tensor(x.transpose(0, 3, 1, 2).copy())
         wanted = pipeline.unet(given, torch.tensor(TIMES)).sample
-    wanted = wanted.numpy().transpose(0, 2, 3, 1)[..., : model.unet.in_channels]
-    found = jax.jit(model.unet)(model.params, x, TIMES)
+    wanted = wanted.numpy().transpose(0, 2, 3, 1)[..., : model.spec.network.in_channels]
+    found = jax.jit(model.spec.network)(model.params, x, TIMES)
     return np.allclose(found, wanted, atol=2e-4 * np.abs(wanted).max())
 
 
@@ -113,7 +113,7 @@ def compare_saves(folder: pathlib.Path, forms) -> str:
         assert model is not None and outputs_agree(pipeline, model)
     found = discovery.find([str(folder)])
     read = [
-        convert.weight_files(path)
+        convert.DiffusersFolder().files(path)
         for path in found.models.values()
         if isinstance(path, pathlib.Path)
     ]
@@ -135,16 +135,16 @@ def test_dtypes(tmp_path, kind, form) -> None:
     save(tmp_path, net, **SAVES[form])
     pipeline, model = theirs(tmp_path), ours(tmp_path)
     assert outputs_agree(pipeline.to(dtype=torch.float32), model)
-    assert "cast to float32" in convert.check_weights(tmp_path, model.unet)[0]
+    assert "cast to float32" in convert.DiffusersFolder().check(tmp_path, model.spec)[0]
 
 
 def test_a_variant_is_the_one_that_was_asked_for(tmp_path) -> None:
     save(tmp_path, network(1))
     save(tmp_path, network(2), variant="ema")
     place = weight_sets.choose(tmp_path / "unet", "ema").principal
-    spec = convert.read_spec(place)
-    params = convert.read_weights(place, spec.unet)
-    model = convert.Model(spec.unet, params, spec.scheduling)
+    spec = convert.DiffusersFolder().spec(place)
+    params = convert.DiffusersFolder().read(place, spec)
+    model = convert.Model(spec, params)
     assert outputs_agree(theirs(tmp_path, variant="ema"), model)
     with pytest.raises(InputError, match="variant 'fp16'.* has ema, and"):
         weight_sets.choose(tmp_path / "unet", "fp16")
@@ -242,7 +242,7 @@ def assert_alike(folder: pathlib.Path) -> str:
             raise
         return "refused"  # diffusers cannot run it
     assert alike
-    assert_process(pipeline.scheduler, model.scheduling)
+    assert_process(pipeline.scheduler, model.spec.scheduling)
     return "alike"
 
 
@@ -371,7 +371,7 @@ def compare_schedulers(plain: pathlib.Path, name: str) -> collections.Counter:
             warnings.simplefilter("ignore")
             pipeline, spec = theirs(plain), None
             try:
-                spec = convert.read_spec(plain)
+                spec = convert.DiffusersFolder().spec(plain)
             except InputError as error:
                 assert "\n" not in str(error)
         if spec is None or pipeline is None:
@@ -398,7 +398,7 @@ def test_pipelines_convert_their_scheduler(tmp_path, kind) -> None:
     save(tmp_path, network())
     change(tmp_path / "model_index.json", _class_name=kind)
     pipeline = getattr(diffusers, kind).from_pretrained(tmp_path)
-    scheduling = convert.read_folder(tmp_path).scheduling
+    scheduling = convert.read_folder(tmp_path).spec.scheduling
     assert_process(pipeline.scheduler, scheduling)
     assert scheduling.kind == kind.replace("Pipeline", "Scheduler")
 
@@ -407,7 +407,7 @@ def test_a_learned_variance_leaves_the_noise(tmp_path) -> None:
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
     save(tmp_path, network(out_channels=2), scheduler)
     assert assert_alike(tmp_path) == "alike"
-    assert convert.read_folder(tmp_path).unet.learned_variance
+    assert convert.read_folder(tmp_path).spec.network.learned_variance
     path = tmp_path / "scheduler" / "scheduler_config.json"
     change(path, variance_type="fixed_small")
     with pytest.raises(InputError, match="twice its in_channels"):
@@ -435,7 +435,7 @@ def test_the_average_of_a_training_script(tmp_path) -> None:
         "out.checkpoint-5",
         "out.checkpoint-5.unet_ema",
     ]
-    spec = convert.read_spec(found.models["out.checkpoint-5.unet_ema"])
+    spec = convert.DiffusersFolder().spec(found.models["out.checkpoint-5.unet_ema"])
     assert spec.scheduling is not None and not spec.own
     assert any("moving average" in remark for remark in spec.remarks)
 

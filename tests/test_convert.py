@@ -22,9 +22,9 @@ from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import hub, opening, weight_sets
-from puredif_jax.formats.diffusers import Model
+from puredif_jax.formats.base import Model
 from puredif_jax.formats.diffusers_config import ConvertError
-from puredif_jax.formats.diffusers_scheduler import Scheduling
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.networks.unet import UNet
 from puredif_jax.stages.weights import ZOO
 
@@ -37,7 +37,7 @@ SCHEDULINGS = [
 ]
 
 
-MODEL = Model(TINY, draw_params(TINY, scale=1.0), Scheduling())
+MODEL = Model(convert.Spec(TINY, Scheduling()), draw_params(TINY, scale=1.0))
 
 
 @pytest.fixture
@@ -89,9 +89,10 @@ def test_public_architectures_give_the_outputs_of_diffusers(name) -> None:
 
 @pytest.mark.parametrize("scheduling", SCHEDULINGS)
 def test_a_folder_comes_back_bit_for_bit(tmp_path, scheduling) -> None:
-    convert.write_folder(tmp_path, dataclasses.replace(MODEL, scheduling=scheduling))
+    spec = convert.Spec(TINY, scheduling)
+    convert.write_folder(tmp_path, MODEL._replace(spec=spec))
     found = convert.read_folder(tmp_path)
-    assert (found.unet, found.scheduling) == (TINY, scheduling)
+    assert found.spec == spec
     assert_same(found.params)
 
 
@@ -125,7 +126,7 @@ def test_old_names_of_attention_at_the_top_of_the_folder(tmp_path) -> None:
     scheduler = convert.write_scheduling(Scheduling())
     (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
     found = convert.read_folder(tmp_path)
-    assert found.unet == TINY
+    assert found.spec.network == TINY
     assert_same(found.params)
 
 
@@ -367,16 +368,15 @@ def test_options_of_a_solver_are_read() -> None:
 )
 def test_what_diffusers_cannot_say_is_not_written(tmp_path, scheduling, words) -> None:
     with pytest.raises(ConvertError, match=words):
-        convert.write_folder(
-            tmp_path, dataclasses.replace(MODEL, scheduling=scheduling)
-        )
+        spec = convert.Spec(TINY, scheduling)
+        convert.write_folder(tmp_path, MODEL._replace(spec=spec))
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_few_digits_are_written_in_full(tmp_path) -> None:
     unet = dataclasses.replace(TINY, param_dtype="bfloat16")
     params = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), MODEL.params)
-    convert.write_folder(tmp_path, Model(unet, params, Scheduling()))
+    convert.write_folder(tmp_path, Model(convert.Spec(unet, Scheduling()), params))
     found = convert.read_folder(tmp_path).params
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), found, params)
 
@@ -678,9 +678,9 @@ def test_diffusers_draws_the_same_images_from_our_folders(name, monkeypatch) -> 
     from diffusers.schedulers import scheduling_ddpm
 
     model, steps = convert.read_folder(ZOO / name), 10
-    schedule, key = model.scheduling.betas.tables(), jax.random.key(4)
-    sampler = DDPM(steps, clip=model.scheduling.clip)
-    shape = (3, *model.unet.image_shape)
+    schedule, key = model.spec.scheduling.betas.tables(), jax.random.key(4)
+    sampler = DDPM(steps, clip=model.spec.scheduling.clip)
+    shape = (3, *model.spec.network.image_shape)
     start = np.asarray(jax.random.normal(jax.random.key(3), shape))
     times, _ = sampler.path(schedule)
     keys = [jax.random.fold_in(key, t) for t in times]
@@ -695,6 +695,6 @@ def test_diffusers_draws_the_same_images_from_our_folders(name, monkeypatch) -> 
     pipeline = diffusers.DDPMPipeline.from_pretrained(ZOO / name)
     wanted = pipeline(3, num_inference_steps=steps, output_type="np").images
     wanted = wanted.reshape(shape)  # a grey image comes without its channel
-    found = sample(model.unet, model.params, schedule, sampler, start, key)
+    found = sample(model.spec.network, model.params, schedule, sampler, start, key)
     found = np.clip(np.asarray(found) / 2 + 0.5, 0, 1)
     np.testing.assert_allclose(found, wanted, atol=1e-3)

@@ -23,7 +23,8 @@ from puredif_jax.types import InputError
 
 
 def write(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    model = convert.Model(TINY, draw_params(TINY, seed), convert.Scheduling())
+    spec = convert.Spec(TINY, convert.Scheduling())
+    model = convert.Model(spec, draw_params(TINY, seed))
     convert.write_folder(folder, model)
     return folder
 
@@ -229,11 +230,11 @@ def test_what_is_planted_beside_weights_decides_nothing(tmp_path) -> None:
     nested.write_text(json.dumps(unet | {"norm_eps": 1e-2}))
     rows = discovery.find([str(top)]).models
     for name in ("p", "p.fp16"):
-        spec = convert.read_spec(rows[name])
-        assert spec.scheduling == convert.Scheduling() and spec.unet == TINY
+        spec = convert.DiffusersFolder().spec(rows[name])
+        assert spec.scheduling == convert.Scheduling() and spec.network == TINY
     assert "a pipeline of its own" in str(rows["p.unet"])
     with pytest.raises(InputError, match="say how to draw from"):
-        convert.read_spec(top / "unet")
+        convert.DiffusersFolder().spec(top / "unet")
 
 
 def test_an_index_hides_nothing(tmp_path) -> None:

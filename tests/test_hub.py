@@ -52,7 +52,7 @@ def test_addresses_of_no_model_say_what_to_give(address, words) -> None:
 
 def test_what_else_may_be_weights_is_named(tmp_path, monkeypatch, caplog) -> None:
     """A variant is fetched where it is asked for; the log names what is left."""
-    model = convert.Model(TINY, draw_params(TINY), convert.Scheduling())
+    model = convert.Model(convert.Spec(TINY, convert.Scheduling()), draw_params(TINY))
     convert.write_folder(tmp_path, model)
     plain = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     plain.rename(plain.with_name("diffusion_pytorch_model.ema.safetensors"))

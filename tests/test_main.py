@@ -54,7 +54,7 @@ def test_leaves_a_report(finished: pathlib.Path) -> None:
     assert methods == ["puredif", "elijah"]
     folder = convert.read_folder(finished / "diffusers")
     weights = weight_file.load_weights(finished / "weights.safetensors", shapes(TINY))
-    assert folder.unet == TINY
+    assert folder.spec.network == TINY
     jax.tree.map(np.testing.assert_array_equal, folder.params, weights)
     assert (finished / "diffusers" / "truth.safetensors").exists()
     page = (finished / "report.html").read_text()

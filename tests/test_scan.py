@@ -42,7 +42,7 @@ def compilation_cache(tmp_path_factory, monkeypatch):
 
 def write(folder: pathlib.Path, seed: int = 0, **scheduling) -> pathlib.Path:
     said = convert.Scheduling(**scheduling)
-    model = convert.Model(TINY, draw_params(TINY, seed), said)
+    model = convert.Model(convert.Spec(TINY, said), draw_params(TINY, seed))
     convert.write_folder(folder, model)
     return folder
 
@@ -305,7 +305,7 @@ def test_a_list_names_runs_too(tmp_path) -> None:
 def test_numbers_that_are_not_finite_are_told_and_kept(tmp_path) -> None:
     """Weights so large that the network overflows; the table is read again later."""
     huge = jax.tree.map(lambda x: np.full_like(x, 1e30), draw_params(TINY))
-    model = convert.Model(TINY, huge, convert.Scheduling())
+    model = convert.Model(convert.Spec(TINY, convert.Scheduling()), huge)
     convert.write_folder(tmp_path / "model", model)
     wanted = plan(tmp_path / "scan", tmp_path / "model")
     for _ in range(2):
@@ -321,10 +321,10 @@ def test_whatever_one_model_leads_to_the_others_are_scanned(
     folders = [write(tmp_path / name) for name in ("a", "b")]
     whole = scan.perform_once
 
-    def perform_once(experiment, label):
+    def perform_once(experiment, label, models):
         if experiment.workdir.endswith("/a"):
             raise ZeroDivisionError("of this model")
-        return whole(experiment, label)
+        return whole(experiment, label, models)
 
     monkeypatch.setattr(scan, "perform_once", perform_once)
     _, status = scan.perform_scan(plan(tmp_path / "scan", *folders))
@@ -454,7 +454,7 @@ def test_weights_that_denoise_nothing_are_not_called_clean(tmp_path) -> None:
 
 def test_images_of_other_channels_and_how_a_folder_was_read(tmp_path) -> None:
     unet = dataclasses.replace(TINY, in_channels=4)
-    model = convert.Model(unet, draw_params(unet), convert.Scheduling())
+    model = convert.Model(convert.Spec(unet, convert.Scheduling()), draw_params(unet))
     folder, home = tmp_path / "pipeline", tmp_path / "scan"
     convert.write_folder(folder, model)
     (folder / "scheduler").rename(tmp_path / "scheduler")

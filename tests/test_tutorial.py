@@ -39,7 +39,7 @@ def place(tmp_path_factory) -> pathlib.Path:
     """A folder with a model at models/mine and the configs of the repository."""
     folder = tmp_path_factory.mktemp("tutorial")
     (folder / "configs").symlink_to(ROOT / "configs")
-    model = convert.Model(TINY, draw_params(TINY), convert.Scheduling())
+    model = convert.Model(convert.Spec(TINY, convert.Scheduling()), draw_params(TINY))
     convert.write_folder(folder / "models" / "mine", model)
     return folder
 

@@ -97,25 +97,29 @@ class VPrediction(_Converted):
     """The noise model of a network that predicts v = s_t eps - v_t x_0.
 
     eps = s_t v(x, t) + v_t x and x0hat = s_t x - v_t v(x, t) (Salimans & Ho 2022), of a
-    variance-preserving schedule. x0hat by way of eps would lose its digits where s_t is
-    small.
+    variance-preserving schedule and in the network's own range, whose middle is 0.
+    x0hat by way of eps would lose its digits where s_t is small.
     """
 
     def _estimates(
         self, out: Array, x: Array, signal: Array, noise: Array
     ) -> Estimates:
-        return Estimates(signal * out + noise * x, signal * x - noise * out)
+        unit = self.schedule.unit**2  # v_t and x are both divided by it
+        return Estimates(signal * out + unit * noise * x, signal * x - noise * out)
 
 
 class SamplePrediction(_Converted):
     """The noise model of a network that predicts the clean image x_0.
 
-    eps = (x - s_t x0(x, t)) / v_t and x0hat = x0(x, t); "sample" in diffusers.
+    eps = (x - s_t x0(x, t)) / v_t and x0hat = x0(x, t); "sample" in diffusers. The
+    image comes in the network's own range.
     """
 
     def _estimates(
         self, out: Array, x: Array, signal: Array, noise: Array
     ) -> Estimates:
+        if self.schedule.values != (-1.0, 1.0):
+            out = (out - self.schedule.values[0]) / self.schedule.unit - 1
         return Estimates((x - signal * out) / noise, out)
 
 
@@ -130,8 +134,7 @@ class ScorePrediction(_Converted):
     def _estimates(
         self, out: Array, x: Array, signal: Array, noise: Array
     ) -> Estimates:
-        low, high = self.schedule.values
-        eps = -noise * (high - low) / 2 * out
+        eps = -noise * self.schedule.unit * out
         return Estimates(eps, (x - noise * eps) / signal)
 
 

@@ -101,6 +101,12 @@ class NoiseSchedule:
         found: np.ndarray = np.maximum(self.signal, 1e-5)
         return found
 
+    @property
+    def unit(self) -> float:
+        """Half the width of `values`: how much 1 is in the network's own range."""
+        low, high = self.values
+        return (high - low) / 2
+
     def start(self, noise: Any) -> Any:
         """x_T from which sampling starts, of standard noise and what is added to it.
 

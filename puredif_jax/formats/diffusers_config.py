@@ -159,14 +159,18 @@ def _twice(channels: Any) -> Any:
 
 
 def write_unet(unet: UNet) -> dict[str, Any]:
-    """The configuration of UNet2DModel for a network of ours."""
+    """The configuration of UNet2DModel for a network of ours.
+
+    Without quantization_config: diffusers fails to save a network that has it as None.
+    """
+    off = {k: v[0] for k, v in _OFF.items() if k != "quantization_config"}
     shared = {name: getattr(unet, name) for name in _SHARED}
     height, width = unet.sample_size
     return {
         "_class_name": "UNet2DModel",
         "sample_size": height if height == width else [height, width],
         "out_channels": unet.in_channels * (1 + unet.learned_variance),
-        **{name: values[0] for name, values in _OFF.items()},
+        **off,
         **shared,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from puredif_jax.files.whole import expanded, shortened
 from puredif_jax.formats.diffusers_config import ConvertError
@@ -18,6 +18,7 @@ from puredif_jax.formats.opening import read_json
 from puredif_jax.formats.weight_sets import of_file, weight_sets
 
 SCHEDULER = "scheduler_config.json"
+FIRST_STAGE = "vqvae"  # the part of a pipeline that makes images of latents
 UP = 2  # folders above a network without a scheduler in which one is looked for
 
 
@@ -98,6 +99,15 @@ def is_network(folder: pathlib.Path) -> bool:
     return not str(kind).endswith(("Scheduler", "Pipeline"))
 
 
+def is_latent(path: pathlib.Path) -> bool:
+    """Whether a folder's index names a first stage, so that a model draws latents."""
+    index = path / "model_index.json"
+    try:
+        return index.is_file() and bool(read_json(index).get(FIRST_STAGE))
+    except ConvertError:
+        return False
+
+
 def _pipeline_above(network: pathlib.Path) -> pathlib.Path | None:
     """The pipeline whose network this folder is, by the folder's name."""
     top = network.parent
@@ -171,11 +181,7 @@ def _read_index(path: pathlib.Path) -> tuple[dict[str, str], str | None]:
     if not path.is_file():
         return {}, None
     found = read_json(path)
-    parts = {
-        k: v
-        for k, v in found.items()
-        if isinstance(v, list) and any(v) and not k.startswith("_")
-    }
+    parts = parts_of(found)
     if others := [k for k in parts if k not in ("unet", "scheduler")]:
         raise ConvertError(
             f"{path} is of a pipeline with {shortened(others)}: only those of a unet "
@@ -186,9 +192,27 @@ def _read_index(path: pathlib.Path) -> tuple[dict[str, str], str | None]:
         raise ConvertError(
             f"{path} is of class {pipeline!r}: read are {', '.join(PIPELINES)}"
         )
+    return classes_of(parts, path), pipeline
+
+
+def parts_of(index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What the index of a pipeline says of each part that it has."""
+    return {
+        k: v
+        for k, v in index.items()
+        if isinstance(v, list) and any(v) and not k.startswith("_")
+    }
+
+
+def classes_of(parts: Mapping[str, list[Any]], where: pathlib.Path) -> dict[str, str]:
+    """The class of each part of an index.
+
+    Raises:
+      ConvertError: a class that diffusers does not have.
+    """
     for name, value in parts.items():
         if len(value) != 2 or value[0] != "diffusers" or not isinstance(value[1], str):
             raise ConvertError(
-                f"{path} names {name}={value!r}: only classes of diffusers are read"
+                f"{where} names {name}={value!r}: only classes of diffusers are read"
             )
-    return {name: value[1] for name, value in parts.items()}, pipeline
+    return {name: value[1] for name, value in parts.items()}

@@ -7,7 +7,6 @@ of that class where the file is silent, or not at all.
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +31,13 @@ from puredif_jax.formats.diffusers_config import (
     Remarks,
     as_diffusers_takes,
     refuse_unknown,
+)
+from puredif_jax.formats.scheduling import Scheduling, ScoreScheduling
+from puredif_jax.formats.score_scheduler import (
+    SCORE,
+    SCORE_PIPELINE,
+    read_score,
+    write_score,
 )
 
 _SCHEDULES: dict[str, type[LinearBetas]] = {
@@ -152,36 +158,8 @@ PIPELINES: dict[str, str | None] = {
     "DDPMPipeline": None,
     "DDIMPipeline": "DDIMScheduler",
     "PNDMPipeline": "PNDMScheduler",
+    SCORE_PIPELINE: SCORE,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheduling:
-    """What a folder says of the forward process and of sampling.
-
-    Attributes:
-      betas: the noise schedule.
-      prediction_type: what the network predicts, by the name that diffusers has for it.
-      variance_type: of ancestral sampling, "fixed_small" (the posterior's variance) or
-        "fixed_large" (beta_t).
-      clip: bound on x0hat while sampling, None without one.
-      timestep_spacing: "leading", "linspace" or "trailing".
-      steps_offset: added to leading timesteps.
-      to_clean: the last step of DDIM leads to the clean image, not to t = 0
-        ("set_alpha_to_one").
-      kind: the class of diffusers that draws.
-      learned: the network's output has a half for the variance, which is left out.
-    """
-
-    betas: Process = LinearBetas()
-    prediction_type: Prediction = "epsilon"
-    variance_type: Variance = "fixed_small"
-    clip: Clip = 1.0
-    timestep_spacing: Spacing = "leading"
-    steps_offset: int = 0
-    to_clean: bool = True
-    kind: str = dataclasses.field(default="DDPMScheduler", compare=False)
-    learned: bool = False
 
 
 def read_scheduling(
@@ -206,15 +184,17 @@ def read_scheduling(
     remarks = [] if remarks is None else remarks
     own = config.get("_class_name", "DDPMScheduler")
     kind = own if kind is None else kind
-    if not isinstance(kind, str) or kind not in _SCHEDULERS:
+    if not isinstance(kind, str) or kind not in (*_SCHEDULERS, SCORE):
         raise ConvertError(
-            f"{where} is of class {kind}: read are {', '.join(_SCHEDULERS)}"
+            f"{where} is of class {kind}: read are {', '.join((*_SCHEDULERS, SCORE))}"
         )
     if own != kind:
         remarks.append(
             f"{where} is of {own}, but {kind} draws, as model_index.json says"
         )
     config = as_diffusers_takes(config, where)
+    if kind == SCORE:
+        return read_score(config, where)
     refuse_unknown(config, where, _FIELDS)
     taken = _SCHEDULERS[kind]
     said = {k: v for k, v in config.items() if k in taken}
@@ -342,11 +322,14 @@ def _read_betas(kind: str, found: Mapping[str, Any], where: str) -> Process:
 def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
     """The configuration of diffusers' DDPMScheduler that says the same.
 
-    It is that of DDIMScheduler where the last step does not lead to the clean image.
+    It is that of DDIMScheduler where the last step does not lead to the clean image,
+    and of ScoreSdeVeScheduler for a variance-exploding process.
 
     Raises:
       ConvertError: diffusers has no scheduler that says the same.
     """
+    if isinstance(scheduling, ScoreScheduling):
+        return write_score(scheduling)
     betas, to_clean = scheduling.betas, scheduling.to_clean
     rule: dict[str, Any] = {}
     if isinstance(betas, ZeroTerminalSNR) and not betas.least:

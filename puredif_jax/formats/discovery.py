@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from puredif_jax.files.whole import expanded, safe_name
-from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import hub
 from puredif_jax.formats.diffusers_config import ConvertError
+from puredif_jax.formats.known import format_of
 from puredif_jax.formats.opening import unreadable
 from puredif_jax.formats.search import Search
 from puredif_jax.types import InputError
@@ -29,7 +29,7 @@ RESERVED = ("config.json", "report.json", "report.html", "compiled", "lock")
 class Found(NamedTuple):
     """What a search has found.
 
-    models: by names of their own, a path for `convert.read_spec`, or what is wrong.
+    models: by names of their own, a path that a format knows, or what is wrong.
     notes: sentences on what is not scanned and needs not be.
     """
 
@@ -56,7 +56,7 @@ def find(
     for name in _joined(names):
         try:
             path = hub.find_folder(name, offline, variant)
-            if path.is_file() and not convert.is_model(path):
+            if path.is_file() and format_of(path) is None:
                 lines = _lines(path)
                 if not lines:
                     raise _no_model(name)
@@ -146,8 +146,9 @@ def _lines(path: pathlib.Path) -> list[str]:
 
 def _no_model(name: str) -> ConvertError:
     return ConvertError(
-        f"{name} is no model: give a folder with unet/config.json, a folder that has "
-        "such folders, a text file that names one a line, or a name of the Hub"
+        f"{name} is no model: give a folder with unet/config.json, a checkpoint file, "
+        "a folder that has such, a text file that names one a line, or a name of the "
+        "Hub"
     )
 
 
@@ -155,7 +156,7 @@ def _rows(
     name: str, path: pathlib.Path, variant: str | None, notes: list[str]
 ) -> list[tuple[str, pathlib.Path | InputError]]:
     """The rows of one name; raises ConvertError if it leads to nothing."""
-    if path.is_file() and convert.is_model(path):
+    if path.is_file() and format_of(path) is not None:
         return [(f"{path.parent.name}.{path.name}", path)]
     if not path.is_dir():
         raise _no_model(name)

@@ -105,6 +105,18 @@ def _stored(file: Any, path: pathlib.Path) -> Iterable[Entry]:
 
 def _pickled(path: pathlib.Path) -> Iterable[Entry]:
     """The arrays of a pickle, if PyTorch finds nothing else in it."""
+    return tensors(path, unpickled(path))
+
+
+def unpickled(path: pathlib.Path) -> Any:
+    """What PyTorch's weights-only loading makes of a pickle: nothing is executed.
+
+    The result may hold tensors, scalars, text, and containers of these.
+
+    Raises:
+      ConvertError: it is damaged or packed, holds anything else, or there is no
+        PyTorch.
+    """
     refuse_broken(path)
     try:
         import torch
@@ -117,12 +129,22 @@ def _pickled(path: pathlib.Path) -> Iterable[Entry]:
     try:
         with warnings.catch_warnings():  # about the version of a pickle
             warnings.simplefilter("ignore")
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds; what they advise is not passed on
         raise ConvertError(
             f"{path} is not a pickle of arrays alone{_other_parts(path)}, and is not "
             "read: nothing in it was executed"
         ) from error
+
+
+def tensors(path: pathlib.Path, found: Any) -> Iterable[Entry]:
+    """The arrays of a state dict that `unpickled` has found in a file.
+
+    Raises:
+      ConvertError: it is none of named, dense arrays.
+    """
+    import torch
+
     if not isinstance(found, dict) or not all(
         isinstance(name, str)
         and isinstance(value, torch.Tensor)

@@ -13,9 +13,9 @@ from urllib.parse import unquote, urlsplit
 from absl import logging
 
 from puredif_jax.files.whole import expanded, shortened
-from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.diffusers_config import ConvertError
-from puredif_jax.formats.diffusers_layout import SCHEDULER
+from puredif_jax.formats.diffusers_layout import FIRST_STAGE, SCHEDULER
+from puredif_jax.formats.known import format_of
 from puredif_jax.formats.weight_sets import (
     INDEX,
     PICKLE,
@@ -127,7 +127,8 @@ def _fetched(
         ) from error
     logging.info("asking the Hub for %s", repository)
     configs = ["model_index.json"]
-    for part, file in (("unet", "config"), ("scheduler", "scheduler_config")):
+    files = {part: "config" for part in ("unet", FIRST_STAGE)}
+    for part, file in (files | {"scheduler": "scheduler_config"}).items():
         configs += [f"{part}/{file}.json", f"{file}.json"]
     try:
         get = functools.partial(
@@ -138,12 +139,13 @@ def _fetched(
         )
         folder = pathlib.Path(get(allow_patterns=configs))
         with contextlib.suppress(ConvertError):  # who reads the folder finds it
-            home = convert.check_configs(folder)
-            at = "unet/" if home != folder else ""
-            for patterns in _patterns(at, variant):
-                get(allow_patterns=patterns)
-                if any(each.variant == variant for each in weight_sets(home)):
-                    break
+            kind = format_of(folder)
+            for home in [] if kind is None else kind.homes(folder):
+                at = f"{home.name}/" if home != folder else ""
+                for patterns in _patterns(at, variant):
+                    get(allow_patterns=patterns)
+                    if any(each.variant == variant for each in weight_sets(home)):
+                        break
     except Exception as error:  # of many kinds, by what is wrong with the network
         first = str(error).strip().partition("\n")[0]
         reason = ": ".join(filter(None, (type(error).__name__, first)))

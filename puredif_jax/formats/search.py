@@ -18,8 +18,10 @@ import safetensors.numpy
 from puredif_jax.files.whole import KINDS, shortened
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import diffusers_layout as layout
+from puredif_jax.formats.base import Format
 from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.entries import entries, same
+from puredif_jax.formats.known import format_of
 from puredif_jax.formats.opening import listed, read_json, unreadable
 from puredif_jax.formats.state_dict import to_torch
 from puredif_jax.formats.weight_sets import (
@@ -53,7 +55,7 @@ class Search:
     Attributes:
       top: the folder.
       variant: of the weights to scan; None for those that diffusers loads.
-      rows: a name, and a path for `convert.read_spec` or what is wrong.
+      rows: a name, and a path that a format knows or what is wrong.
       notes: sentences on what is not scanned and needs not be.
     """
 
@@ -141,11 +143,34 @@ class Search:
                     "above it: remove the file, or scan a copy of the folder"
                 )
                 self.rows.append((f"{name}.{folder.name}", error))
+        elif (kind := format_of(folder)) is not None and not _is_diffusers(kind):
+            self._name_top(folder)
+            used = self._whole(folder, kind)
         elif _has_parts(folder):
-            if folder == self.top:
-                self._prefix = _own_name(self.top)
+            self._name_top(folder)
             used = self._model(folder)
         self._lone(folder, inside, used)
+
+    def _name_top(self, folder: pathlib.Path) -> None:
+        """Rows below a folder that is a model and was given go by its name, too."""
+        if folder == self.top:
+            self._prefix = _own_name(self.top)
+
+    def _whole(self, folder: pathlib.Path, kind: Format) -> set[str]:
+        """The row of a folder that is one model; claims the folders of its parts."""
+        found: pathlib.Path | InputError = folder
+        if self.variant is not None:
+            found = ConvertError(
+                f"{folder} is {kind.name}, of which no variant such as "
+                f"{self.variant!r} is read: scan it without --config.variant"
+            )
+        self.rows.append((self._name(folder), found))
+        try:
+            files = kind.files(folder)
+        except InputError:  # who reads the model finds it
+            return set()
+        self._claimed.update(file.parent for file in files if file.parent != folder)
+        return {file.name for file in files if file.parent == folder}
 
     def _model(self, folder: pathlib.Path) -> set[str]:
         """The rows of a model's folder; returns the files that are accounted for."""
@@ -208,6 +233,18 @@ class Search:
             )
         return equal
 
+    def _alone(self, path: pathlib.Path) -> bool:
+        """Adds the row of a file that is a model by itself, if a format knows it."""
+        try:
+            kind = format_of(path)
+        except ConvertError as error:
+            self.rows.append((self._name(path.parent, path.name), error))
+            return True
+        if kind is None or _is_diffusers(kind):
+            return False
+        self.rows.append((self._name(path.parent, path.name), path))
+        return True
+
     def _lone(
         self, folder: pathlib.Path, inside: Sequence[pathlib.Path], used: set[str]
     ) -> None:
@@ -216,7 +253,9 @@ class Search:
         states: list[str] = []
         ours = folder in self._ours
         for path in inside:
-            if path.name in used or path.is_dir() or (kind := may_hold(path)) is None:
+            if path.name in used or path.is_dir():
+                continue
+            if self._alone(path) or (kind := may_hold(path)) is None:
                 continue
             if path.name.endswith(TRUTH) and _is_truth(path):
                 continue
@@ -238,6 +277,11 @@ class Search:
                 "folder with unet/config.json"
             )
             self.rows.append((self._name(folder, "loose"), error))
+
+
+def _is_diffusers(kind: Format) -> bool:
+    """Whether folders are in the format of which each set of weights has a row."""
+    return isinstance(kind, convert.DiffusersFolder)
 
 
 def _reason(folder: pathlib.Path, error: Exception) -> InputError:

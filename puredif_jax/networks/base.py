@@ -1,11 +1,15 @@
-"""What a network is to the formats that read and write its weights."""
+"""What a network is to the formats that read its weights, and to what is done with it.
+
+Each is a frozen configuration that makes its own parameters.
+"""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Hashable
 from typing import Protocol
 
-from puredif_jax.types import Key, Params
+from puredif_jax.types import Array, Key, Params
 
 
 class Network(Hashable, Protocol):
@@ -19,3 +23,24 @@ class Network(Hashable, Protocol):
         another order of axes than PyTorch's.
         """
         ...
+
+
+class ImageNetwork(abc.ABC):
+    """A `Network` of images and timesteps, by which a diffusion model draws.
+
+    It is a frozen dataclass. A field `remat` of it, if there is one, makes blocks anew
+    in the backward pass instead of keeping what is inside them.
+    """
+
+    @property
+    @abc.abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of what goes in and of what comes out."""
+
+    @abc.abstractmethod
+    def init(self, key: Key) -> Params:
+        """Fresh parameters, as of `Network`."""
+
+    @abc.abstractmethod
+    def __call__(self, params: Params, x: Array, t: Array, /) -> Array:
+        """Returns `[B, H, W, C]`, float32, from x `[B, H, W, C]` and t `[B]`."""

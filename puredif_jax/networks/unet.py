@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from puredif_jax.networks.base import ImageNetwork
 from puredif_jax.networks.convolution import conv_general_dilated, conv_of_upsampled
 from puredif_jax.types import Array, Key, Params
 
@@ -37,7 +38,7 @@ def _whole(name: str, found: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class UNet:
+class UNet(ImageNetwork):
     """A UNet2D noise model.
 
     Names and meanings are those of diffusers' `UNet2DModel` configuration.

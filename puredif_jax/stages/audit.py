@@ -27,7 +27,8 @@ from puredif_jax.stages.base import Context, Outcome, Stage, State
 from puredif_jax.stages.finding import Finding, next_steps
 from puredif_jax.stages.inspector import Inspector
 from puredif_jax.stages.lab import PLAIN, SHOWN
-from puredif_jax.stages.weights import WEIGHTS, Truth, find_weights, weight_digests
+from puredif_jax.stages.pictures import as_images
+from puredif_jax.stages.weights import WEIGHTS, Truth, find_weights
 from puredif_jax.stages.work import Work, drawing, inverting
 from puredif_jax.types import Params
 
@@ -143,11 +144,6 @@ class Audit(Stage):
             sections.append(section)
         return state, Outcome(tuple(findings), tuple(sections))
 
-    def _path(self, context: Context, name: str) -> pathlib.Path:
-        if name == "trained":
-            return context.lab.run.folder / WEIGHTS
-        return find_weights(name)
-
     def _truth(self, context: Context, name: str) -> Truth | None:
         """The backdoor that a model is known to have."""
         if name == "trained":
@@ -159,8 +155,9 @@ class Audit(Stage):
         self, context: Context, name: str, label: str, params: Params
     ) -> tuple[Finding, Section]:
         """Inverts and judges one model, from the model alone."""
-        lab, own, path = context.lab, name == "trained", self._path(context, name)
-        truth = Truth.beside(path, lab.schedule, lab.setup.image_shape)
+        lab, own = context.lab, name == "trained"
+        source = lab.models[lab.run.folder / WEIGHTS if own else name]
+        truth = Truth.beside(source.path, lab.schedule, lab.setup.image_shape)
         bench = Inspector(
             lab,
             context.evaluation,
@@ -176,16 +173,12 @@ class Audit(Stage):
         first, *others = found
         verdict = found[first].verdict
         assert verdict is not None
-        remarks: tuple[str, ...] = ()
-        if not own and convert.is_model(path):
-            spec = convert.read_spec(path, self.scheduler)
-            remarks = (*spec.remarks, *convert.check_weights(path, spec.unet))
         finding = Finding(
             label=label,
             weights=WEIGHTS if own else name,
             # Process 0 has written them, and it alone writes of them.
-            sha256=weight_digests(str(path)) if parallel.is_host_zero() else {},
-            remarks=remarks,
+            sha256=source.digests if parallel.is_host_zero() else {},
+            remarks=() if own else source.remarks,
             verdict=verdict,
             calibration=self._calibration(context),
             hypotheses=tuple(each.name for each in bench.hypotheses),
@@ -197,9 +190,11 @@ class Audit(Stage):
                 if (judged := found[each].verdict) is not None
             },
         )
-        if not found[first].inversions:
-            return finding, _refused(bench, verdict)
-        return finding, _page(bench, first, verdict, found, truth)
+        if found[first].inversions:
+            section = _page(bench, first, verdict, found, truth)
+        else:
+            section = _refused(bench, verdict)
+        return finding, as_images(section, source.shown, lab.schedule.prior)
 
     def _calibration(self, context: Context) -> calibration.Calibration:
         """Whose scores the detector compares with: those of models such as these?"""

@@ -17,7 +17,7 @@ from puredif_jax.data.images import FashionMNIST, ImageSet
 from puredif_jax.diffusion.prediction import Prediction
 from puredif_jax.diffusion.schedules import LinearBetas, Process
 from puredif_jax.files.whole import safe_name
-from puredif_jax.networks.unet import UNet
+from puredif_jax.networks.base import ImageNetwork
 from puredif_jax.stages.amplify import Amplification
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.base import Stage
@@ -71,7 +71,7 @@ class Experiment:
     """
 
     workdir: str
-    model: UNet
+    model: ImageNetwork
     weights: str | None = None
     training: Training | None = None
     attack: Attack | None = None
@@ -200,14 +200,14 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """Models in diffusers' format, each audited in a folder of its own.
+    """Models in any format that is known, each audited in a folder of its own.
 
     Started again, or several times at once, each call goes on with what nobody has
     done or is doing; the table of all is written again after each model.
 
     Attributes:
       workdir: folder of the scan; "" for runs/scan-MODEL, see `located`.
-      model: folders of models or of runs that trained one, folders of such folders,
+      model: folders or files of models, or of runs that trained one, folders of such,
         text files that name one a line, or names of the Hub ("owner/name",
         "owner/name@revision", an address).
       audit: how each is inverted and judged; names no weights.

@@ -11,7 +11,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -26,17 +26,18 @@ from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.diffusion.prediction import Prediction
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.diffusion.schedules import NoiseSchedule, Process
-from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.base import Spec
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
-from puredif_jax.networks.unet import UNet
+from puredif_jax.networks.base import ImageNetwork
 from puredif_jax.runs import parallel, weight_file
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.report import progress
 from puredif_jax.runs.run import Run, compiling
 from puredif_jax.stages import programs
+from puredif_jax.stages.models import Models
 from puredif_jax.stages.setup import Setup, Stream, fitted
-from puredif_jax.stages.weights import ASSETS, find_weights
+from puredif_jax.stages.weights import ASSETS
 from puredif_jax.types import Candidate, Key, NoiseModel, Params
 
 SHOWN = 16  # images of a set in a report
@@ -87,6 +88,7 @@ class Lab:
       chunk: most steps of a loop in one dispatch.
       prediction: what the network predicts.
       images: most images that are sampled or inverted together.
+      models: where weights are read; those that are read anyhow may be shared.
 
     Attributes:
       setup: the model without its weights.
@@ -96,15 +98,17 @@ class Lab:
     def __init__(
         self,
         run: Run,
-        unet: UNet,
+        unet: ImageNetwork,
         process: Process,
         batch: int,
         seed: int,
         chunk: int,
         prediction: Prediction = "epsilon",
         images: int = 1,
+        models: Models | None = None,
     ) -> None:
         self.run = run
+        self.models = Models() if models is None else models
         unet, self.together = fitted(unet, images, run.mesh.size)
         slices = self.together if self.together < images else None
         self.setup = Setup(unet, process, prediction, slices, batch, run.mesh)
@@ -113,7 +117,7 @@ class Lab:
         self.chunk = chunk
 
     @property
-    def unet(self) -> UNet:
+    def unet(self) -> ImageNetwork:
         """The network."""
         return self.setup.network
 
@@ -143,30 +147,38 @@ class Lab:
           RunError: a folder of another network, schedule or prediction.
           InputError: the weights cannot be read, or do not fit.
         """
-        path = find_weights(name)
-        if convert.is_model(path):
-            self._compare(path)
-            return self.run.replicate(convert.read_weights(path, self.unet))
+        source = self.models[name]
+        if source.spec is not None:
+            self._compare(source.path, source.spec)
+            return self.run.replicate(source.params)
         shapes = jax.eval_shape(self.unet.init, self.key)
-        return self.run.replicate(weight_file.load_weights(path, shapes))
+        return self.run.replicate(weight_file.load_weights(source.path, shapes))
 
-    def _compare(self, folder: pathlib.Path) -> None:
-        """Refuses a folder that says anything else than this lab does."""
-        spec = convert.read_spec(folder)
-        for name, value in dataclasses.asdict(spec.unet).items():
-            here = getattr(self.unet, name)
-            if name not in ("dtype", "param_dtype", "remat") and value != here:
+    def _compare(self, folder: pathlib.Path, spec: Spec) -> None:
+        """Refuses a model that is another one than this lab's."""
+        there, here = spec.network, self.unet
+        if type(there) is not type(here):
+            raise RunError(
+                f"{folder} has a network of {type(there).__name__}, this run one of "
+                f"{type(here).__name__}: configs/scan.py takes it from the folder"
+            )
+        for field in dataclasses.fields(cast(Any, there)):
+            name = field.name
+            value, ours = (getattr(each, name) for each in (there, here))
+            if name not in ("dtype", "param_dtype", "remat") and value != ours:
                 raise RunError(
                     f"{folder} has a network with {name}={value}, this run one with "
-                    f"{name}={here}: configs/scan.py takes it from the folder"
+                    f"{name}={ours}: configs/scan.py takes it from the folder"
                 )
         scheduling = spec.scheduling
         if scheduling is None or not spec.own:
             return
-        found, here = scheduling.betas.tables(), self.schedule
-        if found.steps != here.steps or not (
-            np.allclose(found.signal, here.signal)
-            and np.allclose(found.given, here.given)
+        found, tables = scheduling.betas.tables(), self.schedule
+        if found.steps != tables.steps or not (
+            found.values == tables.values
+            and np.allclose(found.signal, tables.signal)
+            and np.allclose(found.noise, tables.noise)
+            and np.allclose(found.given, tables.given)
         ):
             raise RunError(
                 f"{folder} has the schedule {type(scheduling.betas).__name__}, this "

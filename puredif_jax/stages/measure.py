@@ -16,6 +16,7 @@ from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
 from puredif_jax.stages.base import Context, Outcome, Result, Row, Stage, State
 from puredif_jax.stages.lab import PLAIN
+from puredif_jax.stages.pictures import as_images
 from puredif_jax.stages.work import Work, drawing
 
 _SUCCESS, _FRECHET = "success", "frechet over garment-net"
@@ -158,5 +159,8 @@ class Measure(Stage):
         measured = Measured(tuple(rates), distance)
         rows = tuple(rate.row() for rate in rates)
         section = Section("Model", text, rows, tuple(pictures), curves)
+        if state.params is None and context.weights is not None:
+            decode = lab.models[context.weights].shown
+            section = as_images(section, decode, lab.schedule.prior)
         state = dataclasses.replace(state, params=params)
         return state, Outcome((measured,), (section,))

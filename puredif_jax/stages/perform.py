@@ -15,7 +15,7 @@ from puredif_jax.stages.base import Context, Outcome, State
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.finding import Finding, scope
 from puredif_jax.stages.lab import Lab
-from puredif_jax.stages.weights import fingerprint
+from puredif_jax.stages.models import Models
 
 
 def names(experiment: Experiment) -> list[str]:
@@ -29,17 +29,27 @@ def names(experiment: Experiment) -> list[str]:
     )
 
 
-def digests(experiment: Experiment) -> dict[str, str]:
+def opened(experiment: Experiment) -> Models:
+    """Where the weights of an experiment are read."""
+    audit = experiment.audit
+    return Models(None if audit is None else audit.scheduler)
+
+
+def digests(experiment: Experiment, models: Models) -> dict[str, str]:
     """The fingerprint of each of the weights that an experiment reads.
 
     Raises:
       InputError: they cannot be read.
     """
-    return {name: fingerprint(name) for name in names(experiment)}
+    return {name: models[name].fingerprint for name in names(experiment)}
 
 
-def open_lab(experiment: Experiment) -> Lab:
+def open_lab(experiment: Experiment, models: Models | None = None) -> Lab:
     """The model of an experiment on its devices, in its folder.
+
+    Args:
+      experiment: the experiment.
+      models: where its weights are read.
 
     Raises:
       InputError: the devices do not fit, or the folder holds another run.
@@ -59,6 +69,7 @@ def open_lab(experiment: Experiment) -> Lab:
         experiment.chunk,
         experiment.prediction,
         experiment.images,
+        opened(experiment) if models is None else models,
     )
 
 
@@ -91,17 +102,21 @@ def check(experiment: Experiment, context: Context) -> None:
     assert context.truth is None or context.attack is not None  # it is defined
     for name in names(experiment):
         lab.load(name)
-    pin(lab.run.folder, digests(experiment))
+    pin(lab.run.folder, digests(experiment, lab.models))
 
 
-def perform(experiment: Experiment) -> Report:
+def perform(experiment: Experiment, models: Models | None = None) -> Report:
     """Runs an experiment to its report, resuming what its folder already holds.
+
+    Args:
+      experiment: the experiment.
+      models: where its weights are read; what is read there already is not read again.
 
     Raises:
       InputError: something given is wrong, in one sentence.
     """
     config.check(experiment)
-    lab = open_lab(experiment)
+    lab = open_lab(experiment, models)
     run, context = lab.run, context_of(experiment, lab)
     check(experiment, context)
     state, outcomes = State(), list[Outcome]()

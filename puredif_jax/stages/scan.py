@@ -1,4 +1,4 @@
-"""Scan: audits models in diffusers' format, one by one, and says what they are."""
+"""Scan: audits models in any format, one by one, and says what they are."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import traceback
 
 from absl import logging
 
-from puredif_jax.diffusion.ddim import DDIM
-from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.files.whole import write_whole
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import discovery
-from puredif_jax.formats.discovery import Found, Models
+from puredif_jax.formats.discovery import Found
+from puredif_jax.formats.discovery import Models as Rows
 from puredif_jax.formats.state_dict import named_leaves
 from puredif_jax.runs import config, parallel
 from puredif_jax.runs.binding import RunError, bind_scan
 from puredif_jax.runs.report import Report
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Scan
+from puredif_jax.stages.models import Models
 from puredif_jax.stages.scan_report import summarise
 from puredif_jax.stages.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.stages.weights import ZOO
@@ -61,14 +61,15 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     report, status = summarise(scan, models, errors, notes)
     written = time.monotonic()
     names = [name for name in models if name not in errors]
+    sources = Models(scan.scheduler)
     homes = [pathlib.Path(scan.workdir) / name for name in names]
     for i in in_turn(homes):
         name, folder = names[i], models[names[i]]
         audited = False
         try:
-            experiment = as_experiment(scan, name, folder)
+            experiment = as_experiment(scan, name, folder, sources)
             label = f"model {i + 1} of {len(names)}"
-            audited = perform_once(experiment, label)
+            audited = perform_once(experiment, label, sources)
         except parallel.Stopped:
             raise
         except InputError as error:
@@ -105,12 +106,12 @@ def find(scan: Scan) -> Found:
     return discovery.find(names, scan.offline, scan.variant)
 
 
-def find_models(scan: Scan) -> Models:
+def find_models(scan: Scan) -> Rows:
     """The models that `find` finds."""
     return find(scan).models
 
 
-def _keep_apart(scan: Scan, models: Models) -> None:
+def _keep_apart(scan: Scan, models: Rows) -> None:
     """A scan must not write where a model lies.
 
     Raises:
@@ -129,9 +130,18 @@ def _keep_apart(scan: Scan, models: Models) -> None:
 
 
 def as_experiment(
-    scan: Scan, name: str, folder: pathlib.Path | InputError
+    scan: Scan,
+    name: str,
+    folder: pathlib.Path | InputError,
+    sources: Models | None = None,
 ) -> Experiment:
-    """The audit of one model: network, schedule and sampling as its folder says.
+    """The audit of one model: network, schedule and sampling as its files say.
+
+    Args:
+      scan: what is scanned.
+      name: of the model.
+      folder: where it lies, or what is wrong.
+      sources: where models are read.
 
     Raises:
       InputError: the configuration of the folder is not supported, its weights are not
@@ -139,14 +149,17 @@ def as_experiment(
     """
     if isinstance(folder, InputError):
         raise folder
-    spec = convert.read_spec(folder, scan.scheduler)
+    path = os.path.abspath(folder)  # never the name of a shipped one
+    source = (Models(scan.scheduler) if sources is None else sources)[path]
+    spec = source.spec
+    if spec is None:
+        raise RunError(f"{folder} is in none of the formats that are read")
     scheduling = spec.scheduling
     if scheduling is None:
         raise convert.no_scheduler(folder)
-    remarks = (*spec.remarks, *convert.check_weights(folder, spec.unet))
-    for remark in remarks:
+    for remark in source.remarks:
         logging.info("%s: %s", name, InputError(remark))
-    size = 4 * sum(leaf.size for leaf in named_leaves(spec.unet).values())
+    size = 4 * sum(leaf.size for leaf in named_leaves(spec.network).values())
     free = parallel.free_memory()
     if 2 * size > free:
         raise RunError(
@@ -156,29 +169,14 @@ def as_experiment(
     betas = scheduling.betas
     if scan.steps > betas.steps:
         logging.info("%s: its schedule allows %d steps of sampling", name, betas.steps)
-    ancestral = DDPM(
-        min(scan.steps, betas.steps),
-        clip=scheduling.clip,
-        spacing=scheduling.timestep_spacing,
-        offset=scheduling.steps_offset,
-        variance=scheduling.variance_type,
-    )
-    deterministic = DDIM(
-        ancestral.steps,
-        clip=ancestral.clip,
-        spacing=ancestral.spacing,
-        offset=ancestral.offset,
-        to_clean=scheduling.to_clean,
-    )
     try:
-        for sampler in (ancestral, deterministic):
-            sampler.path(betas.tables())
+        ancestral, deterministic = scheduling.samplers(scan.steps)
         return Experiment(
             workdir=f"{scan.workdir}/{name}",
-            model=spec.unet,
+            model=spec.network,
             audit=dataclasses.replace(
                 scan.audit,
-                weights=(os.path.abspath(folder),),  # never the name of a shipped one
+                weights=(path,),
                 scheduler=scan.scheduler,
             ),
             evaluation=Evaluation(

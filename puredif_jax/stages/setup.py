@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+from typing import Any, cast
 
 import jax
 from absl import logging
@@ -12,8 +13,8 @@ from jax.sharding import Mesh
 
 from puredif_jax.diffusion.prediction import Prediction, predicting
 from puredif_jax.diffusion.schedules import NoiseSchedule, Process
+from puredif_jax.networks.base import ImageNetwork
 from puredif_jax.networks.memory import activations, sliced
-from puredif_jax.networks.unet import UNet
 from puredif_jax.runs import parallel
 from puredif_jax.runs.binding import RunError
 from puredif_jax.types import NoiseModel, Shard
@@ -46,7 +47,7 @@ class Setup:
       mesh: the devices.
     """
 
-    network: UNet
+    network: ImageNetwork
     process: Process
     prediction: Prediction
     slices: int | None
@@ -83,28 +84,30 @@ class Setup:
 
 
 @functools.lru_cache
-def _activations(unet: UNet) -> int:
-    params = jax.eval_shape(unet.init, jax.random.key(0))
-    return activations(unet, params, unet.image_shape)
+def _activations(network: ImageNetwork) -> int:
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    return activations(network, params, network.image_shape)
 
 
-def fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
+def fitted(
+    network: ImageNetwork, images: int, devices: int
+) -> tuple[ImageNetwork, int]:
     """How many of `images` fit into half the free memory; says so if not all do.
 
     Returns the network, its blocks rematerialised where not even one image fits on each
-    device, and the number, a multiple of the devices.
+    device and it can do that, and the number, a multiple of the devices.
 
     Raises:
       RunError: one image does not fit.
     """
     free = parallel.free_memory() // 2
-    size = _activations(unet)
-    if size > free:
-        unet = dataclasses.replace(unet, remat=True)
-        size = _activations(unet)
+    size, rematerialised = _activations(network), False
+    if size > free and hasattr(network, "remat"):
+        network = dataclasses.replace(cast(Any, network), remat=True)
+        size, rematerialised = _activations(network), True
     if size > free:
         raise RunError(
-            f"one image of {unet.image_shape} takes {size / 2**30:.3g} GiB in this "
+            f"one image of {network.image_shape} takes {size / 2**30:.3g} GiB in this "
             f"network, and half of what is free is {free / 2**30:.3g} GiB"
         )
     fit = devices * (free // size)
@@ -115,8 +118,8 @@ def fitted(unet: UNet, images: int, devices: int) -> tuple[UNet, int]:
             fit,
             images,
             size / 2**20,
-            " with rematerialised blocks" if unet.remat else "",
+            " with rematerialised blocks" if rematerialised else "",
             2 * free / 2**30,
             devices,
         )
-    return unet, fit
+    return network, fit

@@ -28,7 +28,8 @@ from puredif_jax.runs.page import Section
 from puredif_jax.runs.report import Report, environment
 from puredif_jax.stages.base import results
 from puredif_jax.stages.experiment import Experiment, Sweep
-from puredif_jax.stages.perform import digests, perform
+from puredif_jax.stages.models import Models
+from puredif_jax.stages.perform import digests, opened, perform
 from puredif_jax.types import InputError
 
 
@@ -76,24 +77,32 @@ def keep_programs(workdir: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def perform_once(experiment: Experiment, label: str) -> bool:
+def perform_once(
+    experiment: Experiment, label: str, models: Models | None = None
+) -> bool:
     """Does a run that has no report yet, or one by another detector.
 
+    Args:
+      experiment: the run.
+      label: goes into the log where there is anything to do.
+      models: where weights are read; what is read there already is not read again.
+
     Returns:
-      Whether there was anything to do; `label` then goes into the log.
+      Whether there was anything to do.
 
     Raises:
       InputError: its input is wrong, or its folder holds another run, or one of other
         weights.
     """
+    models = opened(experiment) if models is None else models
     folder = pathlib.Path(experiment.workdir)
     wanted = config.to_dict(experiment)
     done = is_run(folder, wanted) and numbers_of(folder, wanted) is not None
     if parallel.agreed(done):
-        pin(folder, digests(experiment))
+        pin(folder, digests(experiment, models))
         return False
     logging.info("%s: %s", label, folder)
-    perform(experiment)
+    perform(experiment, models)
     return True
 
 

@@ -25,6 +25,8 @@ from puredif_jax.attacks.training import (
 from puredif_jax.data import images as data
 from puredif_jax.data.batches import order
 from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.base import Model, Spec
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.runs import checkpoint, parallel, weight_file
 from puredif_jax.runs.binding import RunError
 from puredif_jax.stages.base import Context, Outcome, Stage, State
@@ -161,16 +163,16 @@ class Train(Stage):
                 f"training.batch must be a multiple of the {devices} devices (or set "
                 f"fewer `devices`), found {training.batch}"
             )
-        if network.param_dtype != "float32":
+        dtype = getattr(network, "param_dtype", "float32")
+        if dtype != "float32":
             raise RunError(
                 "training steps are too small for parameters of bfloat16, found "
-                f"model.param_dtype={network.param_dtype}: set it to float32 "
+                f"model.param_dtype={dtype}: set it to float32 "
                 "(model.dtype may be bfloat16)"
             )
-        if network.dropout:
+        if dropout := getattr(network, "dropout", 0):
             raise RunError(
-                f"training has no dropout, found model.dropout={network.dropout}: set "
-                "it to 0"
+                f"training has no dropout, found model.dropout={dropout}: set it to 0"
             )
         context.data.load(network.image_shape)
 
@@ -226,8 +228,8 @@ def save(context: Context, params: Params) -> None:
     weight_file.save_weights(top / WEIGHTS, host, about)
     if truth is not None:
         truth.save(top / WEIGHTS)
-    scheduling = convert.Scheduling(setup.process, setup.prediction, clip=None)
-    model = convert.Model(setup.network, host, scheduling)
+    scheduling = Scheduling(setup.process, setup.prediction, clip=None)
+    model = Model(Spec(setup.network, scheduling), host)
     try:
         convert.write_folder(top / convert.FOLDER, model)
     except convert.ConvertError as error:

@@ -1,8 +1,7 @@
-"""Weights by name or path: where they lie, their digests and their known backdoor."""
+"""Weights by name or path: where they lie, and their known backdoor."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 import pathlib
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from puredif_jax.attacks.pictures import Shape
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Solver
 from puredif_jax.files.whole import expanded
-from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.weight_sets import TRUTH, TRUTH_IMAGES, TRUTH_TABLES
 from puredif_jax.runs import parallel, weight_file
 from puredif_jax.runs.binding import RunError
@@ -45,43 +43,6 @@ def find_weights(name: str) -> pathlib.Path:
             f"({', '.join(shipped)})"
         )
     return path
-
-
-def weight_digests(name: str) -> dict[str, str]:
-    """The SHA-256 of each file that the weights of a name or path lie in.
-
-    By the place of the file in the folder, in hexadecimal digits as of `sha256sum`.
-
-    Raises:
-      InputError: they cannot be read.
-    """
-    path = find_weights(name)
-    if convert.is_model(path):
-        files = convert.weight_files(path)
-    else:
-        files = sorted(p for p in (path, *path.rglob("*")) if p.is_file())
-    home = path if path.is_dir() else path.parent
-    digests = {}
-    for file in files:
-        place = str(file.relative_to(home))
-        try:
-            with file.open("rb") as opened:
-                digests[place] = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise RunError(f"{file} cannot be read: {error}") from error
-    return digests
-
-
-def fingerprint(name: str) -> str:
-    """The SHA-256 of the digests of the files that weights lie in, one after another.
-
-    Raises:
-      InputError: they cannot be read.
-    """
-    digest = hashlib.sha256()
-    for file in weight_digests(name).values():
-        digest.update(bytes.fromhex(file))
-    return digest.hexdigest()
 
 
 class Truth(NamedTuple):
