@@ -1,4 +1,4 @@
-"""PyTorch's state dict of a UNet2DModel, and the parameters of ours."""
+"""PyTorch's state dict of a UNet2DModel, and the parameters of a network of ours."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from puredif_jax.networks.unet import UNet
+from puredif_jax.networks.base import Network
 from puredif_jax.types import Params
 
 # Modules that PyTorch keeps in lists.
 _NUMBERED = (
     "down_blocks up_blocks resnets attentions downsamplers upsamplers to_out".split()
 )
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+# Modules of more than one word that hold others.
+_NESTED = "mid_block time_embedding resnet_down resnet_up".split()
+_LEAVES = {"kernel": "weight", "scale": "weight", "weight": "weight", "bias": "bias"}
 # Names of attention layers before diffusers 0.12.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], unet: UNet) -> Params:
+def from_torch(tensors: Mapping[str, np.ndarray], network: Network) -> Params:
     """Parameters of ours from the arrays of a PyTorch state dict, by its names."""
 
     def leaf(path: Any, like: Any) -> np.ndarray:
@@ -31,7 +33,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], unet: UNet) -> Params:
             value = np.moveaxis(value, (0, 1), (-1, -2))
         return np.ascontiguousarray(value, like.dtype)
 
-    return jax.tree.map_with_path(leaf, _abstract(unet))
+    return jax.tree.map_with_path(leaf, _abstract(network))
 
 
 def to_torch(params: Params) -> dict[str, np.ndarray]:
@@ -51,19 +53,19 @@ def torch_name(path: Any) -> str:
     name = "_".join(modules)
     for numbered in _NUMBERED:
         name = re.sub(rf"{numbered}_(\d+)_?", rf"{numbered}.\1.", name)
-    for single in ("mid_block", "time_embedding"):
-        name = re.sub(rf"^{single}_", f"{single}.", name)
+    for nested in _NESTED:
+        name = re.sub(rf"(^|\.){nested}_", rf"\1{nested}.", name)
     return f"{name.strip('.')}.{_LEAVES[leaf]}"
 
 
 @functools.lru_cache(maxsize=4)
-def _abstract(unet: UNet) -> Any:
-    return jax.eval_shape(unet.init, jax.random.key(0))
+def _abstract(network: Network) -> Any:
+    return jax.eval_shape(network.init, jax.random.key(0))
 
 
-def named_leaves(unet: UNet) -> dict[str, Any]:
+def named_leaves(network: Network) -> dict[str, Any]:
     """The shapes of the parameters, by their names in PyTorch."""
-    leaves = jax.tree.leaves_with_path(_abstract(unet))
+    leaves = jax.tree.leaves_with_path(_abstract(network))
     return {torch_name(path): leaf for path, leaf in leaves}
 
 
