@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from tiny_config import shapes
 
-from puredif_jax.networks.unet import UNet, _normalise
+from puredif_jax.networks.layers import normalise
+from puredif_jax.networks.unet import UNet
 
 GOLDEN = Path(__file__).parent / "golden"
 TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -221,7 +222,7 @@ def test_a_norm_sums_no_gradient_over_pixels_and_images_at_once():
     """XLA would make that of the bias so, besides the sums over pixels alone."""
 
     def loss(x, scale, bias):
-        return jnp.sin(_normalise(x, scale, bias, 2, 1e-5, "float32")).sum()
+        return jnp.sin(normalise(x, scale, bias, 2, 1e-5, "float32")).sum()
 
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 4, 4, 8), (8,), (8,))

@@ -27,7 +27,8 @@ from puredif_jax.formats.diffusers_config import ConvertError, Remarks
 from puredif_jax.formats.entries import Entry, tensors, unpickled
 from puredif_jax.formats.fitting import cast, fitting, parameters
 from puredif_jax.formats.scheduling import Samplers, Scheduling
-from puredif_jax.networks.unet import MOST_BLOCKS, UNet
+from puredif_jax.networks.fields import MOST_BLOCKS
+from puredif_jax.networks.unet import UNet
 from puredif_jax.types import Params
 
 SUFFIXES = (".pth", ".ckpt", ".pt")

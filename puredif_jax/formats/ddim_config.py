@@ -13,7 +13,7 @@ from typing import NamedTuple
 from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.opening import refuse_broken, unreadable
-from puredif_jax.networks.unet import WIDEST
+from puredif_jax.networks.fields import WIDEST
 
 CONFIG = "config.yml"
 LARGEST = 1_000_000  # bytes

@@ -37,6 +37,7 @@ from puredif_jax.formats.diffusers_scheduler import read_scheduling as read_sche
 from puredif_jax.formats.diffusers_scheduler import write_scheduling as write_scheduling
 from puredif_jax.formats.entries import entries
 from puredif_jax.formats.fitting import cast, fitting, parameters
+from puredif_jax.formats.network_config import read_network, write_network
 from puredif_jax.formats.opening import read_json
 from puredif_jax.formats.scheduling import Scheduling as Scheduling
 from puredif_jax.formats.score_scheduler import SCORE
@@ -45,6 +46,7 @@ from puredif_jax.formats.state_dict import new_name
 from puredif_jax.formats.state_dict import to_torch as to_torch
 from puredif_jax.formats.weight_sets import WEIGHTS, WeightSet, choose, of_file
 from puredif_jax.networks.base import ImageNetwork
+from puredif_jax.networks.ncsnpp import NCSNpp
 from puredif_jax.networks.unet import UNet
 from puredif_jax.types import Params
 
@@ -140,7 +142,7 @@ def _read_configs(
 ) -> tuple[ImageNetwork, Scheduling | None]:
     config = place.network / "config.json"
     kind = place.classes.get("unet")
-    unet = read_unet(read_json(config), str(config), kind, remarks)
+    unet = read_network(read_json(config), str(config), kind, remarks)
     if place.scheduler is None:
         return unet, None
     kind = place.classes.get("scheduler")
@@ -187,10 +189,10 @@ def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
     spec, top = model.spec, pathlib.Path(folder)
     if spec.scheduling is None:
         raise ConvertError(f"{folder} is not written: the model has no scheduling")
-    if not isinstance(spec.network, UNet):
+    if not isinstance(spec.network, UNet | NCSNpp):
         kind = type(spec.network).__name__
         raise ConvertError(f"the network of diffusers for {kind} is not written")
-    scheduler, network = write_scheduling(spec.scheduling), write_unet(spec.network)
+    scheduler, network = write_scheduling(spec.scheduling), write_network(spec.network)
     (top / "unet").mkdir(parents=True, exist_ok=True)
     (top / "scheduler").mkdir(exist_ok=True)
     tensors = {k: v.astype(np.float32) for k, v in to_torch(model.params).items()}

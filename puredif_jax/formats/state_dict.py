@@ -18,12 +18,15 @@ _NUMBERED = (
     "down_blocks up_blocks resnets attentions downsamplers upsamplers to_out".split()
 )
 # Other modules that have modules.
-_PARENTS = "encoder decoder quantize mid_block time_embedding".split()
+_PARENTS = (
+    "encoder decoder quantize mid_block time_embedding resnet_down resnet_up".split()
+)
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
     "embedding": "weight",
+    "weight": "weight",
 }
 # Names of attention layers before diffusers 0.12.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -30,13 +30,8 @@ import jax
 import jax.numpy as jnp
 
 from puredif_jax.networks.convolution import conv_of_upsampled
-from puredif_jax.networks.unet import (
-    MOST_BLOCKS,
-    _Attention,
-    _conv,
-    _GroupNorm,
-    _whole,
-)
+from puredif_jax.networks.fields import MOST_BLOCKS, check_whole
+from puredif_jax.networks.layers import Attention, GroupNorm, conv
 from puredif_jax.types import Array, Key, Params
 
 ENCODER_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
@@ -101,16 +96,16 @@ class VQModel:
             "num_vq_embeddings",
             "norm_num_groups",
         ):
-            _whole(name, getattr(self, name))
+            check_whole(name, getattr(self, name))
         if self.vq_embed_dim is not None:
-            _whole("vq_embed_dim", self.vq_embed_dim)
+            check_whole("vq_embed_dim", self.vq_embed_dim)
         if self.embed_dim > WIDEST_CODE:
             raise ValueError(
                 f"a vector of the codebook may have 1 to {WIDEST_CODE} channels, found "
                 f"{self.embed_dim}"
             )
         for width in widths:
-            _whole("each of block_out_channels", width)
+            check_whole("each of block_out_channels", width)
             if width % self.norm_num_groups:
                 raise ValueError(
                     f"each of block_out_channels must be a multiple of norm_num_groups="
@@ -249,10 +244,14 @@ class _Resnet(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        h = _conv(c, self.width, "conv1")(nn.silu(_GroupNorm(c, name="norm1")(x)))
-        h = _conv(c, self.width, "conv2")(nn.silu(_GroupNorm(c, name="norm2")(h)))
+        h = conv(c, self.width, "conv1")(
+            nn.silu(GroupNorm(c, c.norm_num_groups, name="norm1")(x))
+        )
+        h = conv(c, self.width, "conv2")(
+            nn.silu(GroupNorm(c, c.norm_num_groups, name="norm2")(h))
+        )
         if x.shape[-1] != self.width:
-            x = _conv(c, self.width, "conv_shortcut", size=1)(x)
+            x = conv(c, self.width, "conv_shortcut", size=1)(x)
         return x + h
 
 
@@ -262,7 +261,9 @@ def _block(
     for i in range(layers):
         x = _Resnet(config, width, name=f"{prefix}_resnets_{i}")(x)
         if attend:
-            x = _Attention(config, name=f"{prefix}_attentions_{i}")(x)
+            x = Attention(
+                config, config.norm_num_groups, name=f"{prefix}_attentions_{i}"
+            )(x)
     return x
 
 
@@ -270,13 +271,13 @@ def _middle(config: Any, x: Array) -> Array:
     width = config.block_out_channels[-1]
     x = _Resnet(config, width, name="mid_block_resnets_0")(x)
     if config.mid_block_add_attention:
-        x = _Attention(config, name="mid_block_attentions_0")(x)
+        x = Attention(config, config.norm_num_groups, name="mid_block_attentions_0")(x)
     return _Resnet(config, width, name="mid_block_resnets_1")(x)
 
 
 def _out(config: Any, x: Array, channels: int) -> Array:
-    x = nn.silu(_GroupNorm(config, name="conv_norm_out")(x))
-    return _conv(config, channels, "conv_out")(x)
+    x = nn.silu(GroupNorm(config, config.norm_num_groups, name="conv_norm_out")(x))
+    return conv(config, channels, "conv_out")(x)
 
 
 class _Encoder(nn.Module):
@@ -286,7 +287,7 @@ class _Encoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         widths = c.block_out_channels
-        x = _conv(c, widths[0], "conv_in")(x)
+        x = conv(c, widths[0], "conv_in")(x)
         for level, (width, kind) in enumerate(
             zip(widths, c.down_block_types, strict=True)
         ):
@@ -294,7 +295,7 @@ class _Encoder(nn.Module):
             x = _block(c, x, prefix, width, c.layers_per_block, attend)
             if level < len(widths) - 1:
                 name, pad = f"{prefix}_downsamplers_0_conv", ((0, 1), (0, 1))
-                x = _conv(c, width, name, strides=2, padding=pad)(x)
+                x = conv(c, width, name, strides=2, padding=pad)(x)
         return _out(c, _middle(c, x), c.latent_channels)
 
 
@@ -305,7 +306,7 @@ class _Decoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         widths = c.block_out_channels[::-1]
-        x = _middle(c, _conv(c, widths[0], "conv_in")(x))
+        x = _middle(c, conv(c, widths[0], "conv_in")(x))
         for level, (width, kind) in enumerate(
             zip(widths, c.up_block_types, strict=True)
         ):
@@ -313,7 +314,7 @@ class _Decoder(nn.Module):
             x = _block(c, x, prefix, width, c.layers_per_block + 1, attend)
             if level < len(widths) - 1:
                 name = f"{prefix}_upsamplers_0_conv"
-                x = _conv(c, width, name, convolve=conv_of_upsampled)(x)
+                x = conv(c, width, name, convolve=conv_of_upsampled)(x)
         return _out(c, x, c.out_channels)
 
 
@@ -326,7 +327,7 @@ class _Encode(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         x = _Encoder(c, name="encoder")(x.astype(c.dtype))
-        return _conv(c, c.embed_dim, "quant_conv", size=1)(x)
+        return conv(c, c.embed_dim, "quant_conv", size=1)(x)
 
 
 class _Decode(nn.Module):
@@ -337,5 +338,5 @@ class _Decode(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        x = _conv(c, c.latent_channels, "post_quant_conv", size=1)(x.astype(c.dtype))
+        x = conv(c, c.latent_channels, "post_quant_conv", size=1)(x.astype(c.dtype))
         return _Decoder(c, name="decoder")(x)
