@@ -55,7 +55,7 @@ def check_levels(
         )
     for name, valid in (("down", down_blocks), ("up", up_blocks)):
         found = getattr(network, f"{name}_block_types")
-        if len(found) != levels or not set(found) <= set(valid):
+        if len(found) != levels or any(kind not in valid for kind in found):
             raise ValueError(
                 f"{name}_block_types needs {levels} names out of "
                 f"{', '.join(valid)}, found {found}"

@@ -291,9 +291,8 @@ class _NCSNpp(nn.Module):
         groups, scale = _own_groups(c, widths[-1]), c.mid_block_scale_factor
 
         def middle(x: Array, i: int) -> Array:
-            layer = block(
-                c, widths[-1], (groups, groups), name=f"mid_block_resnets_{i}"
-            )
+            name = f"mid_block_resnets_{i}"
+            layer = block(c, widths[-1], (groups, groups), name=name)
             return layer(x, temb, deterministic) / scale
 
         x = Attention(c, groups, name="mid_block_attentions_0")(middle(x, 0)) / scale
