@@ -51,7 +51,8 @@ from puredif_jax.formats.scheduling import Scheduling, ScoreScheduling
 from puredif_jax.formats.state_dict import from_torch, to_torch
 from puredif_jax.formats.weight_sets import WEIGHTS
 from puredif_jax.runs.page import Section
-from puredif_jax.stages import perform, scan
+from puredif_jax.stages import audit as audit_stage
+from puredif_jax.stages import scan
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.experiment import Scan
 from puredif_jax.stages.models import Models, Source
@@ -608,13 +609,13 @@ def test_pictures_of_latents_become_images_a_few_at_a_time(tmp_path) -> None:
         "All",
         pictures=(
             ("draws", images),
-            ("inverted trigger, here", images[0] * BOUND),
+            ("inverted trigger, here", images[0]),
             ("difference from the true one", images[0]),
         ),
         sections=(Section("Below", pairs=(("draws with the trigger", images[:1]),)),),
     )
-    assert as_images(section, None, 1.0) is section
-    found = as_images(section, shown, 1 / BOUND)
+    assert as_images(section, None) is section
+    found = as_images(section, shown)
     (_, draws), (_, trigger) = found.pictures
     assert draws.shape == (6, 32, 32, 3) and np.abs(draws).max() <= 1
     assert trigger.shape == (32, 32, 3)
@@ -759,14 +760,14 @@ def test_a_model_is_scanned_and_read_once(tmp_path, monkeypatch, case) -> None:
         monkeypatch.setattr(case.kind, name, counted)
     pictured: list[tuple[int, ...]] = []
 
-    def as_images_(section, shown, prior):
-        found = as_images(section, shown, prior)
+    def as_images_(section, shown):
+        found = as_images(section, shown)
         for part in found.tree():
             both = (*part.pictures, *part.pairs)
             pictured.extend(np.shape(x)[-3:] for _, x in both)
         return found
 
-    monkeypatch.setattr(perform, "as_images", as_images_)
+    monkeypatch.setattr(audit_stage, "as_images", as_images_)
     audit = Audit(
         weights=(),
         hypotheses=(case.hypothesis,),

@@ -60,11 +60,8 @@ class Channel:
         return diffuse(schedule, y, self.scale * eps, t) + lookup(self.shift, t) * r
 
     def start(self, schedule: NoiseSchedule, eps: Array, r: Array) -> Array:
-        """x_T from which a trigger is drawn: prior (gamma eps + r), plus the centre.
-
-        The centre is where a network's own 0 lies; of eps, r `[B, H, W, C]`.
-        """
-        found: Array = schedule.start(self.scale * eps + r)
+        """x_T from which r is drawn, of eps, r `[B, H, W, C]`: gamma scales eps."""
+        found: Array = schedule.start(self.scale * eps, r)
         return found
 
     def inside(self, model: NoiseModel, schedule: NoiseSchedule, r: Array) -> Denoiser:

@@ -51,7 +51,7 @@ def draw(
       shard: constraint put on the batch at each step.
     """
     if inside is None:
-        start = schedule.start(eps + delta[None])
+        start = schedule.start(eps, delta[None])
         return sample(model, params, schedule, sampler, start, key, shard=shard)
     process = inside.inside(model, schedule, delta)
     if (free := unclipped(sampler)) is not None:

@@ -77,7 +77,7 @@ class ElijahLoss(Loss):
             t = jnp.full((self.samples,), last)
             x = channel.start(schedule, eps, delta[None])
             mean = jnp.mean(model(params, x, t), axis=0)
-            return jnp.mean(jnp.abs(self.scale * delta - mean))
+            return jnp.mean(jnp.abs(self.scale * schedule.trigger_unit * delta - mean))
 
         return loss
 

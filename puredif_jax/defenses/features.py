@@ -43,9 +43,9 @@ class Features(NamedTuple):
     uniformity: mean squared distance between draws from eps + delta, over that
       between draws from eps. Small where the draws agree.
     variation: total variation of the former draws over that of the latter.
-    kl_mean, kl_variance: mean and variance over pixels of delta^2 / 2, the divergence
-      of N(delta, 1) from N(0, 1): M_r and V_r of TERD (Mo et al. 2024, arXiv
-      2409.05294) without their offsets.
+    kl_mean, kl_variance: mean and variance over pixels of delta^2 / 2, delta in
+      deviations of the noise: the divergence of N(delta, 1) from N(0, 1). M_r and V_r
+      of TERD (Mo et al. 2024, arXiv 2409.05294) without their offsets.
     """
 
     shift: Array
@@ -139,7 +139,7 @@ def features(
     start += lookup(channel.shift, jnp.asarray(top)) * candidate.delta[None]
     answer = jnp.mean(model(params, start, jnp.full((plain.shape[0],), top)) - eps, 0)
     norms = jnp.linalg.norm(answer.ravel()) * jnp.linalg.norm(candidate.delta.ravel())
-    divergence = candidate.delta**2 / 2
+    divergence = (schedule.trigger_unit * candidate.delta) ** 2 / 2
     triggered, plain = jnp.clip(triggered, -1, 1), jnp.clip(plain, -1, 1)
     return Features(
         shift=shift,

@@ -107,15 +107,27 @@ class NoiseSchedule:
         low, high = self.values
         return (high - low) / 2
 
-    def start(self, noise: Any) -> Any:
-        """x_T from which sampling starts, of standard noise and what is added to it.
+    @property
+    def trigger_unit(self) -> float:
+        """How much a trigger of 1 is in deviations of the noise that it is added to.
 
-        prior noise + centre, the centre being 0 in the network's own range.
+        A process that fades adds it, an image, to noise of deviation `prior`. A
+        variance-exploding one adds it to noise of deviation 1.
+        """
+        return self.unit if self.fades else 1.0
+
+    def start(self, noise: Any, trigger: Any = 0.0) -> Any:
+        """x_T from which sampling starts, of standard noise and a trigger in it.
+
+        prior (noise + trigger_unit trigger) + centre, where the network's own 0 lies.
         """
         low, high = self.values
-        if (self.prior, low, high) == (1.0, -1.0, 1.0):
-            return noise
-        return self.prior * noise - (2 * low / (high - low) + 1)
+        centre = -(2 * low / (high - low) + 1)
+        if not self.fades:
+            return self.prior * (noise + trigger) + centre
+        if self.prior != 1.0:
+            noise = self.prior * noise
+        return noise + trigger
 
     @property
     def log_snr(self) -> np.ndarray:

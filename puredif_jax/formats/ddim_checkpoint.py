@@ -280,7 +280,7 @@ def _side(
             f"attend at one resolution, {ATTENTION}x{ATTENTION}, and this one at the "
             f"levels {levels}: put its {CONFIG} with data.image_size beside it"
         )
-    side = ATTENTION * 2 ** attending[0]
+    side = ATTENTION << attending[0]
     remarks.append(
         f"{path} does not name the size of its images: it is {side}x{side} if the "
         f"network attends at {ATTENTION}x{ATTENTION}, as the published ones do"

@@ -316,7 +316,8 @@ def _read_betas(kind: str, found: Mapping[str, Any], where: str) -> Process:
     # Otherwise EulerDiscreteScheduler passes the option over.
     if continuous and found["prediction_type"] == "v_prediction":
         betas = ContinuousTime(betas)
-    return betas
+    read: Process = betas
+    return read
 
 
 def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:

@@ -157,7 +157,8 @@ def tensors(path: pathlib.Path, found: Any) -> Iterable[Entry]:
 
     def read(value: Any) -> np.ndarray:
         whole = value.detach().resolve_conj().resolve_neg()
-        return whole.to(torch.float32).numpy()
+        found: np.ndarray = whole.to(torch.float32).numpy()
+        return found
 
     for name, value in found.items():
         kind = str(value.dtype).removeprefix("torch.")

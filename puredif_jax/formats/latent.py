@@ -116,7 +116,8 @@ class LatentFolder(Format):
             ]
             shape = (0, *first.image_shape(latents.shape[1:]))
             whole = np.concatenate([np.zeros(shape, np.float32), *parts])
-            return np.clip(whole[: len(latents)], -1, 1)
+            found: np.ndarray = np.clip(whole[: len(latents)], -1, 1)
+            return found
 
         return images
 

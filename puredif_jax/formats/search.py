@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -353,9 +354,9 @@ def _is_copy(path: pathlib.Path) -> bool:
     )
 
 
-def _nested(flat: dict[str, np.ndarray]) -> dict:
+def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
     """Arrays by names with dots as dictionaries within each other."""
-    nested: dict = {}
+    nested: dict[str, Any] = {}
     for name, value in flat.items():
         *modules, leaf = name.split(".")
         home = nested

@@ -68,7 +68,7 @@ def torch_name(path: Any) -> str:
 
 def _is_kernel(path: Any) -> bool:
     """Whether PyTorch has the axes of a parameter in another order."""
-    return path[-1].key == "kernel"
+    return bool(path[-1].key == "kernel")
 
 
 @functools.lru_cache(maxsize=4)

@@ -160,7 +160,8 @@ def _kernel_gradient(
         def conv(kernel: Array) -> Array:
             return _of_products(_products(tiles, _taps(kernel)))
 
-        return jax.vjp(conv, jnp.zeros(size, x.dtype))[1](g)[0]
+        found: Array = jax.vjp(conv, jnp.zeros(size, x.dtype))[1](g)[0]
+        return found
     if stride > 1 or size[:2] == (1, 1):
         return _kernel_gradient_by_offset(g, x, size, stride, padding)
     edges = tuple(
@@ -206,26 +207,35 @@ def _conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
     if not _suits_winograd(x, kernel.shape, stride, padding):
         return xla(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=cpu, default=xla)
+    found: Array = lax.platform_dependent(x, kernel, cpu=cpu, default=xla)
+    return found
 
 
-def _conv_fwd(x: Array, kernel: Array, stride: int, padding: Padding):
+Pair = tuple[Array, Array]
+
+
+def _conv_fwd(
+    x: Array, kernel: Array, stride: int, padding: Padding
+) -> tuple[Array, Pair]:
     return _conv(x, kernel, stride, padding), (x, kernel)
 
 
-def _conv_bwd(stride: int, padding: Padding, residuals, g: Array):
+def _conv_bwd(stride: int, padding: Padding, residuals: Pair, g: Array) -> Pair:
     x, kernel = residuals
 
-    def xla(g: Array, x: Array, kernel: Array):
-        return jax.vjp(lambda a, b: _convolve(a, b, stride, padding), x, kernel)[1](g)
+    def xla(g: Array, x: Array, kernel: Array) -> Pair:
+        pullback = jax.vjp(lambda a, b: _convolve(a, b, stride, padding), x, kernel)[1]
+        dx, dkernel = pullback(g)
+        return dx, dkernel
 
-    def cpu(g: Array, x: Array, kernel: Array):
+    def cpu(g: Array, x: Array, kernel: Array) -> Pair:
         return (
             _input_gradient(g, kernel, x, stride, padding),
             _kernel_gradient(g, x, kernel.shape, stride, padding),
         )
 
-    return lax.platform_dependent(g, x, kernel, cpu=cpu, default=xla)
+    gradients: Pair = lax.platform_dependent(g, x, kernel, cpu=cpu, default=xla)
+    return gradients
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd)
@@ -296,4 +306,5 @@ def conv_of_upsampled(
         products = _products(tiles, [taps(row) for row in taps(kernel)])
         return _of_products(products, pair)
 
-    return lax.platform_dependent(x, kernel, cpu=parts, default=whole)
+    found: Array = lax.platform_dependent(x, kernel, cpu=parts, default=whole)
+    return found

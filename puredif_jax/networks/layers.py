@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -60,7 +60,8 @@ def normalise(
     gain = jax.lax.rsqrt(variance + eps) * scale.astype(jnp.float32)[None]
     biases = jnp.broadcast_to(bias.astype(jnp.float32), gain.shape)
     shift = jax.lax.optimization_barrier(biases) - mean * gain
-    return (wide * gain[:, None, None] + shift[:, None, None]).astype(dtype)
+    found: Array = wide * gain[:, None, None] + shift[:, None, None]
+    return found.astype(dtype)
 
 
 class GroupNorm(nn.Module):
@@ -73,7 +74,8 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,), c.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), c.param_dtype)
 
-        return normalise(x, scale, bias, self.groups, c.norm_eps, c.dtype)
+        found: Array = normalise(x, scale, bias, self.groups, c.norm_eps, c.dtype)
+        return found
 
 
 def conv(
@@ -83,7 +85,7 @@ def conv(
     size: int = 3,
     zero: bool = False,
     convolve: Callable[..., Array] = conv_general_dilated,
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Conv:
     kwargs.setdefault("padding", size // 2)
     return nn.Conv(

@@ -47,7 +47,7 @@ def sliced(model: NoiseModel, together: int, shard: Shard = unsharded) -> NoiseM
                 return whole(params, *arrays)
             full = count - count % together
             parts = [x[:full].reshape(-1, together, *x.shape[1:]) for x in arrays]
-            out = jax.lax.map(lambda part: whole(params, *part), parts)
+            out: Array = jax.lax.map(lambda part: whole(params, *part), parts)
             out = out.reshape(full, *out.shape[2:])
             if full == count:
                 return out
@@ -55,7 +55,9 @@ def sliced(model: NoiseModel, together: int, shard: Shard = unsharded) -> NoiseM
             return jnp.concatenate([out, rest])
 
         @run.def_vmap
-        def fold(size: int, batched: Any, params: Params, *arrays: Array):
+        def fold(
+            size: int, batched: Any, params: Params, *arrays: Array
+        ) -> tuple[Array, bool]:
             if any(jax.tree.leaves(batched[0])):
                 raise ValueError("a sliced model cannot be vmapped over parameters")
             spread = (
@@ -68,7 +70,8 @@ def sliced(model: NoiseModel, together: int, shard: Shard = unsharded) -> NoiseM
         return run
 
     def pullback(params: Params, x: Array, t: Array, cotangent: Array) -> Array:
-        return jax.vjp(lambda x: model(params, x, t), x)[1](cotangent)[0]
+        found: Array = jax.vjp(lambda x: model(params, x, t), x)[1](cotangent)[0]
+        return found
 
     forward, backward = one_by_one(model), one_by_one(pullback)
 

@@ -205,10 +205,11 @@ class NCSNpp(ImageNetwork):
         out: Any = _NCSNpp(self).apply(
             {"params": params}, x, t, deterministic=dropout_key is None, rngs=rngs
         )
-        out = out.astype(jnp.float32)
+        whole: Array = out.astype(jnp.float32)
         if self.time_embedding_type == "positional":
-            return out
-        return out / t.astype(jnp.float32)[:, None, None, None]
+            return whole
+        found: Array = whole / t.astype(jnp.float32)[:, None, None, None]
+        return found
 
 
 SMALL = NCSNpp(

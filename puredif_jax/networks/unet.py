@@ -135,7 +135,8 @@ class UNet(ImageNetwork):
         out: Any = _UNet2D(self).apply(
             {"params": params}, x, t, deterministic=dropout_key is None, rngs=rngs
         )
-        return out[..., : self.in_channels].astype(jnp.float32)
+        found: Array = out[..., : self.in_channels].astype(jnp.float32)
+        return found
 
 
 SHIPPED = UNet(

@@ -143,7 +143,7 @@ class VQModel:
     @property
     def factor(self) -> int:
         """By how much a side of the latents is shorter than that of an image."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return 1 << (len(self.block_out_channels) - 1)
 
     @property
     def embed_dim(self) -> int:
@@ -201,7 +201,8 @@ class VQModel:
         chex.assert_rank(images, 4)
         self.latent_shape(images.shape[1:])
         out: Any = _Encode(self).apply({"params": params}, images)
-        return out.astype(jnp.float32)
+        found: Array = out.astype(jnp.float32)
+        return found
 
     def decode(self, params: Params, latents: Array) -> Array:
         """Images, float32 `[B, H, W, C]`, of latents `[B, h, w, D]`.
@@ -218,7 +219,8 @@ class VQModel:
         codes = codebook[nearest(codebook, latents)]
         latents = latents + jax.lax.stop_gradient(codes - latents)
         out: Any = _Decode(self).apply({"params": params}, latents)
-        return out.astype(jnp.float32)
+        found: Array = out.astype(jnp.float32)
+        return found
 
 
 def nearest(codebook: Array, latents: Array) -> Array:

@@ -194,7 +194,7 @@ class Audit(Stage):
             section = _page(bench, first, verdict, found, truth)
         else:
             section = _refused(bench, verdict)
-        return finding, as_images(section, source.shown, lab.schedule.prior)
+        return finding, as_images(section, source.shown)
 
     def _calibration(self, context: Context) -> calibration.Calibration:
         """Whose scores the detector compares with: those of models such as these?"""

@@ -161,6 +161,6 @@ class Measure(Stage):
         section = Section("Model", text, rows, tuple(pictures), curves)
         if state.params is None and context.weights is not None:
             decode = lab.models[context.weights].shown
-            section = as_images(section, decode, lab.schedule.prior)
+            section = as_images(section, decode)
         state = dataclasses.replace(state, params=params)
         return state, Outcome((measured,), (section,))

@@ -10,10 +10,8 @@ import numpy.typing as npt
 from puredif_jax.formats.base import Shown
 from puredif_jax.runs.page import Section
 
-_TRIGGERS = ("true trigger", "inverted trigger", "reinforced trigger")
 
-
-def as_images(section: Section, shown: Shown | None, prior: float) -> Section:
+def as_images(section: Section, shown: Shown | None) -> Section:
     """A section whose pictures are images, with all below it.
 
     A trigger is shown as the image whose latents it is. Differences are left out, for
@@ -22,16 +20,12 @@ def as_images(section: Section, shown: Shown | None, prior: float) -> Section:
     Args:
       section: with pictures of what a model draws.
       shown: makes images of that; None where it draws images.
-      prior: standard deviation of the noise that drawing starts from; a trigger is in
-        its unit.
     """
     if shown is None:
         return section
 
     def image(caption: str, x: npt.ArrayLike) -> tuple[str, np.ndarray]:
         latents = np.asarray(x, np.float32)
-        if caption.startswith(_TRIGGERS):
-            latents = np.float32(prior) * latents
         whole = latents.reshape(-1, *latents.shape[-3:])
         images = shown(whole)
         return caption, images.reshape(*latents.shape[:-3], *images.shape[1:])
@@ -49,5 +43,5 @@ def as_images(section: Section, shown: Shown | None, prior: float) -> Section:
         section,
         pictures=images(section.pictures),
         pairs=images(section.pairs),
-        sections=tuple(as_images(below, shown, prior) for below in section.sections),
+        sections=tuple(as_images(below, shown) for below in section.sections),
     )
