@@ -250,7 +250,7 @@ class Lab:
         triggered: np.ndarray,
         plain: np.ndarray,
     ) -> Features:
-        """The features of a candidate; arguments as in `detection.features`."""
+        """The features of a candidate; arguments as in `features.features`."""
 
         program = programs.measuring(self.setup)
         arguments = self.run.replicate((candidate, shift, triggered, plain))
@@ -267,7 +267,7 @@ class Lab:
         candidate: Candidate,
         draws: int,
     ) -> Evidence:
-        """The evidence on a candidate, computed once; as in `detection.evidence`."""
+        """The evidence on a candidate, computed once; as in `features.evidence`."""
 
         def compute() -> Mapping[str, Any]:
             program = programs.showing(self.setup, draws)
@@ -279,7 +279,7 @@ class Lab:
         return Evidence(**stored)
 
     def denoising(self, name: str, params: Params, plain: np.ndarray) -> float:
-        """`detection.denoising` on the model's own draws; computed once."""
+        """`features.denoising` on the model's own draws; computed once."""
 
         def compute() -> Mapping[str, Any]:
             program = programs.judging_denoiser(self.setup)
