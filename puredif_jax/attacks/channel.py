@@ -73,8 +73,12 @@ class Channel:
 class _Inside(Denoiser):
     """e(z, t) = M(gamma z + H_t r, t) - C_t r, with the image of z.
 
-    x0hat of z is (x0hat of x + (v_t C_t - H_t) r / s_t) / gamma; where the model tells
-    the noise alone, it follows from e.
+    With the noise eps and the image x0hat of x, that of z is
+
+      (x0hat + (v_t (gamma C_t r + (1 - gamma) eps) - H_t r) / s_t) / gamma,
+
+    so that z = s_t x0hat_z + v_t e. Where the model tells the noise alone, it follows
+    from e.
     """
 
     model: NoiseModel
@@ -96,7 +100,9 @@ class _Inside(Denoiser):
         if not isinstance(self.model, Denoiser):
             return Estimates.of(self.schedule, self(params, x, t), x, t)
         found = self.model.estimates(params, self._outside(x, t), t)
-        answer, shift = self._answer(t), lookup(self.channel.shift, t)
-        moved = lookup(self.schedule.noise, t) * answer - shift * self.trigger[None]
+        answer, gamma = self._answer(t), self.channel.scale
+        shift = lookup(self.channel.shift, t) * self.trigger[None]
+        eps = gamma * answer + (1 - gamma) * found.eps
+        moved = lookup(self.schedule.noise, t) * eps - shift
         x0 = found.x0 + moved / lookup(self.schedule.least_signal, t)
-        return Estimates(found.eps - answer, x0 / self.channel.scale)
+        return Estimates(found.eps - answer, x0 / gamma)
