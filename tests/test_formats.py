@@ -50,6 +50,8 @@ from puredif_jax.formats.latent import BOUND, LatentFolder
 from puredif_jax.formats.scheduling import Scheduling, ScoreScheduling
 from puredif_jax.formats.state_dict import from_torch, to_torch
 from puredif_jax.formats.weight_sets import WEIGHTS
+from puredif_jax.networks.base import ImageNetwork
+from puredif_jax.networks.ncsnpp import NCSNpp
 from puredif_jax.runs.page import Section
 from puredif_jax.stages import audit as audit_stage
 from puredif_jax.stages import scan
@@ -126,11 +128,21 @@ def write_arrays(folder: pathlib.Path) -> tuple[pathlib.Path, Params]:
     return folder / "model.npz", params
 
 
+SKIPPING = NCSNpp(
+    sample_size=(8, 8),
+    in_channels=3,
+    block_out_channels=(8,),
+    down_block_types=("SkipDownBlock2D",),
+    up_block_types=("SkipUpBlock2D",),
+    layers_per_block=1,
+)
+
+
 def write_diffusers(
-    folder: pathlib.Path, scheduling: Scheduling
+    folder: pathlib.Path, scheduling: Scheduling, network: ImageNetwork = TINY
 ) -> tuple[pathlib.Path, Params]:
-    params = draw_params(TINY, 1)
-    write_folder(folder / "model", Model(Spec(TINY, scheduling), params))
+    params = draw_params(network, 1)
+    write_folder(folder / "model", Model(Spec(network, scheduling), params))
     return folder / "model", params
 
 
@@ -198,6 +210,12 @@ CASES = {
     "score": Case(
         DiffusersFolder,
         lambda folder: write_diffusers(folder, EXPLODING),
+        f"unet/{WEIGHTS}",
+        Exploding(),
+    ),
+    "ncsnpp": Case(
+        DiffusersFolder,
+        lambda folder: write_diffusers(folder, EXPLODING, SKIPPING),
         f"unet/{WEIGHTS}",
         Exploding(),
     ),
@@ -379,20 +397,25 @@ def diffusers():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "network",
+    [dataclasses.replace(TINY, in_channels=3), SKIPPING],
+    ids=["UNet", "NCSNpp"],
+)
 def test_a_variance_exploding_folder_draws_as_in_diffusers(
-    diffusers, tmp_path, monkeypatch
+    diffusers, tmp_path, monkeypatch, network
 ) -> None:
     """From the same noise, with none added on the way, to the same images."""
     import torch
     from diffusers.schedulers import scheduling_sde_ve
 
-    unet = dataclasses.replace(TINY, in_channels=3)
-    params = draw_params(unet, 2, 0.3)
-    write_folder(tmp_path, Model(Spec(unet, EXPLODING), params))
+    params = draw_params(network, 2)
+    write_folder(tmp_path, Model(Spec(network, EXPLODING), params))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipeline).__name__ == "ScoreSdeVePipeline"
     pipeline.set_progress_bar_config(disable=True)
-    start = np.random.default_rng(4).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    shape = (2, 3, *network.sample_size)
+    start = np.random.default_rng(4).normal(size=shape).astype(np.float32)
     module = importlib.import_module(type(pipeline).__module__)
     monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: torch.tensor(start))
     monkeypatch.setattr(
@@ -401,6 +424,7 @@ def test_a_variance_exploding_folder_draws_as_in_diffusers(
     wanted = pipeline(2, num_inference_steps=20, output_type="np").images
 
     spec = DiffusersFolder().spec(tmp_path)
+    assert spec.network == network
     schedule = spec.scheduling.betas.tables()
     model = predicting(spec.network, schedule, spec.scheduling.prediction_type)
     monkeypatch.setattr(ve.jax.random, "normal", lambda key, shape, d: jnp.zeros(shape))
@@ -545,6 +569,15 @@ def test_an_image_size_that_cannot_be_told_is_refused() -> None:
         ddim_checkpoint.read_network(shapes, place, SILENT, [])
     network = ddim_checkpoint.read_network(shapes, place, Config(64, None), [])
     assert network.sample_size == (64, 64)
+
+
+def test_without_pytorch_a_sentence_says_what_to_install(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "ckpt.pth"
+    path.write_bytes(b"\x80\x02 module.temb.dense.0.weight")
+    assert type(format_of(path)) is DDIMCheckpoint
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConvertError, match="install the extra 'torch'"):
+        DDIMCheckpoint().spec(path)
 
 
 def test_a_hostile_checkpoint_is_a_row_with_a_reason(tmp_path) -> None:
@@ -781,7 +814,8 @@ def test_a_model_is_scanned_and_read_once(tmp_path, monkeypatch, case) -> None:
     (row,) = section["table"]
     assert status == 0 and row["verdict"] == "clean", row
     assert sorted(calls) == ["check", "read", "spec"]
-    shape = (32, 32, 3) if case.kind is LatentFolder else (16, 16, 1)
+    shape = case.kind().spec(path).network.image_shape
+    shape = (32, 32, 3) if case.kind is LatentFolder else shape
     assert set(pictured) == {shape}
     (folder,) = (x for x in home.iterdir() if (x / "report.html").exists())
     (found,) = json.loads((folder / "report.json").read_text())["numbers"].values()

@@ -179,8 +179,8 @@ def agree(network: ImageNetwork, scheduling: Scheduling, config: pathlib.Path) -
 def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
     """Writes a folder that diffusers' `DDPMPipeline.from_pretrained` loads.
 
-    It is one of DDIMPipeline where the scheduling asks for DDIMScheduler. Weights are
-    stored as float32.
+    It is one of DDIMPipeline where the scheduling asks for DDIMScheduler, and of
+    ScoreSdeVePipeline for a variance-exploding process. Weights are stored as float32.
 
     Raises:
       ConvertError: diffusers has no network or scheduler that says the same.

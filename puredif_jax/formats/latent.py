@@ -19,7 +19,7 @@ from puredif_jax.diffusion.schedules import Widened
 from puredif_jax.files.whole import shortened
 from puredif_jax.formats.base import Format, Shown, Spec
 from puredif_jax.formats.diffusers import agree, variants
-from puredif_jax.formats.diffusers_config import ConvertError, Remarks, read_unet
+from puredif_jax.formats.diffusers_config import ConvertError, Remarks
 from puredif_jax.formats.diffusers_layout import (
     FIRST_STAGE,
     SCHEDULER,
@@ -30,6 +30,7 @@ from puredif_jax.formats.diffusers_layout import (
 from puredif_jax.formats.diffusers_scheduler import read_scheduling
 from puredif_jax.formats.entries import entries
 from puredif_jax.formats.fitting import cast, fitting, parameters
+from puredif_jax.formats.network_config import read_network
 from puredif_jax.formats.opening import read_json
 from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.formats.state_dict import new_name
@@ -144,7 +145,7 @@ def _read_configs(
         return read_one(read_json(at), str(at), classes[part], remarks)
 
     first = read(read_vq, FIRST_STAGE, places[FIRST_STAGE])
-    network = read(read_unet, "unet", places["unet"])
+    network = read(read_network, "unet", places["unet"])
     scheduling = read(read_scheduling, "scheduler", place)
     agree(network, scheduling, places["unet"])
     channels = network.image_shape[-1]

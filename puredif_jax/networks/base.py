@@ -19,8 +19,8 @@ class Network(Hashable, Protocol):
         """Fresh parameters: a nested dict of arrays, by PyTorch's names of modules.
 
         The names on the way to an array, joined by "_", are PyTorch's with "_" for ".".
-        The last is "kernel", "scale", "bias" or "embedding"; kernels alone lie in
-        another order of axes than PyTorch's.
+        The last is "kernel", "scale", "weight", "bias" or "embedding"; kernels alone
+        lie in another order of axes than PyTorch's.
         """
         ...
 
