@@ -13,7 +13,8 @@ import pytest
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.drawing import draw
-from puredif_jax.attacks.triggers import Blend, Hat, Patch
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Blend, Patch
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
