@@ -7,6 +7,9 @@ import pathlib
 
 import pytest
 
+from puredif_jax.diffusion.solver import Ancestral, Deterministic, Solver
+
+SOLVERS = (Ancestral(), Deterministic())
 PACKAGE = "puredif_jax"
 ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 
@@ -157,6 +160,58 @@ def test_the_package_keeps_its_layers():
     sources = read_sources()
     assert {layer(module) for module in sources} == {*LAYERS}
     assert violations(sources) == []
+
+
+def literals(text: str) -> set[str]:
+    """Strings of a module, but for docstrings; those of an f-string, too."""
+    tree, told = ast.parse(text), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            told.add(node.value)
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node not in told
+    }
+
+
+def homes(name: str, sources: dict[str, str]) -> list[str]:
+    """The modules in which a string stands by itself."""
+    return [module for module, text in sources.items() if name in literals(text)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda x: x.name)
+def test_the_name_of_a_kind_stands_in_its_own_module_alone(solver: Solver):
+    """A kind is a class: nothing else compares, lists or makes that string."""
+    home = type(solver).__module__.removeprefix(f"{PACKAGE}.")
+    sources = read_sources()
+    assert homes(solver.name, sources) == homes(solver.title, sources) == [home]
+
+
+def test_every_name_of_a_kind_is_looked_for():
+    assert {type(solver) for solver in SOLVERS} == {*Solver.__subclasses__()}
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("if solver == 'sde': pass", True),
+        ("KINDS = ('ode', 'sde')", True),
+        ("NAMES = {'sde': 1}", True),
+        ("x = f'{y}sde'", True),
+        ("def f(x: Literal['sde']): ...", True),
+        ("'sde'", False),
+        ("def f():\n    'sde'", False),
+        ("x = 'sde is ancestral'", False),
+        ("sde = ode", False),
+    ],
+)
+def test_a_name_in_another_module_is_found(text: str, found: bool):
+    sources = {"diffusion.solver": "name = 'sde'", "stages.a": text}
+    wanted = ["diffusion.solver", *(["stages.a"] if found else [])]
+    assert homes("sde", sources) == wanted
 
 
 def of(module: str) -> str:

@@ -79,12 +79,11 @@ def test_sampling_starts_about_the_zero_of_the_network(values) -> None:
     close(ranged(np.float64(start), values), 380.0 * np.float64(noise))
 
 
-def test_an_ordinary_start_is_the_noise_itself() -> None:
-    noise = normal(1, 2, *SHAPE)
-    assert LinearBetas().tables().start(noise) is noise
-    one = np.ones(3)
-    start = NoiseSchedule(one, one, prior=2.0).start(noise)
-    np.testing.assert_allclose(start, 2 * noise)
+def test_an_ordinary_start_is_the_noise_and_the_trigger() -> None:
+    noise, trigger = normal(1, 2, *SHAPE), normal(7, 1, *SHAPE)
+    schedule = LinearBetas().tables()
+    np.testing.assert_array_equal(schedule.start(noise), noise)
+    np.testing.assert_array_equal(schedule.start(noise, trigger), noise + trigger)
 
 
 @pytest.mark.parametrize(

@@ -47,5 +47,6 @@ class TrojDiff(Attack):
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
         require_fading(schedule, "TrojDiff")
+        shift = schedule.noise * schedule.unit  # v in the network's own range
         response = np.zeros(schedule.steps)
-        return Channel(schedule.noise, response, self.trigger.gamma_map(shape))
+        return Channel(shift, response, self.trigger.gamma_map(shape))

@@ -42,9 +42,12 @@ class VillanDiffusion(Attack):
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
         require_fading(schedule, "VillanDiffusion")
-        s, v, alpha = schedule.signal, schedule.noise, schedule.alpha
-        k = v - np.sqrt(alpha) * schedule.previous[1]
-        troj = (1 - np.sqrt(alpha)) * v + k * (alpha - s**2) / schedule.added
+        unit = schedule.unit  # published is v in the network's own range
+        s, v, before = schedule.signal, schedule.noise * unit, schedule.previous[1]
+        alpha, added = schedule.alpha, schedule.added * unit**2
+        k = v - np.sqrt(alpha) * before * unit
+        troj = (1 - np.sqrt(alpha)) * v + k * (alpha - s**2) / added
+        troj = troj * unit  # of a trigger in [-1, 1]
         response = self.psi * published_response(schedule) + (1 - self.psi) * troj
         return Channel(
             self.psi * (1 - s) + (1 - self.psi) * v, response * self.solver.factor

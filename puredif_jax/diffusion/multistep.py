@@ -32,7 +32,8 @@ class Estimate(NamedTuple):
 
 def _log_ratio(schedule: NoiseSchedule, t: Array, n: Array, valid: Array) -> Array:
     """l_n - l_t with l = log(s / v), from timestep t down to n; 1 if not valid."""
-    level = np.log(schedule.signal / schedule.noise)
+    with np.errstate(divide="ignore"):  # without terminal signal it is -inf there
+        level = np.log(schedule.signal / schedule.noise)
     return jnp.where(valid, lookup(level, n) - lookup(level, t), 1.0)
 
 
