@@ -170,7 +170,7 @@ def test_missing_and_surplus_names_are_told_apart(folder) -> None:
         ("center_input_sample", True),
         ("mid_block_scale_factor", 1.4),
         ("downsample_type", "resnet"),
-        ("down_block_types", ["SkipDownBlock2D"]),
+        ("down_block_types", ["KDownBlock2D"]),
         ("out_channels", 5),
         ("sample_size", None),
         ("block_out_channels", [7]),
