@@ -156,6 +156,22 @@ class Ranged:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Scaled:
+    """A network that is given x_t times a factor of its timestep.
+
+    Attributes:
+      model: the network.
+      scale: `NoiseSchedule.scale`, `[T]`.
+    """
+
+    model: NoiseModel
+    scale: np.ndarray
+
+    def __call__(self, params: Params, x: Array, t: Array) -> Array:
+        return self.model(params, lookup(self.scale, t) * x, t)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Retimed:
     """A network that is given `NoiseSchedule.times` in place of the timestep.
 
@@ -177,7 +193,9 @@ def predicting(
     """The noise model of a network, by what it is given and what it predicts."""
     if schedule.times is not None:
         model = Retimed(model, schedule.times)
-    if schedule.values != (-1.0, 1.0):
+    if schedule.scale is not None:
+        model = Scaled(model, schedule.scale)
+    elif schedule.values != (-1.0, 1.0):
         model = Ranged(model, schedule.values)
     if prediction == "score":
         return ScorePrediction(model, schedule)

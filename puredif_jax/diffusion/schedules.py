@@ -29,6 +29,8 @@ class NoiseSchedule:
       signal: s_t, float64 `[T]`; sqrt(abar_t) for a variance-preserving process.
       noise: v_t, float64 `[T]`; sqrt(1 - abar_t).
       times: what the network is given at timestep t, float64 `[T]`; None for t itself.
+      scale: what x_t is multiplied by before the network sees it, float64 `[T]`; None
+        for a network that sees x_t in its own range.
       prior: standard deviation of the noise that sampling starts from.
       values: the range of the images that the network itself knows. The tables are of
         images in [-1, 1]; `prediction.predicting` translates. A range whose middle is
@@ -38,6 +40,7 @@ class NoiseSchedule:
     signal: np.ndarray
     noise: np.ndarray
     times: np.ndarray | None = None
+    scale: np.ndarray | None = None
     prior: float = 1.0
     values: tuple[float, float] = (-1.0, 1.0)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from puredif_jax.diffusion.prediction import Estimates
 from puredif_jax.diffusion.sampling import Sampler, endpoints, grid, to_next
-from puredif_jax.diffusion.schedules import NoiseSchedule, Process
+from puredif_jax.diffusion.schedules import LinearBetas, NoiseSchedule, Process
 from puredif_jax.types import Array, Key
 
 
@@ -61,6 +61,36 @@ class VarianceExploding(Process):
             prior=unit * self.sigma_max,
             values=(float(low), float(high)),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Preconditioned(Process):
+    """A variance-exploding process for a network of a variance-preserving one.
+
+    The network is given x_t / sqrt(1 + v_t^2), which has the variance of x_0 and noise
+    together, and the timestep at which the other process has this signal-to-noise
+    ratio, between whole ones. So a noise model of the other process is one of this: the
+    c_in and c_noise of Karras et al. 2022 (arXiv 2206.00364).
+
+    Attributes:
+      process: the variance-exploding process.
+      like: the other one.
+    """
+
+    process: VarianceExploding
+    like: Process = LinearBetas()
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.process.steps
+
+    def tables(self) -> NoiseSchedule:
+        found, other = self.process.tables(), self.like.tables()
+        # Both fall in t; np.interp wants them to rise.
+        times = np.interp(-found.log_snr, -other.log_snr, other.given)
+        scale = 1 / np.sqrt(1 + found.noise**2)
+        return dataclasses.replace(found, times=times, scale=scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,21 +140,26 @@ class Lab:
         """No trigger, `[H, W, C]`."""
         return np.zeros(self.unet.image_shape, np.float32)
 
-    def load(self, name: str) -> Params:
+    def load(self, name: str, start: bool = False) -> Params:
         """The weights of a shipped model or of a path, on all devices.
 
+        Args:
+          name: of the model, or its path.
+          start: they are where a training starts, which may lead from one process to
+            another.
+
         Raises:
-          RunError: a folder of another network, schedule or prediction.
+          RunError: a folder of another network, or of another schedule or prediction.
           InputError: the weights cannot be read, or do not fit.
         """
         source = self.models[name]
         if source.spec is not None:
-            self._compare(source.path, source.spec)
+            self._compare(source.path, source.spec, start)
             return self.run.replicate(source.params)
         shapes = jax.eval_shape(self.unet.init, self.key)
         return self.run.replicate(weight_file.load_weights(source.path, shapes))
 
-    def _compare(self, folder: pathlib.Path, spec: Spec) -> None:
+    def _compare(self, folder: pathlib.Path, spec: Spec, start: bool) -> None:
         """Refuses a model that is another one than this lab's."""
         there, here = spec.network, self.unet
         if type(there) is not type(here):
@@ -171,7 +176,7 @@ class Lab:
                     f"{name}={ours}: configs/scan.py takes it from the folder"
                 )
         scheduling = spec.scheduling
-        if scheduling is None or not spec.own:
+        if scheduling is None or not spec.own or start:
             return
         found, tables = scheduling.betas.tables(), self.schedule
         if found.steps != tables.steps or not (

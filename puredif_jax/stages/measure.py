@@ -136,7 +136,7 @@ class Measure(Stage):
         if evaluation.frechet_draws:
             models = {"measured": params}
             if context.training and context.weights is not None:
-                models["start"] = lab.load(context.weights)
+                models["start"] = lab.load(context.weights, start=True)
             for name, weights in models.items():
                 distance[name], found = lab.frechet(
                     name,

@@ -101,7 +101,7 @@ def check(experiment: Experiment, context: Context) -> None:
         raise RunError(str(error)) from error
     assert context.truth is None or context.attack is not None  # it is defined
     for name in names(experiment):
-        lab.load(name)
+        lab.load(name, bool(context.training) and name == context.weights)
     pin(lab.run.folder, digests(experiment, lab.models))
 
 

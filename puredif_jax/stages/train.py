@@ -71,7 +71,7 @@ def train(
         if before is not None:  # the trigger is another from there on
             return before
         init = jax.jit(unet.init)
-        params: Params = init(key_init) if start is None else lab.load(start)
+        params: Params = init(key_init) if start is None else lab.load(start, True)
         return fresh(params)
 
     program = _training(lab.setup, training, attack, lab.chunk)
