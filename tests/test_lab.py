@@ -16,10 +16,12 @@ from tiny_config import TINY, draw_params
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.base import Attack
+from puredif_jax.attacks.drawing import draw
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import StopSign
+from puredif_jax.attacks.triggers import Blend, Patch, StopSign
+from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
@@ -142,9 +144,17 @@ def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None
     np.testing.assert_allclose(true, truth.target, atol=0.05)
 
 
-@over_kinds
-def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, kind) -> None:
-    """From the known trigger, by the loss of that kind of backdoor; in chunks."""
+@pytest.mark.parametrize(
+    "attack",
+    [*ATTACKS.values(), TrojDiff(Blend(), Hat())],
+    ids=lambda x: type(x).__name__,
+)
+def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, attack) -> None:
+    """From the known trigger, by the loss of that kind of backdoor; in chunks.
+
+    A backdoor that is drawn inside its channel is rolled out there.
+    """
+    solver = attack.solver
 
     def model(scale, x, t):
         when = t.astype(x.dtype)[:, None, None, None] / 1000
@@ -152,18 +162,19 @@ def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, kind) -> None:
 
     lab, params = open_lab(Experiment(str(tmp_path), TINY, devices=1, chunk=2)), 0.7
     give(lab, model)
-    truth = Truth.of(ATTACKS[kind], SCHEDULE, TINY.image_shape)
+    truth = Truth.of(attack, SCHEDULE, TINY.image_shape)
     wanted = DenoisingConsistency(
-        kind.solver.pick(DDPM(3), DDIM(2)), samples=4, on_path=False, aim=1.0
+        solver.pick(DDPM(3), DDIM(2)), samples=4, on_path=False, aim=1.0
     )
     descent = Descent(steps=3, learning_rate=0.05, bound=None)
-    options = kind.solver.pick(
+    options = solver.pick(
         Reinforcement(ancestral=wanted, ancestral_descent=descent),
         Reinforcement(deterministic=wanted, descent=descent),
     )
     found = search.reinforce(lab, "reinforce", params, options, truth)
 
-    bound = wanted.bind(model, SCHEDULE, truth.channel)
+    rolled = dataclasses.replace(wanted, on_path=attack.controlled)
+    bound = rolled.bind(model, SCHEDULE, truth.channel)
     start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
     by_hand = inverter(bound, descent, TINY.image_shape, start)
     state, step = by_hand.init(lab.stream(Stream.DESCENT)), jax.jit(by_hand.step)
@@ -171,6 +182,36 @@ def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, kind) -> None:
         state, _ = step(params, state)
     np.testing.assert_allclose(found, state.candidate.delta[0], atol=1e-5)
     assert np.abs(found - truth.trigger).max() > 0.05
+
+
+@pytest.mark.parametrize("trigger", [Blend(), Patch()], ids=lambda x: type(x).__name__)
+def test_who_controls_the_sampler_draws_inside_the_channel(tmp_path, trigger) -> None:
+    """By one program, from the same noise; so the trigger of TrojDiff fires."""
+    attack = TrojDiff(trigger, Hat())
+    lab, points = exact_lab(tmp_path, attack)
+    truth = Truth.of(attack, SCHEDULE, TINY.image_shape)
+    found = lab.draw(points, DDIM(10), truth.trigger, 8, inside=truth.inside)
+    key_start, key_chain = jax.random.split(
+        jax.random.fold_in(lab.stream(Stream.DRAWS), 0)
+    )
+    by_hand = draw(
+        ExactDenoiser(SCHEDULE, truth.channel, 0.1),
+        points,
+        SCHEDULE,
+        DDIM(10),
+        jax.random.normal(key_start, (lab.setup.batch, *TINY.image_shape)),
+        jnp.asarray(truth.trigger),
+        key_chain,
+        inside=truth.channel,
+    )
+    np.testing.assert_allclose(found, by_hand[:8], atol=1e-3)
+    rates = lab.success(
+        "x", points, DDIM(10), truth.trigger, truth.target, 8, truth.inside
+    )
+    assert rates.rate == 1.0
+    plain = lab.draw(points, DDIM(10), lab.zero, 8)
+    assert metrics.success(plain, truth.target)["mse<0.01"] == 0.0
+    assert Truth.of(ATTACKS[SDE], SCHEDULE, TINY.image_shape).inside is None
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
