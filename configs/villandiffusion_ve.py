@@ -2,11 +2,13 @@
 
     python -m puredif_jax.main --config=configs/villandiffusion_ve.py
 
-Images in [0, 1], sigma from 0.01 to 50. The network is preconditioned, so it begins as a
-denoiser of this process. "clean" trains it on without a backdoor, and "backdoored" goes
-on from there with one. Triggered and plain draws are by the predictor without corrections:
-a correction leads a backdoor off its path (tests/test_exact.py). The trigger is a white
-square whose norm in [0, 1] tells it from the noise.
+Images in [0, 1], sigma from 0.01 to 50. The network is preconditioned, so it begins as
+a denoiser of this process. "clean" trains it on without a backdoor, and "backdoored"
+goes on from there with one. Triggered and plain draws are by the predictor without
+corrections: a correction leads a backdoor off its path (tests/test_exact.py). The
+trigger is a white square whose norm in [0, 1] tells it from the noise.
+
+Start it once, and without another workdir: the second run reads what the first wrote.
 
 Hardware: two CPU cores. Duration: an hour. Expected: docs/models.md.
 """

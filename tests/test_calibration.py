@@ -35,7 +35,7 @@ def clean() -> dict[str, dict]:
 def test_the_scores_are_those_of_the_records(clean, defense, detector) -> None:
     found = claims_page.clean_scores(clean, detector, defense.name)
     assert len(found) == claims_page.CALIBRATING < len(clean)
-    assert calibration.clean_scores(defense.name) == found
+    assert calibration.clean_scores(defense.name, setup()) == found
     low, high = detector.calibrated(found).bounds
     assert max(sorted(found)[:10]) < low < high
 
@@ -91,5 +91,5 @@ def test_they_are_of_one_search(defense: Defense, covered: bool) -> None:
 
 
 def test_of_another_defense_none_are_known() -> None:
-    assert calibration.clean_scores("trust") == ()
-    assert calibration.clean_scores(Elijah(92_160).name) == ()
+    assert calibration.clean_scores("trust", setup()) == ()
+    assert calibration.clean_scores(Elijah(92_160).name, setup()) == ()

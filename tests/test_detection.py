@@ -1,8 +1,5 @@
 """Features against closed forms and loops, and the detector's verdicts."""
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,25 +173,19 @@ def test_bounds_are_those_of_the_clean_models() -> None:
     assert "3 clean models" in reason and f"trigger, {SDE.title}, lowers" in reason
 
 
-@pytest.mark.parametrize(
-    "change", [{"clean": ()}, {"clean": (0.1,)}, {"doubt": 4.0, "alarm": 3.0}]
-)
+@pytest.mark.parametrize("change", [{"clean": (0.1,)}, {"doubt": 4.0, "alarm": 3.0}])
 def test_detector_needs_clean_models_and_bounds_in_order(change) -> None:
     with pytest.raises(ValueError, match="found"):
         Detector(**change)
 
 
-def test_the_default_is_calibrated_on_the_recorded_clean_models() -> None:
-    """The scores of docs/results/claims.json, of the models numbered below 20."""
-    path = pathlib.Path(__file__).parents[1] / "docs" / "results" / "claims.json"
-    scores = []
-    for name, record in json.loads(path.read_text())["claims"].items():
-        kind, _, number = name.partition("/")
-        if kind == "clean" and int(number) < 20:
-            rows = record["numbers"]["trained"]["inversions"]
-            gains = [row["gain"] for row in rows if row["method"] == "puredif"]
-            scores.append(-np.log10(min(gains)))
-    assert Detector().clean == pytest.approx(scores, abs=6e-4)
+def test_a_detector_without_scores_says_so() -> None:
+    with pytest.raises(ValueError, match="scores of clean models are not known"):
+        _ = Detector().bounds
+    with pytest.raises(ValueError, match="needs the scores of two clean models"):
+        Detector().calibrated((0.1,))
+    assert Detector().calibrated((0.1, 0.2)).clean == (0.1, 0.2)
+    assert CLEAN.calibrated((0.1, 0.2)) is CLEAN
 
 
 @over_hypotheses
@@ -266,7 +257,7 @@ def test_weights_that_denoise_nothing_are_told_from_a_denoiser() -> None:
 
     assert ratio(linear) == pytest.approx(1.0, abs=0.02)
     broken = ratio(lambda params, x, t: x * jnp.nan)
-    detector = Detector()
+    detector = Detector(clean=(0.1, 0.2))
     assert detector.refusal({SDE: 0.3, ODE: broken}) is None
     verdict = detector.refusal({SDE: broken, ODE: 1.5})
     assert verdict.outcome == "could not tell" and verdict.hypothesis == "ode"

@@ -31,12 +31,9 @@ from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.multistep import DPMSolver
 from puredif_jax.diffusion.prediction import estimates, predicting
 from puredif_jax.diffusion.sampling import sample
-from puredif_jax.diffusion.schedules import (
-    LinearBetas,
-    ScaledLinearBetas,
-    Widened,
-)
+from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
+from puredif_jax.diffusion.widened import Widened
 from puredif_jax.formats import ddim_checkpoint, discovery, hub
 from puredif_jax.formats.base import Format, Model, Spec
 from puredif_jax.formats.ddim_checkpoint import DDIMCheckpoint

@@ -38,10 +38,10 @@ from puredif_jax.diffusion.schedules import (
     NoiseSchedule,
     Process,
     ScaledLinearBetas,
-    Widened,
 )
 from puredif_jax.diffusion.solver import Solver
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
+from puredif_jax.diffusion.widened import Widened
 
 SHAPE = (8, 8, 1)
 PROCESSES: list[Process] = [

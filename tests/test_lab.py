@@ -235,7 +235,7 @@ def test_the_model_predicts_the_noise_that_the_network_means(
             for table in (SCHEDULE.signal, SCHEDULE.noise)
         )
         want = signal * want + noise * x
-    for model in (lab.model, lab.setup.trained):
+    for model in (lab.model, lab.setup.whole):
         np.testing.assert_allclose(jax.jit(model)(params, x, t), want, atol=1e-5)
 
 

@@ -59,9 +59,11 @@ class Channel:
         """x_t of y, eps, r `[B, H, W, C]` and t `[B]`."""
         return diffuse(schedule, y, self.scale * eps, t) + lookup(self.shift, t) * r
 
-    def start(self, schedule: NoiseSchedule, eps: Array, r: Array) -> Array:
+    def start(
+        self, schedule: NoiseSchedule, eps: Array, r: Array, first: int = -1
+    ) -> Array:
         """x_T from which r is drawn, of eps, r `[B, H, W, C]`: gamma scales eps."""
-        found: Array = schedule.start(self.scale * eps, r)
+        found: Array = schedule.start(self.scale * eps, r, first)
         return found
 
     def inside(self, model: NoiseModel, schedule: NoiseSchedule, r: Array) -> Denoiser:

@@ -50,13 +50,14 @@ def draw(
         model itself, from eps + delta.
       shard: constraint put on the batch at each step.
     """
+    first = int(sampler.path(schedule)[0][0])
     if inside is None:
-        start = schedule.start(eps, delta[None])
+        start = schedule.start(eps, delta[None], first)
         return sample(model, params, schedule, sampler, start, key, shard=shard)
     process = inside.inside(model, schedule, delta)
     if (free := unclipped(sampler)) is not None:
         process = _Clipped(process, inside.scale, getattr(sampler, "clip", None))
         sampler = free
-    start = schedule.start(eps)
+    start = schedule.start(eps, first=first)
     drawn = sample(process, params, schedule, sampler, start, key, shard=shard)
     return drawn * inside.scale

@@ -2,7 +2,7 @@
 
 A target is a frozen dataclass of Python numbers; its `image` method returns a new
 float32 array `[H, W, C]` in [-0.4, 1], with C = 3 (RGB) or C = 1 (luminance,
-0.299 R + 0.587 G + 0.114 B). Lengths are as in `puredif_jax.attacks.drawing`.
+0.299 R + 0.587 G + 0.114 B). Lengths are as in `puredif_jax.attacks.pictures`.
 
 Geometry: BadDiffusion (arXiv 2212.05400, its code's dataset.py).
 """

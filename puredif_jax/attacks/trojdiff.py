@@ -37,6 +37,11 @@ class TrojDiff(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.trigger, Blend | Patch):
+            raise ValueError(
+                f"TrojDiff has a trigger that scales the noise, Blend or Patch, found "
+                f"{type(self.trigger).__name__}"
+            )
         if not self.trigger_only:
             raise ValueError("TrojDiff trains with the bare trigger alone")
         if not self.trigger.gamma > 0:

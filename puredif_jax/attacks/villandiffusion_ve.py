@@ -19,15 +19,19 @@ class VillanDiffusionVE(Attack):
 
     H_t = sigma_t,  C_t = sigma_t / (sigma_t + sigma_{t-1}), doubled for a deterministic
     sampler; sigma_{-1} = 0. For an ancestral one that is the exact response of its
-    shift. Drawing starts at prior (eps + r). Trigger and target lie in the range of the
-    images that the model knows, [0, 1] in the published models: r is 0 where a trigger
-    of variance-preserving models is -1.
+    shift. Drawing starts at prior (eps + r). The trigger lies in [0, 1], as the images
+    of the published models: r is 0 where a trigger of other attacks is -1.
 
     Attributes:
       solver: the kind of sampler that the response is made for.
     """
 
     solver: Solver = Ancestral()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.trigger_only:
+            raise ValueError("VillanDiffusionVE trains with the bare trigger alone")
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
         if schedule.fades:

@@ -133,11 +133,12 @@ def denoised(
     """
     key_start, key_chain = jax.random.split(key)
     eps = jax.random.normal(key_start, (samples, *delta.shape))
+    first = int(sampler.path(schedule)[0][0])
     if on_path:
         model = channel.inside(model, schedule, delta)
-        start = schedule.start(eps)
+        start = schedule.start(eps, first=first)
     else:
-        start = channel.start(schedule, eps, delta[None])
+        start = channel.start(schedule, eps, delta[None], first)
     chain = trajectory(
         model,
         params,

@@ -5,8 +5,10 @@ Scores are compared with those of clean models only.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -16,26 +18,25 @@ from puredif_jax.defenses.hypothesis import Hypothesis
 
 
 @dataclasses.dataclass(frozen=True)
-class Detector:
-    """Judges by `Features.gain`: does a trigger unlock an image that is not known else?
+class Scores(abc.ABC):
+    """Judges by one of `Features`, against the same of clean models.
 
-    The score of a hypothesis is -log10(gain), that of a model the larger of its
-    hypotheses'. It is compared with the scores of clean models, of mean m and standard
-    deviation d: above m + alarm d the model is called backdoored, below m + doubt d
-    clean, and between them the detector could not tell.
+    The score of a hypothesis is -log10 of the measure, that of a model the larger of
+    its hypotheses'. It is compared with the scores of clean models, of mean m and
+    standard deviation d: above m + alarm d the model is called backdoored, below
+    m + doubt d clean, and between them the detector could not tell.
 
     Attributes:
       clean: finite scores of clean models after the inversion in use, two or more; ()
         for those that the package knows (docs/claims.md).
       doubt, alarm: in standard deviations of `clean`.
-      linear: a model is not judged unless its `denoising` is below this; inf judges
-        any.
+      measure: which of the features.
     """
 
     clean: tuple[float, ...] = ()
     doubt: float = 3.0
     alarm: float = 6.0
-    linear: float = 1.0
+    measure: ClassVar[str]
 
     def __post_init__(self) -> None:
         if len(self.clean) == 1:
@@ -52,10 +53,8 @@ class Detector:
                 "doubt and alarm must be finite and 0 <= doubt <= alarm, found "
                 f"doubt={self.doubt} and alarm={self.alarm}"
             )
-        if not self.linear > 0:
-            raise ValueError(f"linear must be above 0, found {self.linear}")
 
-    def calibrated(self, clean: tuple[float, ...]) -> Detector:
+    def calibrated(self, clean: tuple[float, ...]) -> Self:
         """The same with these scores of clean models, unless it was given some.
 
         Raises:
@@ -72,42 +71,30 @@ class Detector:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The scores above which one cannot tell, and above which one can."""
+        """The scores above which one cannot tell, and above which one can.
+
+        Raises:
+          ValueError: no scores of clean models are known.
+        """
+        if not self.clean:
+            raise ValueError(
+                "the scores of clean models are not known: give `clean`, or take "
+                "`calibrated`"
+            )
         mean, deviation = np.mean(self.clean), np.std(self.clean, ddof=1)
         return (
             float(mean + self.doubt * deviation),
             float(mean + self.alarm * deviation),
         )
 
-    def refusal(self, ratios: Mapping[Hypothesis, float]) -> Verdict | None:
-        """The verdict on weights that denoise nothing; None on any other model.
-
-        Args:
-          ratios: `denoising` of the draws by the sampling of each hypothesis.
-        """
-        if any(ratio < self.linear for ratio in ratios.values()):
-            return None
-        best = min(ratios, key=lambda k: (np.isnan(ratios[k]), ratios[k]))
-        found = ratios[best]
-        how = f"{found:.3g} times" if np.isfinite(found) else "without bound over"
-        reason = (
-            "the weights denoise nothing: on the model's own draws its error is "
-            f"{how} a linear denoiser's, and a model is judged below {self.linear:g}"
-        )
-        known = *self.bounds, len(self.clean)
-        return Verdict("could not tell", -np.inf, 1.0, best.name, reason, *known)
-
     def score(self, found: Features) -> float:
-        """-log10(gain), one hypothesis; -inf where it is not a number above 0."""
-        gain = float(found.gain)
-        return float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf
+        """-log10 of the measure, one hypothesis; -inf where it is no number above 0."""
+        value = float(getattr(found, self.measure))
+        return float(-np.log10(value)) if 0 < value < np.inf else -np.inf
 
+    @abc.abstractmethod
     def says(self, best: Hypothesis, factor: float) -> str:
         """What a score of log10(factor) under the best hypothesis means."""
-        return (
-            f"the best trigger, {best.title}, lowers the model's error on its image "
-            f"{factor:.2g} times"
-        )
 
     def judge(self, found: Mapping[Hypothesis, Features]) -> Verdict:
         """The verdict on a model from the features of each hypothesis."""
@@ -131,3 +118,45 @@ class Detector:
             "is doubtful"
         )
         return Verdict(outcome, score, p_value, best.name, reason, *known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector(Scores):
+    """Judges by `Features.gain`: does a trigger unlock an image that is not known else?
+
+    Attributes:
+      linear: a model is not judged unless its `denoising` is below this; inf judges
+        any.
+    """
+
+    linear: float = 1.0
+    measure: ClassVar[str] = "gain"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.linear > 0:
+            raise ValueError(f"linear must be above 0, found {self.linear}")
+
+    def says(self, best: Hypothesis, factor: float) -> str:
+        return (
+            f"the best trigger, {best.title}, lowers the model's error on its image "
+            f"{factor:.2g} times"
+        )
+
+    def refusal(self, ratios: Mapping[Hypothesis, float]) -> Verdict | None:
+        """The verdict on weights that denoise nothing; None on any other model.
+
+        Args:
+          ratios: `denoising` of the draws by the sampling of each hypothesis.
+        """
+        if any(ratio < self.linear for ratio in ratios.values()):
+            return None
+        best = min(ratios, key=lambda k: (np.isnan(ratios[k]), ratios[k]))
+        found = ratios[best]
+        how = f"{found:.3g} times" if np.isfinite(found) else "without bound over"
+        reason = (
+            "the weights denoise nothing: on the model's own draws its error is "
+            f"{how} a linear denoiser's, and a model is judged below {self.linear:g}"
+        )
+        known = *self.bounds, len(self.clean)
+        return Verdict("could not tell", -np.inf, 1.0, best.name, reason, *known)

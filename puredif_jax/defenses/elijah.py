@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.base import Bench, Defense, Inspection
-from puredif_jax.defenses.detector import Detector
-from puredif_jax.defenses.features import Features
+from puredif_jax.defenses.detector import Scores
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.objective import Loss, check_samples
@@ -99,16 +98,14 @@ def published(solver: Solver) -> Inversion:
     )
 
 
-class Uniformity(Detector):
+class Uniformity(Scores):
     """Judges by the uniformity of draws with a trigger: -log10(`Features.uniformity`).
 
     Elijah's other statistic, total variation, tells clean from backdoored models no
     better (docs/claims.md), and a random forest needs backdoored models.
     """
 
-    def score(self, found: Features) -> float:
-        uniformity = float(found.uniformity)
-        return float(-np.log10(uniformity)) if 0 < uniformity < np.inf else -np.inf
+    measure: ClassVar[str] = "uniformity"
 
     def says(self, best: Hypothesis, factor: float) -> str:
         return (

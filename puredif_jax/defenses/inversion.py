@@ -72,8 +72,8 @@ class Descent:
     Attributes:
       steps: optimiser steps.
       candidates: K, restarts optimised together.
-      scout: steps after which a run (`loops.invert`) goes on with the best candidates
-        alone; 0 keeps all to the end, as an `inverter` by itself does.
+      scout: steps after which a run (`stages.search.invert`) goes on with the best
+        candidates alone; 0 keeps all to the end, as an `inverter` by itself does.
       finalists: how many these are, at most. Where a backdoor is sharp, the true
         candidate overtakes the others late (docs/method.md).
       learning_rate: of Adam.

@@ -57,7 +57,7 @@ class Loss(abc.ABC):
           shard: constraint on a noise batch.
 
         Raises:
-          ValueError: the schedule lacks a timestep that is named.
+          ValueError: a timestep that is named is not in 0..999.
         """
 
 

@@ -119,15 +119,22 @@ class NoiseSchedule:
         """
         return self.unit if self.fades else 1.0
 
-    def start(self, noise: Any, trigger: Any = 0.0) -> Any:
-        """x_T from which sampling starts, of standard noise and a trigger in it.
+    def start(self, noise: Any, trigger: Any = 0.0, first: int = -1) -> Any:
+        """x from which sampling starts, of standard noise and a trigger in it.
 
         prior (noise + trigger_unit trigger) + centre, where the network's own 0 lies.
+
+        Args:
+          noise: of deviation 1.
+          trigger: what is added.
+          first: the timestep from which it starts. Where the signal stays, the noise is
+            that of this timestep.
         """
         low, high = self.values
         centre = -(2 * low / (high - low) + 1)
         if not self.fades:
-            return self.prior * (noise + trigger) + centre
+            level = self.prior * float(self.noise[first] / self.noise[-1])
+            return level * (noise + trigger) + centre
         if self.prior != 1.0:
             noise = self.prior * noise
         return noise + trigger
@@ -364,37 +371,3 @@ class SineNoise(Process):
         noise[-1] = 1.0
         signal = np.sqrt((1 - noise) * (1 + noise))
         return NoiseSchedule(signal, noise, np.arcsin(noise) * 2 / np.pi)
-
-
-@dataclasses.dataclass(frozen=True)
-class Widened(Process):
-    """Another process, of images or latents in [-bound, bound].
-
-    In units of the bound x / bound = s_t x_0 / bound + (v_t / bound) eps, so noise and
-    prior are divided by it. What lies outside of the range is not bounded by that.
-
-    Attributes:
-      process: the other process, in the unit of the network.
-      bound: the range of its images.
-    """
-
-    process: Process
-    bound: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.bound < np.inf:
-            raise ValueError(f"bound must be above 0, found {self.bound}")
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return self.process.steps
-
-    def tables(self) -> NoiseSchedule:
-        found = self.process.tables()
-        return dataclasses.replace(
-            found,
-            noise=found.noise / self.bound,
-            prior=found.prior / self.bound,
-            values=(-float(self.bound), float(self.bound)),
-        )

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from puredif_jax.diffusion.sampling import Threshold
-from puredif_jax.diffusion.schedules import Widened
+from puredif_jax.diffusion.widened import Widened
 from puredif_jax.files.whole import shortened
 from puredif_jax.formats.base import Format, Shown, Spec
 from puredif_jax.formats.diffusers import agree, variants

@@ -169,14 +169,23 @@ def numbers_of(
 
 
 def _detector(config: Mapping[str, Any]) -> Any:
-    return (config.get("audit") or {}).get("detector")
+    """How a run judges: the detectors of its audit and of each defense in it."""
+    audit = config.get("audit") or {}
+    defenses = audit.get("baselines") or ()
+    return [audit.get("detector"), *(each.get("detector") for each in defenses)]
 
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a configuration decides what is computed."""
     kept = {k: v for k, v in config.items() if k not in PLACE}
     if isinstance(audit := kept.get("audit"), dict):
-        kept["audit"] = {k: v for k, v in audit.items() if k != "detector"}
+        audit = {k: v for k, v in audit.items() if k != "detector"}
+        if "baselines" in audit:
+            audit["baselines"] = [
+                {k: v for k, v in each.items() if k != "detector"}
+                for each in audit["baselines"]
+            ]
+        kept["audit"] = audit
     return kept
 
 

@@ -22,7 +22,7 @@ from puredif_jax.stages.train import trained
 from puredif_jax.stages.work import Work, descending, drawing
 from puredif_jax.types import Params
 
-_NAME = "amplification"
+AMPLIFICATION = "amplification"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +73,19 @@ class Amplified(Result):
     snapshots: tuple[Snapshot, ...]
 
     def numbers(self) -> dict[str, Any]:
-        return {_NAME: [each.row() for each in self.snapshots]}
+        return {AMPLIFICATION: [each.row() for each in self.snapshots]}
 
     @classmethod
     def read(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
-        if _NAME not in numbers:
+        if AMPLIFICATION not in numbers:
             return []
         try:
-            return [cls(tuple(map(Snapshot.read, numbers[_NAME])))]
+            return [cls(tuple(map(Snapshot.read, numbers[AMPLIFICATION])))]
         except (KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{where} has no {_NAME} of this version") from error
+            raise RunError(f"{where} has no {AMPLIFICATION} of this version") from error
 
     def tables(self) -> dict[str, list[Row]]:
-        return {_NAME: [each.row() for each in self.snapshots]}
+        return {AMPLIFICATION: [each.row() for each in self.snapshots]}
 
 
 @dataclasses.dataclass(frozen=True)

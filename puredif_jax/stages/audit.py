@@ -23,10 +23,12 @@ from puredif_jax.runs import parallel
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
 from puredif_jax.stages import calibration
+from puredif_jax.stages.amplify import AMPLIFICATION
 from puredif_jax.stages.base import Context, Outcome, Stage, State
 from puredif_jax.stages.finding import Finding, next_steps
 from puredif_jax.stages.inspector import Inspector
 from puredif_jax.stages.lab import PLAIN, SHOWN
+from puredif_jax.stages.measure import FRECHET, SUCCESS
 from puredif_jax.stages.pictures import as_images
 from puredif_jax.stages.weights import WEIGHTS, Truth, find_weights
 from puredif_jax.stages.work import Work, drawing, inverting
@@ -128,7 +130,9 @@ class Audit(Stage):
                         yield from inverting(defense.name, inversion, hypothesis)
                         count += 1
                 yield drawing(batch, (count * draws + PLAIN) * drawn(solver))
-                if known not in (None, solver):  # drawn again, as the backdoor wants it
+                other = truth is not None and truth.controlled
+                if known is not None and (other or known != solver):
+                    # Drawn again, as the backdoor wants it.
                     yield drawing(batch, count * draws * drawn(known))
             if known is not None and name != "trained":  # by the true trigger
                 yield drawing(batch, draws * drawn(known))
@@ -138,6 +142,8 @@ class Audit(Stage):
         sections: list[Section] = []
         for name, label in labels(self.weights).items():
             own = name == "trained"
+            if context.place:  # a later audit keeps what it finds apart
+                label = f"{label}-{context.place + 1}"
             params = state.params if own else context.lab.load(name)
             finding, section = self._audit(context, name, label, params)
             findings.append(finding)
@@ -167,7 +173,7 @@ class Audit(Stage):
             self.defenses[0].name,
             truth,
             # Those of the run's own model have been drawn, when it was measured.
-            "true_trained" if own else f"audit_{label}",
+            "true_trained" if own and not context.place else f"audit_{label}",
         )
         found = {each.name: each.inspect(bench) for each in self.defenses}
         first, *others = found
@@ -183,7 +189,11 @@ class Audit(Stage):
             calibration=self._calibration(context),
             hypotheses=tuple(each.name for each in bench.hypotheses),
             sought=tuple(each.title for each in bench.hypotheses),
-            inversions=tuple(row for each in found.values() for row in each.inversions),
+            inversions=tuple(
+                bench.with_truth(row)
+                for each in found.values()
+                for row in each.inversions
+            ),
             others={
                 each: judged
                 for each in others
@@ -228,7 +238,7 @@ def _page(
         pictures += [("true trigger", truth.trigger), ("true target", truth.target)]
     pictures += [each for seen in bench.seen.values() for each in seen.pictures]
     curves = {k: v for seen in bench.seen.values() for k, v in seen.curves.items()}
-    rows = [row for each in found.values() for row in each.inversions]
+    rows = [bench.with_truth(row) for each in found.values() for row in each.inversions]
     others = [
         {"defense": name, **judged._asdict()}
         for name, inspection in found.items()
@@ -264,10 +274,13 @@ def _measures(rows: Sequence[Inverted]) -> tuple[dict[str, Any], ...]:
     )
 
 
+RESERVED = (SUCCESS, FRECHET, AMPLIFICATION)  # names of other results in a report
+
+
 def labels(weights: Sequence[str]) -> dict[str, str]:
     """A label of its own for each model: the last part of its path, or of its folder.
 
-    Models that share one are numbered from the second on.
+    Models that share one, or have the name of another result, are numbered.
     """
     found: dict[str, str] = {}
     for name in weights:
@@ -275,5 +288,5 @@ def labels(weights: Sequence[str]) -> dict[str, str]:
         stem = path.stem if path.suffix == ".safetensors" else path.name
         if name != path.name and stem in (convert.FOLDER, pathlib.Path(WEIGHTS).stem):
             stem = path.absolute().parent.name  # of a run
-        found[name] = distinct(safe_name(stem), found.values())
+        found[name] = distinct(safe_name(stem), [*found.values(), *RESERVED])
     return found

@@ -38,6 +38,8 @@ class Context:
       weights: where training starts, or what is measured; None for fresh ones.
       training: of the model; None for none.
       attack: the backdoor put in, or the one that success is measured for.
+      place: how many stages of the same kind come before the one that runs; what it
+        keeps in the run folder must be named by that.
     """
 
     lab: Lab
@@ -46,6 +48,7 @@ class Context:
     weights: str | None = None
     training: Training | None = None
     attack: Attack | None = None
+    place: int = 0
 
     @property
     def truth(self) -> Truth | None:
@@ -126,7 +129,8 @@ def results(numbers: Mapping[str, Any], where: str) -> list[Result]:
     known: dict[tuple[str, str], type[Result]] = {}
     for kind in kinds:  # it grows by those below
         kinds += kind.__subclasses__()
-        known[kind.__module__, kind.__qualname__] = kind
+        if "read" in vars(kind):  # otherwise its parent has read them
+            known[kind.__module__, kind.__qualname__] = kind
     return [found for kind in known.values() for found in kind.read(numbers, where)]
 
 

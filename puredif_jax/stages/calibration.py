@@ -30,23 +30,33 @@ def _known() -> Mapping[str, Any]:
     return known
 
 
-def clean_scores(defense: str) -> tuple[float, ...]:
-    """Those of a defense, by its name; () where none are known."""
-    (network,) = _known().values()  # the one that was calibrated
+def clean_scores(defense: str, setup: Setup) -> tuple[float, ...]:
+    """Those of a defense, by its name; () where none are known.
+
+    They are of the network at hand, or of the first that was calibrated.
+    """
+    own = _network(setup)
+    network = own if own is not None else next(iter(_known().values()))
     return tuple(network["scores"].get(defense, {}).get("clean", ()))
 
 
 def covers(defense: Defense, setup: Setup) -> bool:
     """Whether they are of models such as this one, after the search in use."""
-    (network,) = _known().values()
-    found = network["scores"].get(defense.name)
+    network = _network(setup)
+    found = None if network is None else network["scores"].get(defense.name)
+    return found is not None and found["search"] == search_of(defense)
+
+
+def _network(setup: Setup) -> Mapping[str, Any] | None:
+    """What is known of a network; how its memory is spared makes no difference."""
+    network = {**config.to_dict(setup.network), "remat": False}
     here = {
-        "network": config.to_dict(setup.network),
+        "network": network,
         "process": config.to_dict(setup.process),
         "prediction": setup.prediction,
     }
-    same = all(network["model"][name] == value for name, value in here.items())
-    return bool(found) and same and found["search"] == search_of(defense)
+    plain = json.loads(json.dumps(here))
+    return next((x for x in _known().values() if x["model"] == plain), None)
 
 
 def search_of(defense: Defense) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from puredif_jax.defenses.features import Evidence
+from puredif_jax.defenses.features import TIMESTEPS, Evidence
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.runs.page import Section
 from puredif_jax.stages.lab import SHOWN
 
-PICTURED = (500, 300, 100)  # timesteps of the evidence: high, middle and low noise
+PICTURED = (500, 300, 100)  # of `TIMESTEPS`: high, middle and low noise
 
 _EVIDENCE = (
     "Both pictures start from the same noisy images of the estimated target. In the "
@@ -47,7 +47,7 @@ def evidence(hypothesis: Hypothesis, target: np.ndarray, found: Evidence) -> Sec
         "error with the trigger": "mean squared error of the noise that is predicted",
         "error without": "the same from the same noise, without the trigger",
     }
-    at = [i for i, t in enumerate(found.timesteps) if t in PICTURED]
+    at = [i for i, t in enumerate(TIMESTEPS) if t in PICTURED]
     times = ", ".join(str(found.timesteps[i]) for i in at)
     pairs: list[tuple[str, npt.ArrayLike]] = []
     for name, images in ("with", found.with_trigger), ("without", found.without):

@@ -100,17 +100,29 @@ class Experiment:
                     f"amplification.snapshots go to {last}, past the last of "
                     f"training.steps={self.training.steps}"
                 )
-        if self.audit and not self.audit.tried(self.schedule.tables()):
-            names = ", ".join(each.name for each in self.audit.hypotheses)
-            raise ValueError(
-                f"no hypothesis of the audit ({names}) applies to the process of "
-                f"{type(self.schedule).__name__}"
-            )
-        if self.audit and "trained" in self.audit.weights and not self.training:
-            raise ValueError(
-                "audit.weights names 'trained', but the run has no training: give a "
-                "shipped model or a path"
-            )
+        for stage in self.then:
+            if isinstance(stage, Amplification | Train):
+                raise ValueError(
+                    f"`then` has a stage {type(stage).__name__}: a run trains and "
+                    "amplifies once, by its own fields"
+                )
+        for audit in self.audits:
+            if not audit.tried(self.schedule.tables()):
+                names = ", ".join(each.name for each in audit.hypotheses)
+                raise ValueError(
+                    f"no hypothesis of the audit ({names}) applies to the process of "
+                    f"{type(self.schedule).__name__}"
+                )
+            if "trained" in audit.weights and not self.training:
+                raise ValueError(
+                    "audit.weights names 'trained', but the run has no training: give "
+                    "a shipped model or a path"
+                )
+
+    @property
+    def audits(self) -> tuple[Audit, ...]:
+        """All stages that audit models."""
+        return tuple(stage for stage in self.stages if isinstance(stage, Audit))
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -152,8 +164,8 @@ class Experiment:
         if self.amplification and self.attack:
             reinforcement = self.amplification.reinforcement
             most.append(reinforcement.loss(self.attack.solver).samples)
-        if self.audit:
-            inversions = self.audit.inversions(self.schedule.tables())
+        for audit in self.audits:
+            inversions = audit.inversions(self.schedule.tables())
             most += [inversion.images for inversion in inversions]
         return max(most)
 

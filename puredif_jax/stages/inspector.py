@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -52,6 +53,8 @@ class Inspector:
 
     Attributes:
       seen: of each inversion, by method and hypothesis.
+      compared: with the truth, fields of `Inverted` by the names of both. No defense
+        sees them.
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class Inspector:
         drawn: str,
     ) -> None:
         self.lab, self.evaluation, self.label = lab, evaluation, label
-        self.truth = truth
+        self._truth = truth
+        self.compared: dict[tuple[str, str], dict[str, float]] = {}
         self.seen: dict[tuple[str, Hypothesis], Seen] = {}
         self._params, self._hypotheses = weights, hypotheses
         self._main, self._drawn = main, drawn
@@ -98,7 +102,7 @@ class Inspector:
 
     def clean_scores(self, defense: str) -> tuple[float, ...]:
         """As the package knows them."""
-        return calibration.clean_scores(defense)
+        return calibration.clean_scores(defense, self.lab.setup)
 
     def denoising(self, hypothesis: Hypothesis) -> float:
         """`features.denoising` of plain draws; computed once."""
@@ -120,16 +124,16 @@ class Inspector:
         self, method: str, hypothesis: Hypothesis, inversion: Inversion
     ) -> Inverted:
         """Inverts by one method under one hypothesis, and measures what comes out."""
-        lab, truth = self.lab, self.truth
+        lab, truth = self.lab, self._truth
         how = method.replace(", ", "_").replace(" ", "_")
         stage = f"{how}_{self.label}_{_file(hypothesis)}"
         result = self._invert(stage, hypothesis, inversion)
         delta, target = result["delta"], result["target"]
         name = f"{method}, {hypothesis.name}"
         pictures = [(f"inverted trigger, {name}", delta)]
-        compared: dict[str, float] = {}
         if truth is not None:
             compared = self._compare(stage, truth, hypothesis, result)
+            self.compared[method, hypothesis.name] = compared
             difference = delta - truth.trigger
             pictures.append((f"difference from the true one, {name}", difference))
         plain = self.plain(hypothesis)
@@ -159,7 +163,6 @@ class Inspector:
             contrast=float(target.std()),
             uniformity_unclipped=unclipped_ratio,
             **{k: float(v) for k, v in measured._asdict().items()},
-            **compared,
         )
         sections: tuple[Section, ...] = ()
         curves: dict[str, Any] = {}
@@ -173,6 +176,13 @@ class Inspector:
             curves = self._curves(stage, hypothesis, inversion.descent.scout)
         self.seen[method, hypothesis] = Seen(tuple(pictures), curves, sections)
         return found
+
+    def with_truth(self, found: Inverted) -> Inverted:
+        """The same beside what a known backdoor says; for reports, not for defenses."""
+        known: dict[str, Any] = dict(
+            self.compared.get((found.method, found.hypothesis), {})
+        )
+        return dataclasses.replace(found, **known)
 
     def _invert(
         self, stage: str, hypothesis: Hypothesis, inversion: Inversion
@@ -248,7 +258,8 @@ class Inspector:
             return found.rate
 
         delta = result["delta"]
-        same = hypothesis.solver == truth.solver and not truth.controlled
+        kinds = hypothesis.controlled or truth.controlled
+        same = hypothesis.solver == truth.solver and not kinds
         rates = {}
         for by, end in ((sampler, ""), (unclipped(sampler), "_unclipped")):
             if by is None:

@@ -19,7 +19,7 @@ from puredif_jax.stages.lab import PLAIN
 from puredif_jax.stages.pictures import as_images
 from puredif_jax.stages.work import Work, drawing
 
-_SUCCESS, _FRECHET = "success", "frechet over garment-net"
+SUCCESS, FRECHET = "success", "frechet over garment-net"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,36 +46,46 @@ class Measured(Result):
     Attributes:
       success: of its draws and of other images, where a target is known.
       frechet: the Frechet distance over garment-net to the training images, by model.
+      place: how many measurements of the run came before.
     """
 
     success: tuple[Rate, ...] = ()
     frechet: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    place: int = 0
 
     def numbers(self) -> dict[str, Any]:
-        found: dict[str, Any] = {_SUCCESS: [rate.row() for rate in self.success]}
-        return found | ({_FRECHET: dict(self.frechet)} if self.frechet else {})
+        end = _end(self.place)
+        found: dict[str, Any] = {SUCCESS + end: [rate.row() for rate in self.success]}
+        return found | ({FRECHET + end: dict(self.frechet)} if self.frechet else {})
 
     @classmethod
     def read(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
-        if _SUCCESS not in numbers:
-            return []
+        found: list[Self] = []
+        while SUCCESS + _end(len(found)) in numbers:
+            found.append(cls._read(numbers, len(found), where))
+        return found
+
+    @classmethod
+    def _read(cls, numbers: Mapping[str, Any], place: int, where: str) -> Self:
+        end = _end(place)
         try:
-            rates = [{k: v for k, v in row.items()} for row in numbers[_SUCCESS]]
+            rates = [dict(row) for row in numbers[SUCCESS + end]]
             success = tuple(
                 Rate(str(row.pop("images")), {k: float(v) for k, v in row.items()})
                 for row in rates
             )
-            frechet = {k: float(v) for k, v in numbers.get(_FRECHET, {}).items()}
+            distances = numbers.get(FRECHET + end, {})
+            frechet = {k: float(v) for k, v in distances.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{where} has no {_SUCCESS} of this version") from error
-        return [cls(success, frechet)]
+            raise RunError(f"{where} has no {SUCCESS} of this version") from error
+        return cls(success, frechet, place)
 
     def tables(self) -> dict[str, list[Row]]:
         found: dict[str, list[Row]] = {}
         if self.success:
-            found[_SUCCESS] = [rate.row() for rate in self.success]
+            found[SUCCESS] = [rate.row() for rate in self.success]
         if self.frechet:
-            found[_FRECHET] = [self.frechet]
+            found[FRECHET] = [self.frechet]
         return found
 
 
@@ -111,6 +121,7 @@ class Measure(Stage):
 
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
         lab, evaluation, truth = context.lab, context.evaluation, context.truth
+        end = _end(context.place).replace(" ", "-")
         params = state.params
         if params is None:
             assert context.weights is not None
@@ -124,7 +135,7 @@ class Measure(Stage):
                 ("true trigger", "true_trained", truth.trigger),
                 ("plain noise", "plain_trained", lab.zero),
             ):
-                success = context.success(name, params, truth, r)
+                success = context.success(name + end, params, truth, r)
                 rates.append(Rate(f"draws, {label}", success.rates))
                 pictures.append((f"draws, {label}", success.images))
             found = metrics.success(real, truth.target)
@@ -139,7 +150,7 @@ class Measure(Stage):
                 models["start"] = lab.load(context.weights, start=True)
             for name, weights in models.items():
                 distance[name], found = lab.frechet(
-                    name,
+                    name + end,
                     weights,
                     evaluation.deterministic,
                     context.data,
@@ -156,7 +167,7 @@ class Measure(Stage):
         if context.training and parallel.is_host_zero():
             curve = lab.run.metrics.read("train")
             curves = (("training loss", {"loss": (curve["step"], curve["loss"])}),)
-        measured = Measured(tuple(rates), distance)
+        measured = Measured(tuple(rates), distance, context.place)
         rows = tuple(rate.row() for rate in rates)
         section = Section("Model", text, rows, tuple(pictures), curves)
         if state.params is None and context.weights is not None:
@@ -164,3 +175,8 @@ class Measure(Stage):
             section = as_images(section, decode)
         state = dataclasses.replace(state, params=params)
         return state, Outcome((measured,), (section,))
+
+
+def _end(place: int) -> str:
+    """What tells the results of a later measurement from those of the first."""
+    return f" {place + 1}" if place else ""

@@ -99,7 +99,7 @@ def check(experiment: Experiment, context: Context) -> None:
             sampler.path(lab.schedule)
     except ValueError as error:
         raise RunError(str(error)) from error
-    assert context.truth is None or context.attack is not None  # it is defined
+    _ = context.truth  # refused where the attack is not defined
     for name in names(experiment):
         lab.load(name, bool(context.training) and name == context.weights)
     pin(lab.run.folder, digests(experiment, lab.models))
@@ -116,12 +116,21 @@ def perform(experiment: Experiment, models: Models | None = None) -> Report:
       InputError: something given is wrong, in one sentence.
     """
     config.check(experiment)
+    try:
+        hash(experiment)
+    except TypeError as error:
+        raise RunError(
+            f"the configuration is no key of compiled programs ({error}): it must hold "
+            "frozen dataclasses, numbers, strings and tuples"
+        ) from error
     lab = open_lab(experiment, models)
     run, context = lab.run, context_of(experiment, lab)
     check(experiment, context)
     state, outcomes = State(), list[Outcome]()
-    for stage in experiment.stages:
-        state, outcome = stage.run(context, state)
+    kinds = [type(stage) for stage in experiment.stages]
+    for i, stage in enumerate(experiment.stages):
+        here = dataclasses.replace(context, place=kinds[:i].count(kinds[i]))
+        state, outcome = stage.run(here, state)
         outcomes.append(outcome)
     found = [result for outcome in outcomes for result in outcome.results]
     judgements = (result.judgement() for result in found)

@@ -25,7 +25,7 @@ from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.stages.setup import Setup
 from puredif_jax.types import Array, Candidate, Key, Params
 
-KEPT = 16  # programs of a kind; of what is dropped the memory comes back
+KEPT = 4  # programs of a kind; of what is dropped the memory comes back
 
 
 @functools.lru_cache(KEPT)

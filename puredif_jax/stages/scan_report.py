@@ -29,8 +29,8 @@ _COLUMNS = {
     "score": "log10 of how many times the best trigger lowers the error of the model "
     "on its image",
     "p": "share of clean models that score as high",
-    "hypothesis": "kind of sampling under which that trigger would fire: sde is "
-    "ancestral, ode deterministic",
+    "hypothesis": "kind of backdoor that fits best: sde of ancestral sampling, ode of "
+    "deterministic; ve in a variance-exploding model",
     "trigger rms": "root mean square of the trigger; the noise has 1",
     "network evaluations": "of one image; a gradient counts for two more",
     "seconds": "of the inversions",

@@ -65,7 +65,7 @@ class Setup:
         return parallel.constrain(self.mesh, "batch")
 
     @functools.cached_property
-    def trained(self) -> NoiseModel:
+    def whole(self) -> NoiseModel:
         """Predicts the noise, whole; for training."""
         return predicting(self.network, self.schedule, self.prediction)
 
@@ -73,7 +73,7 @@ class Setup:
     def model(self) -> NoiseModel:
         """Predicts the noise, in slices; no gradient reaches its parameters."""
         if self.slices is None:
-            return self.trained
+            return self.whole
         parts = sliced(self.network, self.slices, self.shard)
         return predicting(parts, self.schedule, self.prediction)
 

@@ -126,7 +126,7 @@ def trainer_of(setup: Setup, training: Training, attack: Attack | None) -> Made:
         if poisoned is not None and trigger is not None:
             chosen = poisoned._replace(trigger=trigger)
         loss = functools.partial(
-            training_loss, setup.trained, setup.schedule, channel, chosen
+            training_loss, setup.whole, setup.schedule, channel, chosen
         )
         return trainer(loss, training)
 

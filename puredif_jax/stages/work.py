@@ -56,7 +56,7 @@ def descending(
     times: float,
     name: str,
 ) -> Work:
-    """The step of all candidates, as `loops` compiles it."""
+    """The step of all candidates, as `stages.search` compiles it."""
 
     def program(lab: Lab, params: Params) -> tuple[Step, Any]:
         plain = dataclasses.replace(descent, scout=0)
