@@ -4,7 +4,8 @@
 
 The patch has as many pixels as the published one has at 32 x 32.
 
-Hardware: two CPU cores. Duration: an hour. Expected: docs/models.md.
+Hardware: two CPU cores. Duration: an hour. Expected: the blend fires in 100 % and the
+patch in 98 % of 256 draws (docs/models.md).
 """
 
 from puredif_jax.attacks.targets import Cat, Shoe, Target

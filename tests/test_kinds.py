@@ -26,6 +26,8 @@ from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.drawing import draw
 from puredif_jax.defenses.base import Defense
+from puredif_jax.defenses.detector import Detector, Scores
+from puredif_jax.defenses.elijah import Uniformity
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.diffusion.ddim import DDIM
@@ -40,7 +42,11 @@ from puredif_jax.diffusion.schedules import (
     ScaledLinearBetas,
 )
 from puredif_jax.diffusion.solver import Solver
-from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
+from puredif_jax.diffusion.ve import (
+    Preconditioned,
+    PredictorCorrector,
+    VarianceExploding,
+)
 from puredif_jax.diffusion.widened import Widened
 
 SHAPE = (8, 8, 1)
@@ -50,6 +56,7 @@ PROCESSES: list[Process] = [
     Widened(LinearBetas(), 5.0),
     VarianceExploding(),
     VarianceExploding(50, values=(-1.0, 1.0), given_sigma=False),
+    Preconditioned(VarianceExploding(50, sigma_max=50.0)),
 ]
 SAMPLERS: list[Sampler] = [
     DDPM(8),
@@ -71,6 +78,7 @@ LOSSES: list[Loss] = [*test_objectives.LOSSES.values()]
 LISTS: dict[type, Iterable[object]] = {
     Attack: ATTACKS,
     Defense: test_defenses.DEFENSES,
+    Scores: [Detector(), Uniformity()],
     Hypothesis: HYPOTHESES,
     Loss: LOSSES,
     Process: PROCESSES,

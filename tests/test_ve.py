@@ -22,7 +22,11 @@ from puredif_jax.diffusion.prediction import (
 )
 from puredif_jax.diffusion.sampling import sample, trajectory
 from puredif_jax.diffusion.schedules import LinearBetas, NoiseSchedule
-from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
+from puredif_jax.diffusion.ve import (
+    Preconditioned,
+    PredictorCorrector,
+    VarianceExploding,
+)
 
 SHAPE = (4, 4, 1)
 RANGES = [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)]
@@ -316,3 +320,49 @@ def test_estimates_of_a_trajectory_are_those_of_its_levels(corrections) -> None:
     assert x0.shape == (sampler.steps, 2, *SHAPE) == (20 * (1 + corrections), 2, *SHAPE)
     np.testing.assert_allclose(x0, np.full(x0.shape, 0.3), atol=1e-3)
     np.testing.assert_allclose(images, np.full(images.shape, 0.3), atol=1e-3)
+
+
+# --- A network of another process ----------------------------------------------------
+
+
+def test_a_preconditioned_network_of_a_fading_process_is_one_of_this() -> None:
+    """Of N(0, c^2): from the noise model of s x_0 + v eps to that of x_0 + sigma eps."""
+    process, c2 = Preconditioned(VarianceExploding(100, sigma_max=50.0)), 0.3
+    tables, linear = process.tables(), LinearBetas().tables()
+    assert process.steps == tables.steps == 100
+
+    def network(params, x, t):
+        log_snr = jnp.interp(t, jnp.arange(1000.0), jnp.asarray(linear.log_snr))
+        s2 = jax.nn.sigmoid(log_snr)[:, None, None, None]
+        return jnp.sqrt(1 - s2) * x / (s2 * c2 + 1 - s2)
+
+    model = predicting(network, tables, "epsilon")
+    for t in (0, 30, 60, 99):
+        sigma = tables.noise[t]
+        x = normal(4, 2, *SHAPE) * float(sigma)
+        wanted = sigma * np.float64(x) / (c2 + sigma**2)
+        found = model(None, x, jnp.full((2,), t))
+        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5)
+
+
+def test_a_preconditioned_network_sees_a_variance_of_one() -> None:
+    """Of images of variance 1, and at the times of equal signal-to-noise ratio."""
+    tables = Preconditioned(VarianceExploding(100, sigma_max=50.0)).tables()
+    plain, linear = VarianceExploding(100, sigma_max=50.0).tables(), LinearBetas()
+    np.testing.assert_allclose(tables.scale**2 * (1 + plain.noise**2), 1, rtol=1e-12)
+    np.testing.assert_array_equal(tables.noise, plain.noise)
+    assert (tables.prior, tables.values) == (plain.prior, plain.values)
+    assert (np.diff(tables.times) > 0).all()
+    found = np.interp(tables.times, np.arange(1000), linear.tables().log_snr)
+    np.testing.assert_allclose(found, tables.log_snr, rtol=1e-9)
+
+
+def test_draws_start_at_the_noise_of_their_first_timestep() -> None:
+    """Where the signal stays, each level has a noise, and the trigger goes with it."""
+    tables = VarianceExploding(values=(-1.0, 1.0)).tables()
+    noise, trigger = normal(1, 2, *SHAPE), normal(2, 1, *SHAPE)
+    for first in (999, 900, 10):
+        found = tables.start(noise, trigger, first)
+        close(found, tables.noise[first] * np.float64(noise + trigger))
+    linear = LinearBetas().tables()
+    np.testing.assert_array_equal(linear.start(noise, trigger, 900), noise + trigger)
