@@ -326,7 +326,7 @@ def test_estimates_of_a_trajectory_are_those_of_its_levels(corrections) -> None:
 
 
 def test_a_preconditioned_network_of_a_fading_process_is_one_of_this() -> None:
-    """Of N(0, c^2): from the noise model of s x_0 + v eps to that of x_0 + sigma eps."""
+    """Of N(0, c^2): that of s x_0 + v eps becomes that of x_0 + sigma eps."""
     process, c2 = Preconditioned(VarianceExploding(100, sigma_max=50.0)), 0.3
     tables, linear = process.tables(), LinearBetas().tables()
     assert process.steps == tables.steps == 100
