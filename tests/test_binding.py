@@ -40,11 +40,11 @@ def test_a_folder_is_bound_once_something_was_begun(tmp_path) -> None:
     with pytest.raises(RunError, match="another audit.weights"):
         Run(str(tmp_path), OTHER_WEIGHTS, mesh, 0.0)
     assert binding.is_run(tmp_path, AUDIT) and binding.is_run(tmp_path, OTHER_DETECTOR)
-    assert binding.report_of(tmp_path, AUDIT) is None
-    (tmp_path / "report.json").write_text(json.dumps(sealed.seal({"config": AUDIT})))
-    found = binding.report_of(tmp_path, AUDIT)
-    assert found is not None and found["config"] == AUDIT
-    assert binding.report_of(tmp_path, OTHER_DETECTOR) is None
+    assert binding.numbers_of(tmp_path, AUDIT) is None
+    report = sealed.seal({"config": AUDIT, "numbers": {"p": 0.5}})
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert binding.numbers_of(tmp_path, AUDIT) == {"p": 0.5}
+    assert binding.numbers_of(tmp_path, OTHER_DETECTOR) is None
 
 
 def test_the_report_of_a_run_that_is_damaged_is_none(tmp_path, caplog) -> None:
@@ -52,11 +52,11 @@ def test_the_report_of_a_run_that_is_damaged_is_none(tmp_path, caplog) -> None:
     text = json.dumps(report)
     path = tmp_path / "report.json"
     path.write_text(text)
-    assert binding.report_of(tmp_path, AUDIT) == report
+    assert binding.numbers_of(tmp_path, AUDIT) == report["numbers"]
     for harmed in (text.replace("0.905", "0.005"), text[:-9], "", "[]"):
         path.write_text(harmed)
         caplog.clear()
-        assert binding.report_of(tmp_path, AUDIT) is None
+        assert binding.numbers_of(tmp_path, AUDIT) is None
         assert "report.json is damaged" in caplog.text
 
 

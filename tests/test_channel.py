@@ -350,7 +350,7 @@ def test_a_chain_inside_is_the_trojan_chain(trigger: str) -> None:
 
 @over_schedules
 def test_draws_of_a_model_start_from_the_trigger(schedule) -> None:
-    """Without a channel: the ordinary chain from prior (eps + delta)."""
+    """Without a channel: the ordinary chain, at the noise of its first timestep."""
     eps, delta = jnp.asarray(normal(12, 2, *SHAPE)), jnp.asarray(normal(13, *SHAPE))
     key, sampler = jax.random.key(1), DDIM(5, clip=1.0)
 
@@ -359,9 +359,10 @@ def test_draws_of_a_model_start_from_the_trigger(schedule) -> None:
 
     arguments = (model, None, schedule, sampler)
     found = draw(*arguments, eps, delta, key)
-    prior, centre = (1, 0) if schedule is SCHEDULE else (760, -1)
-    wanted = sample(*arguments, prior * (eps + delta[None]) + centre, key)
-    np.testing.assert_array_equal(found, wanted)
+    first = int(sampler.path(schedule)[0][0])
+    level, centre = (1, 0) if schedule is SCHEDULE else (schedule.noise[first], -1)
+    start = jnp.float32(level) * (eps + delta[None]) + centre
+    np.testing.assert_allclose(found, sample(*arguments, start, key), atol=1e-4)
 
 
 @pytest.mark.parametrize(

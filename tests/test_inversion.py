@@ -103,24 +103,6 @@ def test_the_best_scouts_go_on_as_they_were(chosen) -> None:
         )
 
 
-def test_refresh_moves_the_target_every_m_steps() -> None:
-    descent = Descent(steps=5, refresh=2, learning_rate=1e-6)
-    made = inverter(
-        quadratic,
-        descent,
-        (2, 2, 1),
-        refresh=lambda params, candidate, key: jax.random.normal(key, (2, 2, 1)),
-    )
-    state, targets = made.init(jax.random.key(0)), []
-    for _ in range(5):
-        state, _ = made.step(jnp.zeros((2, 2, 1)), state)
-        targets.append(np.asarray(state.candidate.target))
-    changes = [
-        not np.allclose(a, b) for a, b in zip(targets, targets[1:], strict=False)
-    ]
-    assert changes == [False, True, False, True]
-
-
 @over_solvers
 def test_default_loss_recovers_the_trigger_of_an_exact_model(solver) -> None:
     """From random starts, knowing only the kind of sampler."""
@@ -158,7 +140,9 @@ def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
     schedule = EXPLODING if isinstance(attack, VillanDiffusionVE) else SCHEDULE
     model, truth = oracle(attack, schedule)
     channel = attack.channel(schedule, SHAPE)
-    made = Reinforcement().inverter(model, schedule, channel, attack.solver, truth)
+    reinforcement = Reinforcement()
+    loss = reinforcement.loss(attack.solver).bind(model, schedule, channel)
+    made = inverter(loss, reinforcement.descending(attack.solver), SHAPE, truth)
     state = made.init(jax.random.key(0))
     np.testing.assert_array_equal(state.candidate.delta[0], truth.delta)
     after, info = made.step((), state)
@@ -187,16 +171,9 @@ def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
         {"bound": -1.0},
         {"steps": 9, "scout": 9},
         {"finalists": 0},
-        {"refresh": -1},
         {"low": 0.5, "high": 0.5},
     ],
 )
 def test_bad_settings_are_named(bad) -> None:
     with pytest.raises(ValueError, match="found"):
         Descent(**bad)
-
-
-def test_refreshes_need_an_estimate() -> None:
-    descent = Descent(steps=2, refresh=1)
-    with pytest.raises(ValueError, match="refresh=1"):
-        inverter(lambda params, candidate, key: 0.0, descent, (2, 2, 1))

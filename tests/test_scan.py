@@ -350,8 +350,8 @@ def test_what_is_wrong_with_an_entry_is_told_beside_the_others(tmp_path) -> None
     errors = {k: row["reason"] for k, row in rows.items() if row["verdict"] == "error"}
     assert status == 1 and rows.keys() - errors.keys() == {"good", "good-2"}
     for name, words in (
-        ("bare", "has no unet/config.json"),
-        ("loop", "has no unet/config.json"),
+        ("bare", "in none of the formats that are read"),
+        ("loop", "in none of the formats that are read"),
         (files.safe_name(str(models / "loop" / "unet")), "is no model"),
         ("no-such-user-x", "is no path"),
         (files.safe_name(str(tmp_path / "nowhere")), "is no model"),

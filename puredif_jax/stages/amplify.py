@@ -68,7 +68,11 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Amplified(Result):
-    """The snapshots of an amplification, in the order of training."""
+    """What an amplification did.
+
+    Attributes:
+      snapshots: in the order of training.
+    """
 
     snapshots: tuple[Snapshot, ...]
 

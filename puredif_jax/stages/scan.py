@@ -153,7 +153,10 @@ def as_experiment(
     source = (Models(scan.scheduler) if sources is None else sources)[path]
     spec = source.spec
     if spec is None:
-        raise RunError(f"{folder} is in none of the formats that are read")
+        raise RunError(
+            f"{folder} is in none of the formats that are read: a folder of diffusers has "
+            "unet/config.json"
+        )
     scheduling = spec.scheduling
     if scheduling is None:
         raise convert.no_scheduler(folder)
