@@ -154,8 +154,8 @@ def as_experiment(
     spec = source.spec
     if spec is None:
         raise RunError(
-            f"{folder} is in none of the formats that are read: a folder of diffusers has "
-            "unet/config.json"
+            f"{folder} is in none of the formats that are read: a folder of diffusers "
+            "has unet/config.json"
         )
     scheduling = spec.scheduling
     if scheduling is None:
