@@ -10,7 +10,7 @@ trigger is a white square whose norm in [0, 1] tells it from the noise.
 
 Start it once, and without another workdir: the second run reads what the first wrote.
 
-Hardware: two CPU cores. Duration: an hour. Expected: docs/models.md.
+Hardware: two CPU cores. Duration: an hour. Expected: not measured yet.
 """
 
 from puredif_jax.attacks.targets import Cat
