@@ -109,6 +109,19 @@ def test_a_draw_starts_from_scaled_noise_and_the_trigger(gamma) -> None:
         close(found, prior * (scale(channel) * eps + r) + centre)
 
 
+@over_gammas
+def test_a_draw_may_start_from_an_earlier_timestep(gamma) -> None:
+    """Where the signal stays, with the noise of that one; else as from the last."""
+    eps, r = (jnp.asarray(normal(k, 1, *SHAPE)) for k in (0, 1))
+    channel = channel_of(EXPLODING, gamma)
+    found = channel.start(EXPLODING, eps, r, 600)
+    sigma = 2 * 0.01 * 38_000 ** (600 / 999)
+    close(found, sigma * (scale(channel) * np.asarray(eps) + np.asarray(r)) - 1)
+    channel = channel_of(SCHEDULE, gamma)
+    first, last = channel.start(SCHEDULE, eps, r, 600), channel.start(SCHEDULE, eps, r)
+    np.testing.assert_array_equal(first, last)
+
+
 def test_a_channel_is_a_tree_of_arrays() -> None:
     """One program serves all of a kind; gamma is no leaf where it is 1."""
     traced = []

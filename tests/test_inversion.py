@@ -1,4 +1,4 @@
-"""Inversion: descent, candidates, projection, refreshes, resumption."""
+"""Inversion: descent, candidates, projection, resumption, reinforcement."""
 
 import chex
 import jax
@@ -140,9 +140,9 @@ def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
     schedule = EXPLODING if isinstance(attack, VillanDiffusionVE) else SCHEDULE
     model, truth = oracle(attack, schedule)
     channel = attack.channel(schedule, SHAPE)
-    reinforcement = Reinforcement()
-    loss = reinforcement.loss(attack.solver).bind(model, schedule, channel)
-    made = inverter(loss, reinforcement.descending(attack.solver), SHAPE, truth)
+    reinforcement, solver = Reinforcement(), attack.solver
+    loss = reinforcement.loss(solver).bind(model, schedule, channel)
+    made = inverter(loss, reinforcement.descending(solver), SHAPE, truth)
     state = made.init(jax.random.key(0))
     np.testing.assert_array_equal(state.candidate.delta[0], truth.delta)
     after, info = made.step((), state)
@@ -177,3 +177,12 @@ def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
 def test_bad_settings_are_named(bad) -> None:
     with pytest.raises(ValueError, match="found"):
         Descent(**bad)
+
+
+@pytest.mark.parametrize("name", ["descent", "ancestral_descent"])
+@pytest.mark.parametrize(
+    "descent", [Descent(candidates=2), Descent(steps=9, scout=3)], ids=["two", "scout"]
+)
+def test_reinforcement_has_one_candidate_from_the_start(name, descent) -> None:
+    with pytest.raises(ValueError, match="candidates=1 and scout=0, found"):
+        Reinforcement(**{name: descent})
