@@ -58,7 +58,8 @@ from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
-from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.diffusers_config import write_unet
+from puredif_jax.formats.state_dict import to_torch
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
 from puredif_jax.runs.report import environment, placeless
@@ -104,9 +105,9 @@ class Torch:
 
     def __init__(self, unet: UNet, params: Any, size: Size, options: Any) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = convert.write_unet(unet)
+        config = write_unet(unet)
         net = diffusers.UNet2DModel.from_config(config)
-        state = {k: torch.tensor(v) for k, v in convert.to_torch(params).items()}
+        state = {k: torch.tensor(v) for k, v in to_torch(params).items()}
         net.load_state_dict(state)
         self.net = net.to(self.device).requires_grad_(False)
         if self.device == "cuda":

@@ -35,6 +35,8 @@ import safetensors.numpy
 from tiny_config import TINY, draw_params
 
 from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.base import Model, Spec
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.formats.weight_sets import INDEX, PICKLE, WEIGHTS
 from puredif_jax.stages import scan
 from puredif_jax.stages.experiment import Scan
@@ -347,8 +349,8 @@ def make(top: pathlib.Path, count: int, seed: int) -> list[pathlib.Path]:
         kind = KINDS[i % len(KINDS)]
         name = os.fsdecode(b"%03d-" % i + NAMES[rng.randrange(len(NAMES))])
         folder = top / name
-        spec = convert.Spec(TINY, convert.Scheduling())
-        convert.write_folder(folder, convert.Model(spec, params))
+        spec = Spec(TINY, Scheduling())
+        convert.write_folder(folder, Model(spec, params))
         kind(folder, rng)
         made.append(folder)
     return made

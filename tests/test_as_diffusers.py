@@ -22,6 +22,7 @@ import pytest
 from puredif_jax.diffusion.sampling import Threshold
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import discovery, weight_sets
+from puredif_jax.formats.base import Model
 from puredif_jax.types import InputError
 
 torch = pytest.importorskip("torch")
@@ -144,7 +145,7 @@ def test_a_variant_is_the_one_that_was_asked_for(tmp_path) -> None:
     place = weight_sets.choose(tmp_path / "unet", "ema").principal
     spec = convert.DiffusersFolder().spec(place)
     params = convert.DiffusersFolder().read(place, spec)
-    model = convert.Model(spec, params)
+    model = Model(spec, params)
     assert outputs_agree(theirs(tmp_path, variant="ema"), model)
     with pytest.raises(InputError, match="variant 'fp16'.* has ema, and"):
         weight_sets.choose(tmp_path / "unet", "fp16")

@@ -22,9 +22,11 @@ from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import hub, opening, weight_sets
-from puredif_jax.formats.base import Model
-from puredif_jax.formats.diffusers_config import ConvertError
+from puredif_jax.formats.base import Model, Spec
+from puredif_jax.formats.diffusers_config import ConvertError, read_unet, write_unet
+from puredif_jax.formats.diffusers_scheduler import read_scheduling, write_scheduling
 from puredif_jax.formats.scheduling import Scheduling
+from puredif_jax.formats.state_dict import from_torch, to_torch
 from puredif_jax.networks.unet import UNet
 from puredif_jax.stages.weights import ZOO
 
@@ -37,7 +39,7 @@ SCHEDULINGS = [
 ]
 
 
-MODEL = Model(convert.Spec(TINY, Scheduling()), draw_params(TINY, scale=1.0))
+MODEL = Model(Spec(TINY, Scheduling()), draw_params(TINY, scale=1.0))
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def change_json(path: pathlib.Path, **changes) -> None:
 @pytest.mark.parametrize("name", maker.CONFIGS)
 def test_names_and_shapes_are_those_of_diffusers(name) -> None:
     unet = UNet(**maker.CONFIGS[name])
-    ours = {k: v.shape for k, v in convert.to_torch(draw_params(unet)).items()}
+    ours = {k: v.shape for k, v in to_torch(draw_params(unet)).items()}
     assert ours == golden_shapes(name)
 
 
@@ -75,10 +77,10 @@ def test_public_architectures_give_the_outputs_of_diffusers(name) -> None:
     """In their full width, from weights that come back bit for bit."""
     config, shapes = maker.FULL[name], golden_shapes(name)
     unet = UNet(**config)
-    assert convert.read_unet(convert.write_unet(unet)) == unet
+    assert read_unet(write_unet(unet)) == unet
     arrays, images, times = maker.draw(config, shapes, maker.SEED)
-    params = convert.from_torch(arrays, unet)
-    back = convert.to_torch(params)
+    params = from_torch(arrays, unet)
+    back = to_torch(params)
     assert back.keys() == arrays.keys()
     assert all(np.array_equal(back[key], arrays[key]) for key in arrays)
     x = images[maker.FULL_IMAGES].transpose(0, 2, 3, 1)
@@ -89,7 +91,7 @@ def test_public_architectures_give_the_outputs_of_diffusers(name) -> None:
 
 @pytest.mark.parametrize("scheduling", SCHEDULINGS)
 def test_a_folder_comes_back_bit_for_bit(tmp_path, scheduling) -> None:
-    spec = convert.Spec(TINY, scheduling)
+    spec = Spec(TINY, scheduling)
     convert.write_folder(tmp_path, MODEL._replace(spec=spec))
     found = convert.read_folder(tmp_path)
     assert found.spec == spec
@@ -99,22 +101,22 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, scheduling) -> None:
 @pytest.mark.parametrize("name", maker.CONFIGS)
 def test_a_configuration_comes_back(name) -> None:
     unet = UNet(**maker.CONFIGS[name])
-    text = json.dumps(convert.write_unet(unet))
-    assert convert.read_unet(json.loads(text)) == unet
+    text = json.dumps(write_unet(unet))
+    assert read_unet(json.loads(text)) == unet
 
 
 def test_a_silent_configuration_means_the_defaults_of_diffusers() -> None:
-    unet = convert.read_unet({"_class_name": "UNet2DModel", "sample_size": 32})
+    unet = read_unet({"_class_name": "UNet2DModel", "sample_size": 32})
     assert unet.block_out_channels == (224, 448, 672, 896)
     assert unet.attention_head_dim == 8 and unet.norm_eps == 1e-5
-    assert convert.read_scheduling({}) == Scheduling()
+    assert read_scheduling({}) == Scheduling()
 
 
 def test_old_names_of_attention_at_the_top_of_the_folder(tmp_path) -> None:
     """The layout and the names of diffusers before 0.12."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = {}
-    for name, value in convert.to_torch(MODEL.params).items():
+    for name, value in to_torch(MODEL.params).items():
         for new, before in old.items():
             if f".{new}." in name:
                 name = name.replace(new, before)
@@ -122,8 +124,8 @@ def test_old_names_of_attention_at_the_top_of_the_folder(tmp_path) -> None:
         tensors[name] = value
     assert any("proj_attn" in name for name in tensors)
     safetensors.numpy.save_file(tensors, tmp_path / weight_sets.WEIGHTS)
-    (tmp_path / "config.json").write_text(json.dumps(convert.write_unet(TINY)))
-    scheduler = convert.write_scheduling(Scheduling())
+    (tmp_path / "config.json").write_text(json.dumps(write_unet(TINY)))
+    scheduler = write_scheduling(Scheduling())
     (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
     found = convert.read_folder(tmp_path)
     assert found.spec.network == TINY
@@ -273,13 +275,13 @@ def test_unsupported_schedulers_are_refused_by_name(folder, option, value) -> No
 def test_another_process_is_refused_by_name(kind, option, value) -> None:
     said = {"_class_name": kind, option: value, "num_train_timesteps": 2}
     with pytest.raises(ConvertError, match=f"{option}|FlowMatch|is of class"):
-        convert.read_scheduling(said)
+        read_scheduling(said)
 
 
 def test_what_a_class_does_not_take_has_no_effect_and_is_said() -> None:
     remarks: list[str] = []
     said = {"clip_sample": True, "set_alpha_to_one": False, "use_flow_sigmas": True}
-    found = convert.read_scheduling(said, "x.json", "EulerDiscreteScheduler", remarks)
+    found = read_scheduling(said, "x.json", "EulerDiscreteScheduler", remarks)
     assert found.clip is None and found.to_clean
     assert any("does not take clip_sample, set_alpha_to_one" in x for x in remarks)
     assert any("EulerDiscreteScheduler draws" in x for x in remarks)
@@ -293,16 +295,16 @@ def test_a_pipeline_with_more_than_a_network_is_refused(folder) -> None:
 
 def test_a_head_is_as_wide_as_divides_what_attends(folder) -> None:
     """diffusers asks no more: other widths have no attention."""
-    config = convert.write_unet(TINY) | {
+    config = write_unet(TINY) | {
         "block_out_channels": [8, 24],
         "down_block_types": ["DownBlock2D"] * 2,
         "up_block_types": ["UpBlock2D"] * 2,
         "attention_head_dim": 12,
     }
-    assert convert.read_unet(config).attention_head_dim == 12
+    assert read_unet(config).attention_head_dim == 12
     config["up_block_types"] = ["UpBlock2D", "AttnUpBlock2D"]
     with pytest.raises(ConvertError, match="attention_head_dim=12, found 8"):
-        convert.read_unet(config)
+        read_unet(config)
 
 
 # What these classes of diffusers save where nothing is asked of them: the options that
@@ -326,7 +328,7 @@ SILENT = {
 
 @pytest.mark.parametrize("name", SILENT)
 def test_a_scheduler_that_is_silent_means_what_diffusers_does(name) -> None:
-    found = convert.read_scheduling({"_class_name": name})
+    found = read_scheduling({"_class_name": name})
     assert (found.clip, found.timestep_spacing, found.to_clean) == SILENT[name]
     latent = name.startswith(("Heun", "KDPM2"))
     ends = (0.00085, 0.012) if latent else (1e-4, 0.02)
@@ -339,12 +341,12 @@ def test_a_scheduler_that_is_silent_means_what_diffusers_does(name) -> None:
 def test_schedulers_that_diffusers_saves_are_read(name) -> None:
     diffusers = pytest.importorskip("diffusers")
     saved = json.loads(getattr(diffusers, name)().to_json_string())
-    silent = convert.read_scheduling({"_class_name": name})
-    assert convert.read_scheduling(saved) == silent
+    silent = read_scheduling({"_class_name": name})
+    assert read_scheduling(saved) == silent
 
 
 def test_options_of_a_solver_are_read() -> None:
-    found = convert.read_scheduling(
+    found = read_scheduling(
         {
             "_class_name": "DPMSolverMultistepScheduler",
             "algorithm_type": "dpmsolver++",
@@ -368,7 +370,7 @@ def test_options_of_a_solver_are_read() -> None:
 )
 def test_what_diffusers_cannot_say_is_not_written(tmp_path, scheduling, words) -> None:
     with pytest.raises(ConvertError, match=words):
-        spec = convert.Spec(TINY, scheduling)
+        spec = Spec(TINY, scheduling)
         convert.write_folder(tmp_path, MODEL._replace(spec=spec))
     assert not list(tmp_path.iterdir())
 
@@ -376,7 +378,7 @@ def test_what_diffusers_cannot_say_is_not_written(tmp_path, scheduling, words) -
 def test_weights_of_few_digits_are_written_in_full(tmp_path) -> None:
     unet = dataclasses.replace(TINY, param_dtype="bfloat16")
     params = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), MODEL.params)
-    convert.write_folder(tmp_path, Model(convert.Spec(unet, Scheduling()), params))
+    convert.write_folder(tmp_path, Model(Spec(unet, Scheduling()), params))
     found = convert.read_folder(tmp_path).params
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), found, params)
 
@@ -552,14 +554,14 @@ def as_bin(folder: pathlib.Path, found) -> None:
 
 def test_an_old_pickle_of_arrays_is_read_with_torch(folder) -> None:
     torch = pytest.importorskip("torch")
-    tensors = convert.to_torch(MODEL.params)
+    tensors = to_torch(MODEL.params)
     as_bin(folder, {name: torch.tensor(value) for name, value in tensors.items()})
     assert_same(convert.read_folder(folder).params)
 
 
 def test_an_old_pickle_may_be_of_parameters(folder) -> None:
     torch = pytest.importorskip("torch")
-    tensors = convert.to_torch(MODEL.params)
+    tensors = to_torch(MODEL.params)
     as_bin(folder, {k: torch.nn.Parameter(torch.tensor(v)) for k, v in tensors.items()})
     assert_same(convert.read_folder(folder).params)
 
@@ -578,7 +580,7 @@ def test_an_old_pickle_may_be_of_parameters(folder) -> None:
 )
 def test_a_pickle_is_judged_as_any_other_file(folder, change, words) -> None:
     torch = pytest.importorskip("torch")
-    tensors = convert.to_torch(MODEL.params)
+    tensors = to_torch(MODEL.params)
     found = {name: torch.tensor(value) for name, value in tensors.items()}
     found |= change(torch, "conv_in.bias", found["conv_in.bias"])
     as_bin(folder, found)

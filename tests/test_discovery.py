@@ -14,6 +14,8 @@ from tiny_config import TINY, draw_params
 from puredif_jax.files import whole as files
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import discovery, search
+from puredif_jax.formats.base import Model, Spec
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.formats.weight_sets import WEIGHTS
 from puredif_jax.runs import weight_file
 from puredif_jax.stages import scan
@@ -23,8 +25,8 @@ from puredif_jax.types import InputError
 
 
 def write(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    spec = convert.Spec(TINY, convert.Scheduling())
-    model = convert.Model(spec, draw_params(TINY, seed))
+    spec = Spec(TINY, Scheduling())
+    model = Model(spec, draw_params(TINY, seed))
     convert.write_folder(folder, model)
     return folder
 
@@ -231,7 +233,7 @@ def test_what_is_planted_beside_weights_decides_nothing(tmp_path) -> None:
     rows = discovery.find([str(top)]).models
     for name in ("p", "p.fp16"):
         spec = convert.DiffusersFolder().spec(rows[name])
-        assert spec.scheduling == convert.Scheduling() and spec.network == TINY
+        assert spec.scheduling == Scheduling() and spec.network == TINY
     assert "a pipeline of its own" in str(rows["p.unet"])
     with pytest.raises(InputError, match="say how to draw from"):
         convert.DiffusersFolder().spec(top / "unet")

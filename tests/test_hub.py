@@ -9,6 +9,8 @@ from tiny_config import TINY, draw_params
 
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import hub
+from puredif_jax.formats.base import Model, Spec
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.types import InputError
 
 
@@ -52,7 +54,7 @@ def test_addresses_of_no_model_say_what_to_give(address, words) -> None:
 
 def test_what_else_may_be_weights_is_named(tmp_path, monkeypatch, caplog) -> None:
     """A variant is fetched where it is asked for; the log names what is left."""
-    model = convert.Model(convert.Spec(TINY, convert.Scheduling()), draw_params(TINY))
+    model = Model(Spec(TINY, Scheduling()), draw_params(TINY))
     convert.write_folder(tmp_path, model)
     plain = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     plain.rename(plain.with_name("diffusion_pytorch_model.ema.safetensors"))

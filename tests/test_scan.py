@@ -22,6 +22,9 @@ from puredif_jax.files import whole as files
 from puredif_jax.files.sealed import seal
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import weight_sets
+from puredif_jax.formats.base import Model, Spec
+from puredif_jax.formats.diffusers_config import write_unet
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.runs import parallel
 from puredif_jax.stages import scan, sweep
 from puredif_jax.stages.audit import Audit
@@ -41,8 +44,8 @@ def compilation_cache(tmp_path_factory, monkeypatch):
 
 
 def write(folder: pathlib.Path, seed: int = 0, **scheduling) -> pathlib.Path:
-    said = convert.Scheduling(**scheduling)
-    model = convert.Model(convert.Spec(TINY, said), draw_params(TINY, seed))
+    said = Scheduling(**scheduling)
+    model = Model(Spec(TINY, said), draw_params(TINY, seed))
     convert.write_folder(folder, model)
     return folder
 
@@ -305,7 +308,7 @@ def test_a_list_names_runs_too(tmp_path) -> None:
 def test_numbers_that_are_not_finite_are_told_and_kept(tmp_path) -> None:
     """Weights so large that the network overflows; the table is read again later."""
     huge = jax.tree.map(lambda x: np.full_like(x, 1e30), draw_params(TINY))
-    model = convert.Model(convert.Spec(TINY, convert.Scheduling()), huge)
+    model = Model(Spec(TINY, Scheduling()), huge)
     convert.write_folder(tmp_path / "model", model)
     wanted = plan(tmp_path / "scan", tmp_path / "model")
     for _ in range(2):
@@ -365,7 +368,7 @@ def test_weights_of_another_network_are_refused_before_memory_is_asked_for(
 ) -> None:
     folder = write(tmp_path / "model")
     stored = dataclasses.replace(TINY, layers_per_block=TINY.layers_per_block + 1)
-    config = convert.write_unet(stored)
+    config = write_unet(stored)
     (folder / "unet" / "config.json").write_text(json.dumps(config))
 
     def called() -> int:
@@ -454,7 +457,7 @@ def test_weights_that_denoise_nothing_are_not_called_clean(tmp_path) -> None:
 
 def test_images_of_other_channels_and_how_a_folder_was_read(tmp_path) -> None:
     unet = dataclasses.replace(TINY, in_channels=4)
-    model = convert.Model(convert.Spec(unet, convert.Scheduling()), draw_params(unet))
+    model = Model(Spec(unet, Scheduling()), draw_params(unet))
     folder, home = tmp_path / "pipeline", tmp_path / "scan"
     convert.write_folder(folder, model)
     (folder / "scheduler").rename(tmp_path / "scheduler")

@@ -9,6 +9,8 @@ from tiny_config import TINY, draw_params
 
 from puredif_jax import main
 from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.base import Model, Spec
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.runs import config
 from puredif_jax.stages import experiment
 
@@ -39,7 +41,7 @@ def place(tmp_path_factory) -> pathlib.Path:
     """A folder with a model at models/mine and the configs of the repository."""
     folder = tmp_path_factory.mktemp("tutorial")
     (folder / "configs").symlink_to(ROOT / "configs")
-    model = convert.Model(convert.Spec(TINY, convert.Scheduling()), draw_params(TINY))
+    model = Model(Spec(TINY, Scheduling()), draw_params(TINY))
     convert.write_folder(folder / "models" / "mine", model)
     return folder
 

@@ -169,9 +169,9 @@ def measured_factor(
 ) -> Array:
     """The scale of `Calibrated`, from a surrogate backdoor with a known trigger.
 
-    The mean over `timesteps` of <shift_t, r> / (C_t <r, r>), with shift_t the mean
-    over `samples` draws of M(x_t, t) - eps on the surrogate's path. A scalar; 1 for a
-    model that has learnt the surrogate perfectly.
+    The mean over `timesteps`, as `matched` reads them, of <shift_t, r> / (C_t <r, r>),
+    with shift_t the mean over `samples` draws of M(x_t, t) - eps on the surrogate's
+    path. A scalar; 1 for a model that has learnt the surrogate perfectly.
     """
     rule = LeastSquares()
 
@@ -179,11 +179,10 @@ def measured_factor(
         eps = jax.random.normal(key, (samples, *surrogate.delta.shape))
         times = jnp.full((samples,), t)
         y = jnp.broadcast_to(surrogate.target, eps.shape)
-        x = diffuse(schedule, y, channel.scale * eps, times)
-        x = x + lookup(channel.shift, t) * surrogate.delta[None]
+        x = channel.noisy(schedule, y, eps, surrogate.delta[None], times)
         shift = jnp.mean(model(params, x, times) - eps, axis=0)
         response = lookup(channel.response, t)
         return rule(response, shift, surrogate.delta) / response
 
     keys = jax.random.split(key, len(timesteps))
-    return jnp.mean(jax.vmap(at)(jnp.asarray(timesteps, jnp.int32), keys))
+    return jnp.mean(jax.vmap(at)(jnp.asarray(schedule.matched(timesteps)), keys))

@@ -54,9 +54,10 @@ class Reinforcement:
                     f"{each.candidates} and {each.scout}"
                 )
 
-    def loss(self, solver: Solver) -> DenoisingConsistency:
-        """That for a kind of backdoor."""
-        return solver.pick(self.ancestral, self.deterministic)
+    def loss(self, solver: Solver, controlled: bool = False) -> DenoisingConsistency:
+        """That for a kind of backdoor; inside the channel where draws run there."""
+        found = solver.pick(self.ancestral, self.deterministic)
+        return dataclasses.replace(found, on_path=True) if controlled else found
 
     def descending(self, solver: Solver) -> Descent:
         """How that one is descended."""

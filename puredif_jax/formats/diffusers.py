@@ -17,13 +17,8 @@ import numpy as np
 import safetensors.numpy
 
 from puredif_jax.files.whole import write_whole
-from puredif_jax.formats.base import Format
-from puredif_jax.formats.base import Model as Model
-from puredif_jax.formats.base import Spec as Spec
-from puredif_jax.formats.diffusers_config import ConvertError as ConvertError
-from puredif_jax.formats.diffusers_config import Remarks
-from puredif_jax.formats.diffusers_config import read_unet as read_unet
-from puredif_jax.formats.diffusers_config import write_unet as write_unet
+from puredif_jax.formats.base import Format, Model, Spec
+from puredif_jax.formats.diffusers_config import ConvertError, Remarks
 from puredif_jax.formats.diffusers_layout import (
     SCHEDULER,
     Place,
@@ -32,18 +27,18 @@ from puredif_jax.formats.diffusers_layout import (
     locate,
     network_folder,
 )
-from puredif_jax.formats.diffusers_scheduler import PIPELINES
-from puredif_jax.formats.diffusers_scheduler import read_scheduling as read_scheduling
-from puredif_jax.formats.diffusers_scheduler import write_scheduling as write_scheduling
+from puredif_jax.formats.diffusers_scheduler import (
+    PIPELINES,
+    read_scheduling,
+    write_scheduling,
+)
 from puredif_jax.formats.entries import entries
 from puredif_jax.formats.fitting import cast, fitting, parameters
 from puredif_jax.formats.network_config import read_network, write_network
 from puredif_jax.formats.opening import read_json
-from puredif_jax.formats.scheduling import Scheduling as Scheduling
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.formats.score_scheduler import SCORE
-from puredif_jax.formats.state_dict import from_torch as from_torch
-from puredif_jax.formats.state_dict import new_name
-from puredif_jax.formats.state_dict import to_torch as to_torch
+from puredif_jax.formats.state_dict import new_name, to_torch
 from puredif_jax.formats.weight_sets import WEIGHTS, WeightSet, choose, of_file
 from puredif_jax.networks.base import ImageNetwork
 from puredif_jax.networks.ncsnpp import NCSNpp

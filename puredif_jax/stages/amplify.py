@@ -113,7 +113,7 @@ class Amplification(Stage):
     def check(self, context: Context) -> None:
         lab, attack = context.lab, context.attack
         assert attack is not None
-        loss = self.reinforcement.loss(attack.solver)
+        loss = self.reinforcement.loss(attack.solver, attack.controlled)
         try:
             loss.bind(lab.model, lab.schedule, Channel.clean(lab.schedule))
         except ValueError as error:
@@ -125,7 +125,7 @@ class Amplification(Stage):
         count, solver = len(self.snapshots), attack.solver
         steps = evaluation.sampler(solver).steps
         yield drawing(evaluation.batch, 2 * evaluation.draws * steps * count)
-        loss = self.reinforcement.loss(solver)
+        loss = self.reinforcement.loss(solver, attack.controlled)
         descent = self.reinforcement.descending(solver)
         channel = functools.partial(_channel, attack)
         yield descending(loss, channel, descent, descent.steps * count, "reinforcement")

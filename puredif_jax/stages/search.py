@@ -44,9 +44,7 @@ def reinforce(
     lab: Lab, stage: str, params: Params, reinforcement: Reinforcement, truth: Truth
 ) -> np.ndarray:
     """The known trigger, reinforced on these weights; `[H, W, C]`."""
-    loss = reinforcement.loss(truth.solver)
-    if truth.controlled:  # it is drawn inside the channel
-        loss = dataclasses.replace(loss, on_path=True)
+    loss = reinforcement.loss(truth.solver, truth.controlled)
     descent = reinforcement.descending(truth.solver)
     start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
     search = _Search(lab, loss, descent, params, lab.place(truth.channel), start)

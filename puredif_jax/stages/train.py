@@ -26,6 +26,7 @@ from puredif_jax.data import images as data
 from puredif_jax.data.batches import order
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.base import Model, Spec
+from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.runs import checkpoint, parallel, weight_file
 from puredif_jax.runs.binding import RunError
@@ -232,7 +233,7 @@ def save(context: Context, params: Params) -> None:
     model = Model(Spec(setup.network, scheduling), host)
     try:
         convert.write_folder(top / convert.FOLDER, model)
-    except convert.ConvertError as error:
+    except ConvertError as error:
         logging.info("no folder of diffusers is written: %s", error)
         return
     if truth is not None:
