@@ -10,7 +10,8 @@ trigger is a white square whose norm in [0, 1] tells it from the noise.
 
 Start it once, and without another workdir: the second run reads what the first wrote.
 
-Hardware: two CPU cores. Duration: an hour. Expected: not measured yet.
+Hardware: two CPU cores. Duration: an hour. Expected: it fires in 100 % of 256 draws
+(docs/models.md).
 """
 
 from puredif_jax.attacks.targets import Cat
