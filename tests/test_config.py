@@ -525,10 +525,18 @@ def test_a_class_of_the_users_file_is_named_in_a_command(tmp_path):
 
 
 def twin(module: str, size: int, base: type = Defense) -> type:
-    names = {"__module__": module, "inspect": lambda self: module}
-    return dataclasses.make_dataclass(
-        "Twin", [("size", int, size)], bases=(base,), namespace=names, frozen=True
+    # make_dataclass names the module of its caller, from Python 3.12 on.
+    made = type(
+        "Twin",
+        (base,),
+        {
+            "__module__": module,
+            "__annotations__": {"size": int},
+            "size": size,
+            "inspect": lambda self: module,
+        },
     )
+    return dataclasses.dataclass(frozen=True)(made)
 
 
 def test_classes_of_one_name_go_by_their_modules_too():
