@@ -123,6 +123,8 @@ class DistributionShift(Loss):
             shape = (self.samples, *delta.shape)
 
             def noisy(t: Array, eps: Array) -> Array:
+                # As `channel.noisy`, whose factor for each draw changes the last digits
+                # of the gradient, and so the recorded figures.
                 y = jnp.broadcast_to(target, shape)
                 x = diffuse(schedule, y, channel.scale * eps, jnp.full(shape[:1], t))
                 return x + lookup(shift_table, t) * delta[None]
