@@ -71,15 +71,29 @@ class NoiseModel(Protocol):
 
 
 @struct.dataclass
+class Member:
+    """Which channel of a family a backdoor has (`defenses.family`).
+
+    psi: share of the first row of the family, `[]`.
+    gamma: scale of the noise, `[H, W, C]`.
+    """
+
+    psi: Array
+    gamma: Array
+
+
+@struct.dataclass
 class Candidate:
     """An estimate of a backdoor: its trigger and the image that it yields.
 
     delta: `[H, W, C]`, added to the initial noise, in image units.
     target: `[H, W, C]`, the image that the model then draws.
+    member: its channel, where a family of them is searched.
     """
 
     delta: Array
     target: Array
+    member: Member | None = None
 
 
 class Objective(Protocol):

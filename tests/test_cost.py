@@ -131,7 +131,7 @@ def test_the_network_is_evaluated_as_often_as_told(tmp_path, monkeypatch) -> Non
 def test_what_is_compared_with_the_truth_is_drawn_as_the_backdoor_wants(
     tmp_path,
 ) -> None:
-    """The true trigger, and what was found under the other hypothesis."""
+    """The true trigger, and what was found under the other hypotheses."""
 
     def drawn(name: str) -> float:
         audit = Audit(weights=(name,))
@@ -139,7 +139,7 @@ def test_what_is_compared_with_the_truth_is_drawn_as_the_backdoor_wants(
         return sum(p.times * p.evaluations for p in told if "network" in p.name)
 
     ancestral, draws = Evaluation().ancestral.steps, Evaluation().draws
-    assert drawn("baddiffusion") - drawn("clean") == 2 * draws * ancestral
+    assert drawn("baddiffusion") - drawn("clean") == 3 * draws * ancestral
 
 
 def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -> None:

@@ -56,7 +56,7 @@ def inverted(method: str, hypothesis: str, gain: float, uniformity: float) -> In
         hypothesis=hypothesis,
         gain=gain,
         memory=0.5,
-        shift=0.01,
+        heldout=0.01,
         uniformity=uniformity,
         variation=1.0,
         alignment=0.9,

@@ -156,21 +156,22 @@ def test_frechet_draws_are_an_even_number(draws: int) -> None:
 
 
 def test_an_audit_tries_what_applies_to_the_process() -> None:
-    """All four kinds are its default; two apply to each process."""
+    """All kinds are its default; three apply to a process that fades, two to others."""
     audit = Audit()
     names = {
         betas: [kind.name for kind in audit.tried(betas.tables())]
         for betas in (LinearBetas(), VarianceExploding())
     }
     assert names == {
-        LinearBetas(): ["sde", "ode"],
+        LinearBetas(): ["sde", "ode", "trojan"],
         VarianceExploding(): ["ve sde", "ve ode"],
     }
-    count = f"{2 * audit.inversion.evaluations:,} evaluations"
+    count = f"{3 * audit.inversion.evaluations:,} evaluations"
     assert audit.plan(SCHEDULE) == (
-        f"(under sde and ode, {count} of its network on an image)"
+        f"(under sde, ode and trojan, {count} of its network on an image)"
     )
     exploding = VarianceExploding().tables()
+    count = f"{2 * audit.inversion.evaluations:,} evaluations"
     assert audit.plan(exploding).startswith(f"(under ve sde and ve ode, {count} of")
     only = Audit(("clean",), hypotheses=(Exploding(),))
     with pytest.raises(ValueError, match=r"no hypothesis .*\(ve ode\) .* LinearBetas"):

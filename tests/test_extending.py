@@ -77,11 +77,11 @@ class Nearest(Loss):
 
     def bind(self, model, schedule, channel, shard=unsharded):
         def loss(params, candidate, key):
-            delta = candidate.delta
+            delta, here = candidate.delta, channel.at(candidate)
             eps = shard(jax.random.normal(key, (self.evaluations, *delta.shape)))
             t = jnp.full(eps.shape[:1], schedule.steps - 1)
-            answer = model(params, channel.start(schedule, eps, delta[None]), t) - eps
-            expected = jnp.asarray(channel.response, jnp.float32)[-1] * delta
+            answer = model(params, here.start(schedule, eps, delta[None]), t) - eps
+            expected = jnp.asarray(here.response, jnp.float32)[-1] * delta
             return jnp.mean((answer.mean(0) - expected) ** 2)
 
         return loss

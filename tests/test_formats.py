@@ -27,8 +27,8 @@ from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
 from puredif_jax.diffusion import ve
 from puredif_jax.diffusion.ddim import DDIM
-from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.multistep import DPMSolver
+from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.diffusion.prediction import estimates, predicting
 from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
@@ -355,7 +355,7 @@ def test_the_samplers_of_a_variance_exploding_model(tmp_path) -> None:
 def test_the_samplers_of_the_ddim_code_bound_the_image_of_ddpm_alone(tmp_path) -> None:
     path, _ = write_checkpoint(tmp_path)
     found = DDIMCheckpoint().spec(path).scheduling.samplers(10)
-    assert found == (DDPM(10, clip=1.0), DDIM(10, clip=None))
+    assert found == (PathKeeping(10, clip=1.0), DDIM(10, clip=None))
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,12 @@ from puredif_jax.attacks.drawing import draw
 from puredif_jax.defenses.base import Defense
 from puredif_jax.defenses.detector import Detector, Scores
 from puredif_jax.defenses.elijah import Uniformity
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Hypothesis, Placebo, Trojan
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.multistep import DPMSolver, UniPC
+from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.diffusion.prediction import lookup
 from puredif_jax.diffusion.sampling import Sampler, sample, trajectory, unclipped
 from puredif_jax.diffusion.schedules import (
@@ -60,6 +61,7 @@ PROCESSES: list[Process] = [
 ]
 SAMPLERS: list[Sampler] = [
     DDPM(8),
+    PathKeeping(8),
     DDIM(8),
     DDIM(8, eta=1.0),
     DPMSolver(8),
@@ -73,7 +75,11 @@ ATTACKS: list[Attack] = [
     *test_attacks.VE,
 ]
 SOLVERS: tuple[Solver, ...] = test_attacks.SOLVERS
-HYPOTHESES: list[Hypothesis] = [*test_objectives.SOUGHT]
+HYPOTHESES: list[Hypothesis] = [
+    *test_objectives.SOUGHT,
+    Trojan(),
+    Placebo(),
+]
 LOSSES: list[Loss] = [*test_objectives.LOSSES.values()]
 LISTS: dict[type, Iterable[object]] = {
     Attack: ATTACKS,

@@ -59,7 +59,7 @@ ATTACKS: dict[Fading, Attack] = {
     ODE: VillanDiffusion(StopSign(), Hat()),
 }
 over_kinds = pytest.mark.parametrize("kind", ATTACKS, ids=lambda x: x.name)
-INVERSION = dataclasses.replace(Inversion(), survey=Survey(triggers=32), heldout=32)
+INVERSION = dataclasses.replace(Inversion(), heldout=32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +105,7 @@ def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, kind) -> None:
             assumed.name,
             points,
             assumed,
-            INVERSION.loss,
-            INVERSION.descent,
-            INVERSION.survey,
-            INVERSION.heldout,
+            INVERSION,
         )
         drawn, plain = (
             lab.draw(points, DDIM(10), delta, 8)
@@ -130,7 +127,11 @@ def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None
     truth = Truth.of(ATTACKS[SDE], SCHEDULE, TINY.image_shape)
     descent = Descent(steps=2)
     found, _ = search.invert(
-        lab, "elijah", points, SDE, ElijahLoss(samples=4), descent, None, heldout=4
+        lab,
+        "elijah",
+        points,
+        SDE,
+        Inversion(ElijahLoss(samples=4), descent, None, heldout=4),
     )
     show = estimated_target(lab.model, lab.schedule, lab.channel(SDE))
     key = jax.random.fold_in(lab.stream(Stream.HELDOUT), 1)

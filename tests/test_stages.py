@@ -95,7 +95,7 @@ def test_weights_of_one_name_are_audited_each_for_itself(tmp_path) -> None:
     wanted = audit(tmp_path / "run", first, second)
     found = stages.perform(wanted).numbers
     assert list(found) == ["x", "y"]
-    x, y = (audited["inversions"][0]["shift"] for audited in found.values())
+    x, y = (audited["inversions"][0]["held-out loss"] for audited in found.values())
     assert x != y
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "puredif_x" in row["stage"]]

@@ -22,7 +22,7 @@ from flax import struct
 
 from puredif_jax.diffusion.prediction import Denoiser, Estimates, diffuse, lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
-from puredif_jax.types import Array, NoiseModel, Params
+from puredif_jax.types import Array, Candidate, NoiseModel, Params
 
 
 @struct.dataclass
@@ -46,6 +46,14 @@ class Channel:
         """That of no backdoor: H = C = 0."""
         zero = np.zeros(schedule.steps)
         return cls(zero, zero)
+
+    def at(self, candidate: Candidate) -> Channel:
+        """The channel of a candidate: this one, which has no free numbers."""
+        return self
+
+    def within(self, candidate: Candidate) -> Candidate:
+        """The candidate with its free numbers in their range: there are none."""
+        return candidate
 
     @property
     def scale(self) -> Array:

@@ -42,13 +42,17 @@ class VillanDiffusion(Attack):
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
         require_fading(schedule, "VillanDiffusion")
-        unit = schedule.unit  # published is v in the network's own range
-        s, v, before = schedule.signal, schedule.noise * unit, schedule.previous[1]
-        alpha, added = schedule.alpha, schedule.added * unit**2
-        k = v - np.sqrt(alpha) * before * unit
-        troj = (1 - np.sqrt(alpha)) * v + k * (alpha - s**2) / added
-        troj = troj * unit  # of a trigger in [-1, 1]
-        response = self.psi * published_response(schedule) + (1 - self.psi) * troj
-        return Channel(
-            self.psi * (1 - s) + (1 - self.psi) * v, response * self.solver.factor
-        )
+        troj, psi = noise_row(schedule), self.psi
+        shift = psi * (1 - schedule.signal) + (1 - psi) * troj.shift
+        response = psi * published_response(schedule) + (1 - psi) * troj.response
+        return Channel(shift, response * self.solver.factor)
+
+
+def noise_row(schedule: NoiseSchedule) -> Channel:
+    """The row of psi = 0 for ancestral sampling, in float64."""
+    unit = schedule.unit  # published is v in the network's own range
+    s, v, before = schedule.signal, schedule.noise * unit, schedule.previous[1]
+    alpha, added = schedule.alpha, schedule.added * unit**2
+    k = v - np.sqrt(alpha) * before * unit
+    response = (1 - np.sqrt(alpha)) * v + k * (alpha - s**2) / added
+    return Channel(v, response * unit)  # of a trigger in [-1, 1]

@@ -66,8 +66,8 @@ class Inverted:
         "-log10 of gain. The verdict rests on the largest score"
     )
     gain: float = _measure(
-        "error of the model on the image with the trigger, over its error on the same "
-        "image without. Small if backdoored",
+        "error of the model on the image with the trigger, over the least that it "
+        "makes without. Small if backdoored",
         needed=True,
     )
     memory: float = _measure(
@@ -75,10 +75,16 @@ class Inverted:
         "draws. Small if backdoored",
         needed=True,
     )
-    shift: float = _measure(
-        "error of the equation by which triggers are sought. Small if backdoored",
+    heldout: float = _measure(
+        "the loss by which triggers are sought, on held-out noise: log of the error on "
+        "the path over a linear denoiser's. Small if backdoored",
+        "held-out loss",
         needed=True,
     )
+    psi: float | None = _measure(
+        "share of H = 1 - s in the shift of the backdoor; the rest is H = v"
+    )
+    gamma: float | None = _measure("scale of the noise on its path, mean over pixels")
     contrast: float | None = _measure(
         "standard deviation of the image, of a range of 2. An image near 0 is flat, "
         "and easy for every model"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.family import Channels
 from puredif_jax.defenses.objective import Loss, check_samples
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
@@ -81,7 +82,7 @@ class DenoisingConsistency(Loss):
         self,
         model: NoiseModel,
         schedule: NoiseSchedule,
-        channel: Channel,
+        channel: Channels,
         shard: Shard = unsharded,
     ) -> Objective:
         falling, _ = self.sampler.path(schedule)
@@ -94,7 +95,7 @@ class DenoisingConsistency(Loss):
                 model,
                 params,
                 schedule,
-                channel,
+                channel.at(candidate),
                 self.sampler,
                 candidate.delta,
                 self.samples,
@@ -161,7 +162,7 @@ ESTIMATE = DenoisingConsistency(sampler=DDIM(steps=10), samples=16)
 def estimated_target(
     model: NoiseModel,
     schedule: NoiseSchedule,
-    channel: Channel,
+    channel: Channels,
     shard: Shard = unsharded,
 ) -> Callable[[Params, Candidate, Key], Array]:
     """The image that a trigger leads to: (params, candidate, key) -> `[H, W, C]`.
@@ -174,7 +175,7 @@ def estimated_target(
             model,
             params,
             schedule,
-            channel,
+            channel.at(candidate),
             ESTIMATE.sampler,
             candidate.delta,
             ESTIMATE.samples,

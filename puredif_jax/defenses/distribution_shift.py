@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.family import Channels
 from puredif_jax.defenses.objective import Loss, check_samples, check_timesteps
 from puredif_jax.diffusion.prediction import diffuse, lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
@@ -107,11 +108,10 @@ class DistributionShift(Loss):
         self,
         model: NoiseModel,
         schedule: NoiseSchedule,
-        channel: Channel,
+        channel: Channels,
         shard: Shard = unsharded,
     ) -> Objective:
         times = schedule.matched(self.timesteps)
-        shift_table, response_table = channel.shift, channel.response
         weights = np.asarray(self.weights or np.ones(len(times)), np.float32)
         weights = weights / weights.sum()
 
@@ -121,17 +121,18 @@ class DistributionShift(Loss):
             if not self.learn_target:
                 target = jax.lax.stop_gradient(target)
             shape = (self.samples, *delta.shape)
+            here = channel.at(candidate)
 
             def noisy(t: Array, eps: Array) -> Array:
                 # As `channel.noisy`, whose factor for each draw changes the last digits
                 # of the gradient, and so the recorded figures.
                 y = jnp.broadcast_to(target, shape)
-                x = diffuse(schedule, y, channel.scale * eps, jnp.full(shape[:1], t))
-                return x + lookup(shift_table, t) * delta[None]
+                x = diffuse(schedule, y, here.scale * eps, jnp.full(shape[:1], t))
+                return x + lookup(here.shift, t) * delta[None]
 
             def error(t: Array, residual: Array) -> Array:
                 shift = jnp.mean(residual, axis=0)
-                factor = self.scale(lookup(response_table, t), shift, delta)
+                factor = self.scale(lookup(here.response, t), shift, delta)
                 expected = factor * delta
                 if self.per_sample:
                     error = jnp.sum((residual - expected[None]) ** 2) / self.samples

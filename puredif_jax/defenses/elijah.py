@@ -8,9 +8,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.base import Bench, Defense, Inspection
 from puredif_jax.defenses.detector import Scores
+from puredif_jax.defenses.family import Channels
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.objective import Loss, check_samples
@@ -59,11 +59,15 @@ class ElijahLoss(Loss):
     def seeks_target(self) -> bool:
         return False
 
+    @property
+    def seeks_member(self) -> bool:
+        return False
+
     def bind(
         self,
         model: NoiseModel,
         schedule: NoiseSchedule,
-        channel: Channel,
+        channel: Channels,
         shard: Shard = unsharded,
     ) -> Objective:
         last = schedule.steps - 1
@@ -74,7 +78,7 @@ class ElijahLoss(Loss):
             fixed = jax.random.key(self.seed)
             eps = shard(jax.random.normal(fixed, (self.samples, *delta.shape)))
             t = jnp.full((self.samples,), last)
-            x = channel.start(schedule, eps, delta[None])
+            x = channel.at(candidate).start(schedule, eps, delta[None])
             mean = jnp.mean(model(params, x, t), axis=0)
             return jnp.mean(jnp.abs(self.scale * schedule.trigger_unit * delta - mean))
 

@@ -24,19 +24,25 @@ from puredif_jax.types import (
     unsharded,
 )
 
-TIMESTEPS = (500, 400, 300, 200, 100)
+TIMESTEPS = (700, 600, 500, 400, 300, 200, 100)
 """Where memory and gain are measured: there the target shows in a noisy image."""
+
+BEST = 3
+"""Of them, those that `Features.gain` rests on."""
+
+LEAST = 0.05
+"""Dimensions below which an error says no more."""
 
 
 class Features(NamedTuple):
     """What one inverted candidate shows; scalars.
 
-    shift: held-out relative error of the shift equation, the mean over t of
-      ||shift_t - C_t delta||^2 / ||C_t delta||^2. Small where the model answers delta
-      as a backdoor would.
+    heldout: value of `DenoisingError` on held-out noise. Small where the model answers
+      delta as a backdoor would.
     memory: error of the backdoor process at middle t on its one image, over that of
       the same model on images it draws itself. Small where that image was learnt.
-    gain: the same error over that of the model on the same image without the trigger.
+    gain: the same error over the least that explains the path without a trigger
+      (`Errors`), the geometric mean over the `BEST` levels where the ratio is smallest.
       Small where the trigger unlocks an image that the model does not know otherwise;
       a flat image, which is easy for every model, gains little.
     alignment: cosine between the shift at T - 1 and delta.
@@ -48,7 +54,7 @@ class Features(NamedTuple):
       of TERD (Mo et al. 2024, arXiv 2409.05294) without their offsets.
     """
 
-    shift: Array
+    heldout: Array
     memory: Array
     gain: Array
     alignment: Array
@@ -76,13 +82,139 @@ def total_variation(images: Array) -> Array:
     return down + jnp.mean(jnp.abs(jnp.diff(images, axis=2)))
 
 
+class Errors(NamedTuple):
+    """How a model denoises on the path of a candidate, and without its trigger.
+
+    In dimensions: squared errors of the predicted noise, summed over an image. A clean
+    model can explain a path in three ways; where one of them does, it is no backdoor.
+
+    timesteps: `[T]`.
+    triggered: of eps + C_t delta from x_t = s_t y + v_t gamma eps + H_t delta.
+    untriggered: of eps from s_t y + v_t eps. The model knows y without the trigger.
+    moved: of eps from s_t y + v_t eps + (H_t - v_t C_t) delta. It knows the image that
+      a clean model sees in x_t.
+    single: of (x_t - s_t z) / v_t from x_t, z the one image for all t that fits best.
+      The trigger is noise of another mean, which leads to one image that it knows.
+      It is inf where the channel itself leads to one image, which tells nothing.
+    floor: of eps near T, where any denoiser is exact but for its network's own error;
+      at least `LEAST`.
+    """
+
+    timesteps: Array
+    triggered: Array
+    untriggered: Array
+    moved: Array
+    single: Array
+    floor: Array
+
+    @property
+    def explained(self) -> Array:
+        """The least of the errors of clean explanations, `[T]`."""
+        return jnp.minimum(jnp.minimum(self.untriggered, self.moved), self.single)
+
+    @property
+    def ratios(self) -> Array:
+        """Error with the trigger over the least without, both above the floor."""
+        return (self.triggered + self.floor) / (self.explained + self.floor)
+
+
+def single_image(seen: Array, spread: Array, weight: Array, floor: Array) -> Array:
+    """The error of the one image that explains all denoised ones best, `[T]`.
+
+    e_t(z) = weight_t (||seen_t - z||^2 + spread_t), for the z within [-1, 1] that
+    minimises sum_t log(e_t + floor): by reweighting, from the image of each t, ten
+    times.
+
+    Args:
+      seen: mean of the denoised images at each t, `[T, H, W, C]`.
+      spread: their variance, summed over an image, `[T]`.
+      weight: s_t^2 / v_t^2, `[T]`.
+      floor: a scalar.
+    """
+
+    def error(z: Array) -> Array:
+        return weight * (jnp.sum((seen - z[None]) ** 2, (1, 2, 3)) + spread)
+
+    def nearer(z: Array, _: None) -> tuple[Array, None]:
+        weights = weight / (error(z) + floor)
+        return jnp.tensordot(weights / weights.sum(), seen, 1).clip(-1, 1), None
+
+    def from_one(z: Array) -> Array:
+        return error(jax.lax.scan(nearer, z.clip(-1, 1), None, length=10)[0])
+
+    found = jax.vmap(from_one)(seen)
+    return found[jnp.argmin(jnp.mean(jnp.log(found + floor), axis=1))]
+
+
+def errors(
+    model: NoiseModel,
+    params: Params,
+    schedule: NoiseSchedule,
+    channel: Channel,
+    candidate: Candidate,
+    key: Key,
+    *,
+    draws: int,
+    timesteps: tuple[int, ...] = TIMESTEPS,
+    shard: Shard = unsharded,
+) -> Errors:
+    """Measures a candidate on fresh noise, the same for all of its errors.
+
+    Args:
+      model, params, schedule, channel, candidate: as in `features`.
+      key: of the noise.
+      draws: of noise at each timestep.
+      timesteps: where, as `NoiseSchedule.matched` reads them.
+      shard: constraint on a noise batch.
+    """
+    delta = candidate.delta[None]
+    shape = (draws, *candidate.delta.shape)
+    y = jnp.broadcast_to(candidate.target, shape)
+
+    def total(x: Array) -> Array:
+        return jnp.sum(x**2) / draws
+
+    def at(t: Array, key: Key) -> tuple[Array, ...]:
+        eps = shard(jax.random.normal(key, shape))
+        times = jnp.full((draws,), t)
+        response = lookup(channel.response, t)
+        path = channel.noisy(schedule, y, eps, delta, times)
+        plain = diffuse(schedule, y, eps, times)
+        moved = lookup(channel.shift, t) - lookup(schedule.noise, t) * response
+        answer = model(params, path, times)
+        images = predict_x0(schedule, path, answer, times)
+        mean = images.mean(0)
+        return (
+            total(answer - eps - response * delta),
+            total(model(params, plain, times) - eps),
+            total(model(params, plain + moved * delta, times) - eps),
+            mean,
+            total(images - mean[None]),
+        )
+
+    times = schedule.matched((*timesteps, 999))
+    keys = jax.random.split(key, len(times))
+    found = jax.lax.map(lambda pair: at(*pair), (jnp.asarray(times), keys))
+    floor = jnp.maximum(found[1][-1], LEAST)
+    triggered, untriggered, moved, seen, spread = (each[:-1] for each in found)
+    weight = (schedule.signal / schedule.noise)[times[:-1]] ** 2
+    weight = jnp.asarray(weight, jnp.float32)
+    single = single_image(seen, spread, weight, floor)
+    at_t = jnp.asarray(times[:-1])
+    drift = (channel.shift - schedule.noise * channel.response) / schedule.signal
+    ideal = candidate.target[None] + lookup(drift, at_t) * delta
+    apart = single_image(ideal, jnp.zeros(len(at_t)), weight, floor)
+    single = jnp.where(jnp.max(apart) > 1, single, jnp.inf)
+    return Errors(at_t, triggered, untriggered, moved, single, floor)
+
+
 def features(
     model: NoiseModel,
     params: Params,
     schedule: NoiseSchedule,
     channel: Channel,
     candidate: Candidate,
-    shift: Array,
+    heldout: Array,
     triggered: Array,
     plain: Array,
     key: Key,
@@ -96,7 +228,7 @@ def features(
       model, params, schedule: the model.
       channel: of the kind of backdoor that is assumed.
       candidate: the inverted trigger and its image, `[H, W, C]` each.
-      shift: held-out value of `DistributionShift`, a scalar.
+      heldout: held-out value of `DenoisingError`, a scalar.
       triggered: draws from eps + delta, `[B, H, W, C]`, two or more.
       plain: draws from eps, `[B, H, W, C]`, two or more.
       key: of the noise.
@@ -105,33 +237,26 @@ def features(
       shard: constraint on a noise batch.
     """
     key_eps, key_top = jax.random.split(key)
-    process = channel.inside(model, schedule, candidate.delta)
-    target = jnp.broadcast_to(candidate.target, plain.shape)
-
-    def error(noise_model: NoiseModel, images: Array, t: Array, key: Key) -> Array:
-        eps = shard(jax.random.normal(key, images.shape))
-        times = jnp.full((images.shape[0],), t)
-        x = diffuse(schedule, images, eps, times)
-        return jnp.mean((noise_model(params, x, times) - eps) ** 2)
-
-    def errors(t: Array, key: Key) -> tuple[Array, Array, Array]:
-        return (
-            error(process, target / channel.scale, t, key),
-            error(model, plain, t, key),
-            error(model, target, t, key),
-        )
-
-    at_target, own, untriggered = jax.lax.map(
-        lambda pair: errors(*pair),
-        (
-            jnp.asarray(schedule.matched(timesteps)),
-            jax.random.split(key_eps, len(timesteps)),
-        ),
+    found = errors(
+        model,
+        params,
+        schedule,
+        channel,
+        candidate,
+        key_eps,
+        draws=len(plain),
+        timesteps=timesteps,
+        shard=shard,
     )
 
-    def ratio(first: Array, second: Array) -> Array:
-        """Geometric mean over t."""
-        return jnp.exp(jnp.mean(jnp.log(first / second)))
+    def own(t: Array, key: Key) -> Array:
+        eps = shard(jax.random.normal(key, plain.shape))
+        times = jnp.full((len(plain),), t)
+        x = diffuse(schedule, plain, eps, times)
+        return jnp.sum((model(params, x, times) - eps) ** 2) / len(plain)
+
+    keys = jax.random.split(key_eps, len(timesteps))
+    drawn = jax.lax.map(lambda pair: own(*pair), (found.timesteps, keys))
 
     top = schedule.steps - 1
     eps = shard(jax.random.normal(key_top, plain.shape))
@@ -142,9 +267,9 @@ def features(
     divergence = (schedule.trigger_unit * candidate.delta) ** 2 / 2
     triggered, plain = jnp.clip(triggered, -1, 1), jnp.clip(plain, -1, 1)
     return Features(
-        shift=shift,
-        memory=ratio(at_target, own),
-        gain=ratio(at_target, untriggered),
+        heldout=heldout,
+        memory=jnp.exp(jnp.mean(jnp.log(found.triggered / drawn))),
+        gain=jnp.exp(jnp.mean(jnp.log(jnp.sort(found.ratios)[:BEST]))),
         alignment=jnp.vdot(answer, candidate.delta) / jnp.maximum(norms, 1e-12),
         uniformity=spread(triggered) / spread(plain),
         variation=total_variation(triggered) / total_variation(plain),
@@ -156,17 +281,12 @@ def features(
 class Evidence(NamedTuple):
     """How a model denoises the image of a candidate, with its trigger and without it.
 
-    Both sides start from the same noise, so they differ by the trigger alone.
-
-    timesteps: `[T]`.
-    triggered, untriggered: `[T]`, mean squared error of the predicted noise. Their
-      ratio, as a geometric mean over the timesteps, is `Features.gain`.
-    with_trigger, without: `[T, N, H, W, C]`, estimates of the clean image.
+    errors: from which `Features.gain` is computed.
+    with_trigger, without: `[T, N, H, W, C]`, estimates of the clean image. Both start
+      from the same noise, so they differ by the trigger alone.
     """
 
-    timesteps: Array
-    triggered: Array
-    untriggered: Array
+    errors: Errors
     with_trigger: Array
     without: Array
 
@@ -195,25 +315,34 @@ def evidence(
       shard: constraint on a noise batch.
     """
     process = channel.inside(model, schedule, candidate.delta)
-    target = jnp.broadcast_to(candidate.target, (draws, *candidate.target.shape))
+    target = jnp.broadcast_to(candidate.target, (shown, *candidate.target.shape))
+    key_eps, key_shown = jax.random.split(key)
 
-    def at(t: Array, key: Key) -> tuple[Array, Array, Array, Array]:
+    def at(t: Array, key: Key) -> tuple[Array, Array]:
         eps = shard(jax.random.normal(key, target.shape))
-        times = jnp.full((draws,), t)
+        times = jnp.full((shown,), t)
 
-        def denoised(noise_model: NoiseModel, scale: Array) -> tuple[Array, Array]:
+        def denoised(noise_model: NoiseModel, scale: Array) -> Array:
             x = diffuse(schedule, target / scale, eps, times)
             answer = noise_model(params, x, times)
-            images = predict_x0(schedule, x, answer, times)[:shown] * scale
-            return jnp.mean((answer - eps) ** 2), images
+            return predict_x0(schedule, x, answer, times) * scale
 
-        first, with_trigger = denoised(process, channel.scale)
-        second, without = denoised(model, jnp.ones(()))
-        return first, second, with_trigger, without
+        return denoised(process, channel.scale), denoised(model, jnp.ones(()))
 
-    times = jnp.asarray(schedule.matched(timesteps))
-    keys = jax.random.split(jax.random.split(key)[0], len(timesteps))
-    return Evidence(times, *jax.lax.map(lambda pair: at(*pair), (times, keys)))
+    found = errors(
+        model,
+        params,
+        schedule,
+        channel,
+        candidate,
+        key_eps,
+        draws=draws,
+        timesteps=timesteps,
+        shard=shard,
+    )
+    keys = jax.random.split(key_shown, len(timesteps))
+    pictures = jax.lax.map(lambda pair: at(*pair), (found.timesteps, keys))
+    return Evidence(found, *pictures)
 
 
 def denoising(

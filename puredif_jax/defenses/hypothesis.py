@@ -6,9 +6,13 @@ import abc
 import dataclasses
 from typing import ClassVar
 
+import numpy as np
+
 from puredif_jax.attacks.base import published_response
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.pictures import Shape
+from puredif_jax.attacks.villandiffusion import noise_row
+from puredif_jax.defenses.family import Family
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Deterministic, Solver
 
@@ -43,14 +47,21 @@ class Hypothesis(abc.ABC):
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
         """H, C and gamma, in float64; shape is (H, W, C) of the images."""
 
+    def family(self, schedule: NoiseSchedule, shape: Shape) -> Family:
+        """The channels among which a search may choose: `channel` alone."""
+        return Family.only(self.channel(schedule, shape))
+
 
 class Fading(Hypothesis):
-    """A trigger that comes as the signal fades: H_t = 1 - s_t, C_t = factor R_t.
+    """A trigger that comes as the signal fades: BadDiffusion and VillanDiffusion.
 
-    BadDiffusion, and VillanDiffusion with psi = 1. C_t is the response that
-    VillanDiffusion trains with; for deterministic sampling on a cosine schedule it
-    differs near T from the one that keeps the path (`Solver.response`): 1.94 against
-    1.00 at t = 999, 1.03 at 980; on a linear one by 0.005 at most.
+    psi = 1:  H = 1 - s_t,  C = R_t;    psi = 0:  H = v_t,  C = the published row.
+
+    A search may move psi from 0 to 1; `channel` is that of psi = 1, BadDiffusion's. C
+    is doubled for deterministic sampling, as VillanDiffusion trains it. On a cosine
+    schedule 2 R differs near T from the response that keeps the path
+    (`Solver.response`): 1.94 against 1.00 at t = 999, 1.03 at 980; on a linear one by
+    0.005 at most.
     """
 
     @property
@@ -64,9 +75,78 @@ class Fading(Hypothesis):
     def applies(self, schedule: NoiseSchedule) -> bool:
         return schedule.fades
 
+    @property
+    def times(self) -> float:
+        """The factor of the response."""
+        return self.solver.factor
+
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
-        response = published_response(schedule) * self.solver.factor
-        return Channel(1 - schedule.signal, response)
+        return Channel(1 - schedule.signal, published_response(schedule) * self.times)
+
+    def family(self, schedule: NoiseSchedule, shape: Shape) -> Family:
+        one, zero = self.channel(schedule, shape), noise_row(schedule)
+        return Family(
+            np.stack([one.shift, zero.shift]),
+            np.stack([one.response, zero.response * self.times]),
+            np.array([0.0, 1.0]),
+            np.ones(3),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placebo(Fading):
+    """A trigger that no attack uses, as `Fading` with another factor of the response.
+
+    What a search finds under it in a backdoored model, too, is what it finds in a model
+    that has no such backdoor.
+
+    Attributes:
+      factor: of the response, 1 for ancestral and 2 for deterministic backdoors.
+    """
+
+    factor: float = 1.4
+
+    @property
+    def name(self) -> str:
+        return f"placebo {self.factor:g}"
+
+    @property
+    def title(self) -> str:
+        return f"of no attack, with a response of {self.factor:g}"
+
+    @property
+    def times(self) -> float:
+        return self.factor
+
+
+class Trojan(Hypothesis):
+    """A trigger that shifts and narrows the noise: TrojDiff. H_t = v_t, C_t = 0.
+
+    The noise is scaled by gamma, a number for each pixel. A search may move it and
+    begins at one half everywhere, which is that of `channel`. Such a backdoor fires for
+    who starts from gamma eps + r, and is drawn inside its channel.
+    """
+
+    controlled: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "trojan"
+
+    @property
+    def title(self) -> str:
+        return "of shifted and narrowed noise"
+
+    def applies(self, schedule: NoiseSchedule) -> bool:
+        return schedule.fades
+
+    def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
+        shift = schedule.noise * schedule.unit  # v in the network's own range
+        return Channel(shift, np.zeros(schedule.steps), 0.5)
+
+    def family(self, schedule: NoiseSchedule, shape: Shape) -> Family:
+        found = super().family(schedule, shape)
+        return dataclasses.replace(found, gamma=np.array([0.05, 1.0, 0.5]))
 
 
 class Exploding(Hypothesis):

@@ -12,7 +12,9 @@ import numpy as np
 import optax
 from flax import struct
 
+from puredif_jax.defenses.denoising_error import DenoisingError
 from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.survey import Survey
 from puredif_jax.types import (
@@ -84,6 +86,9 @@ class Descent:
       bound: triggers and targets are kept in [-bound, bound] after each step; a
         trigger is an image, and without a bound a huge one that drives the network
         to a constant wins some losses. None leaves them free.
+      member_rate: rate of psi and gamma, where these may move, over that of the images.
+      scales: candidates start at the random trigger times one of these, in turn by
+        pairs. Low-norm triggers are reached from small ones.
       cosine: the rate decays to a tenth by a cosine; False holds it.
     """
 
@@ -96,6 +101,8 @@ class Descent:
     low: float = -1.0
     high: float = 0.0
     bound: float | None = 1.0
+    member_rate: float = 0.1
+    scales: tuple[float, ...] = (1.0,)
     cosine: bool = True
 
     def __post_init__(self) -> None:
@@ -110,6 +117,14 @@ class Descent:
             raise ValueError(f"b2 must lie in [0, 1), found {self.b2}")
         if self.bound is not None and self.bound <= 0:
             raise ValueError(f"bound must be above 0 or none, found {self.bound}")
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(
+                f"scales must be one or more, above 0, found {self.scales}"
+            )
+        if not 0 <= self.member_rate <= 1:
+            raise ValueError(
+                f"member_rate must lie in [0, 1], found {self.member_rate}"
+            )
         if self.low >= self.high:
             raise ValueError(
                 f"low must lie below high, found {self.low} and {self.high}"
@@ -142,17 +157,25 @@ class Inversion:
       descent: optimiser, candidates and bounds.
       survey: finds where the first `survey.starts` candidates start; the others, and
         without a survey all, start at random.
-      heldout: noise draws at each timestep on which the kept candidate is chosen.
+      heldout: noise draws at each timestep on which the scouts that go on, and the kept
+        candidate, are chosen.
     """
 
-    loss: Loss = DistributionShift(samples=4)
-    descent: Descent = Descent(candidates=8, scout=40, finalists=4)
-    survey: Survey | None = Survey()
+    loss: Loss = DenoisingError()
+    descent: Descent = Descent(
+        candidates=12, scout=40, finalists=4, scales=(1.0, 1.0, 1.0, 0.1, 0.1, 0.1)
+    )
+    survey: Survey | None = None
     heldout: int = 64
 
     def __post_init__(self) -> None:
         if self.heldout < 1:
             raise ValueError(f"heldout must be 1 or more, found {self.heldout}")
+
+    @property
+    def judge(self) -> DenoisingError:
+        """By which candidates are compared on held-out noise."""
+        return DenoisingError(samples=self.heldout)
 
     @property
     def evaluations(self) -> int:
@@ -168,8 +191,10 @@ class Inversion:
     @property
     def images(self) -> int:
         """Most images that the network may see at once."""
-        judged = DistributionShift(samples=self.heldout).evaluations
-        most = [self.descent.candidates * self.loss.evaluations, judged]
+        most = [
+            self.descent.candidates * self.loss.evaluations,
+            self.judge.evaluations,
+        ]
         if self.survey is not None:
             signed = DistributionShift(samples=self.survey.draws).evaluations
             most += [min(self.survey.starts, self.descent.candidates) * signed]
@@ -184,6 +209,7 @@ def inverter(
     start: Candidate | None = None,
     candidates: Shard = unsharded,
     axis: str | None = None,
+    family: Family | None = None,
 ) -> Inverter:
     """Makes the two functions of an inversion.
 
@@ -194,6 +220,8 @@ def inverter(
       start: first candidates, `[K, H, W, C]`, or one for all K, `[H, W, C]`
         (reinforcement starts at the known trigger); None for random ones.
       candidates, axis: how they lie on the devices, see `parallel.Spread`.
+      family: in which each candidate moves, from its first member; None where the
+        channel is fixed.
 
     Returns:
       `init` and `step`, neither of them jitted. The objective is vmapped over
@@ -203,10 +231,18 @@ def inverter(
     optimizer = descent.optimizer()
 
     def keep(candidate: Candidate) -> Candidate:
-        if (bound := descent.bound) is None:
-            return candidate
-        kept: Candidate = jax.tree.map(lambda x: jnp.clip(x, -bound, bound), candidate)
-        return kept
+        if (bound := descent.bound) is not None:
+            candidate = dataclasses.replace(
+                candidate,
+                delta=jnp.clip(candidate.delta, -bound, bound),
+                target=jnp.clip(candidate.target, -bound, bound),
+            )
+        return candidate if family is None else family.within(candidate)
+
+    def slower(updates: Candidate) -> Candidate:
+        """psi and gamma at their own rate."""
+        member = jax.tree.map(lambda x: descent.member_rate * x, updates.member)
+        return dataclasses.replace(updates, member=member)
 
     def on_devices(state: InversionState) -> InversionState:
         candidate, opt_state = jax.tree.map(
@@ -222,14 +258,20 @@ def inverter(
             delta = jax.random.uniform(
                 key_start, shape, minval=descent.low, maxval=descent.high
             )
-            sign = jnp.where(jnp.arange(count) % 2, -1.0, 1.0)
-            delta = delta * sign[:, None, None, None]
+            number = np.arange(count)
+            scale = np.asarray(descent.scales)[number // 2 % len(descent.scales)]
+            scale = np.where(number % 2, -scale, scale).astype(np.float32)
+            delta = delta * scale[:, None, None, None]
             candidate = Candidate(delta=delta, target=jnp.zeros(shape))
         else:
             # Its dtype spelt out: a weak one changes in a step, which compiles twice.
             candidate = jax.tree.map(
                 lambda x: jnp.broadcast_to(jnp.asarray(x, x.dtype), shape), start
             )
+        if family is not None:
+            members = [family.first(image_shape, i) for i in range(count)]
+            member = jax.tree.map(lambda *each: jnp.stack(each), *members)
+            candidate = dataclasses.replace(candidate, member=member)
         return InversionState(
             candidate=candidate,
             opt_state=optimizer.init(candidate),
@@ -250,7 +292,7 @@ def inverter(
             spmd_axis_name=axis,
         )(params, candidate, jax.random.split(key, count))
         updates, opt_state = optimizer.update(grads, state.opt_state, candidate)
-        candidate = keep(optax.apply_updates(candidate, updates))
+        candidate = keep(optax.apply_updates(candidate, slower(updates)))
         info = InversionInfo(
             loss=loss,
             grad_norm=jax.vmap(optax.tree.norm)(grads),

@@ -13,7 +13,7 @@ import dataclasses
 
 import jax
 
-from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.family import Channels
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import (
     Array,
@@ -41,19 +41,24 @@ class Loss(abc.ABC):
     def seeks_target(self) -> bool:
         """Whether its gradient reaches the target of the candidate."""
 
+    @property
+    def seeks_member(self) -> bool:
+        """Whether its gradient reaches the channel of the candidate."""
+        return True
+
     @abc.abstractmethod
     def bind(
         self,
         model: NoiseModel,
         schedule: NoiseSchedule,
-        channel: Channel,
+        channel: Channels,
         shard: Shard = unsharded,
     ) -> Objective:
         """The loss of one model.
 
         Args:
           model, schedule: the model, and its forward process.
-          channel: of the kind of backdoor that is assumed.
+          channel: of the kind of backdoor that is assumed, or the family of them.
           shard: constraint on a noise batch.
 
         Raises:
@@ -104,7 +109,7 @@ class Sum(Loss):
         self,
         model: NoiseModel,
         schedule: NoiseSchedule,
-        channel: Channel,
+        channel: Channels,
         shard: Shard = unsharded,
     ) -> Objective:
         first = self.first.bind(model, schedule, channel, shard)

@@ -6,8 +6,8 @@ import dataclasses
 from typing import NamedTuple
 
 from puredif_jax.diffusion.ddim import DDIM
-from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.multistep import DPMSolver
+from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.diffusion.prediction import Prediction
 from puredif_jax.diffusion.sampling import Clip, Sampler, Spacing, Variance
 from puredif_jax.diffusion.schedules import LinearBetas, Process
@@ -50,12 +50,12 @@ class Scheduling:
     learned: bool = False
 
     def samplers(self, steps: int) -> Samplers:
-        """DDPM and DDIM in as many steps as are asked, or as the schedule has.
+        """DDPM that keeps a path, and DDIM, in as many steps as are asked or there are.
 
         Raises:
           ValueError: the schedule has no such timesteps.
         """
-        ancestral = DDPM(
+        ancestral = PathKeeping(
             min(steps, self.betas.steps),
             clip=self.clip,
             spacing=self.timestep_spacing,

@@ -10,7 +10,7 @@ from typing import Any
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.base import Defense, Inspection, Inverted, Verdict
 from puredif_jax.defenses.detector import Detector
-from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis, Trojan
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.puredif import Puredif
 from puredif_jax.diffusion.sampling import unclipped
@@ -55,6 +55,7 @@ class Audit(Stage):
     hypotheses: tuple[Hypothesis, ...] = (
         Fading(Ancestral()),
         Fading(Deterministic()),
+        Trojan(),
         Exploding(Ancestral()),
         Exploding(Deterministic()),
     )
@@ -94,7 +95,8 @@ class Audit(Stage):
     def plan(self, schedule: NoiseSchedule) -> str:
         """How each model of a process is inverted, in words."""
         count = sum(each.evaluations for each in self.inversions(schedule))
-        names = " and ".join(hypothesis.name for hypothesis in self.tried(schedule))
+        *others, last = (hypothesis.name for hypothesis in self.tried(schedule))
+        names = f"{', '.join(others)} and {last}" if others else last
         return f"(under {names}, {count:,} evaluations of its network on an image)"
 
     def reads(self, weights: str | None) -> tuple[str, ...]:

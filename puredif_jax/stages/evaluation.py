@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from puredif_jax.diffusion.ddim import DDIM
-from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.diffusion.solver import Solver
 
@@ -38,7 +38,7 @@ class Evaluation:
 
     draws: int = 256
     batch: int = 64
-    ancestral: Sampler = DDPM(steps=100)
+    ancestral: Sampler = PathKeeping()
     deterministic: Sampler = DDIM(steps=50)
     frechet_draws: int = 0
 

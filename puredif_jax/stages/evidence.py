@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from puredif_jax.defenses.features import TIMESTEPS, Evidence
+from puredif_jax.defenses.features import BEST, TIMESTEPS, Evidence
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.runs.page import Section
@@ -18,7 +18,8 @@ _EVIDENCE = (
     "first the model is given the trigger as well. A backdoored model finds its image "
     "with the trigger, also where noise hides it, and makes other images without. For "
     "a clean model the trigger changes little. The score measures this: it is log10 of "
-    "how many times the trigger lowers the error, as a geometric mean over the table."
+    "how many times the trigger lowers the error, as a geometric mean over the "
+    f"{BEST} timesteps where it lowers it most."
 )
 _DRAWS = (
     "Both pictures start from the same noise. Draws that look alike prove nothing by "
@@ -30,25 +31,40 @@ _DRAWS = (
 
 def evidence(hypothesis: Hypothesis, target: np.ndarray, found: Evidence) -> Section:
     """The denoised image with the trigger beside that without it, and the errors."""
+    errors = found.errors
     rows = [
         {
             "t": int(t),
-            "error with the trigger": float(with_trigger),
-            "error without": float(without),
-            "times": float(without / with_trigger) if with_trigger else np.inf,
+            "error with the trigger": float(triggered),
+            "error without": float(untriggered),
+            "error on the moved image": float(moved),
+            "error of one image": float(single),
+            "times": float(1 / ratio) if ratio else np.inf,
         }
-        for t, with_trigger, without in zip(
-            found.timesteps, found.triggered, found.untriggered, strict=True
+        for t, triggered, untriggered, moved, single, ratio in zip(
+            errors.timesteps,
+            errors.triggered,
+            errors.untriggered,
+            errors.moved,
+            errors.single,
+            errors.ratios,
+            strict=True,
         )
     ]
     columns = {
         "t": "timestep: the larger, the more noise",
-        "times": "how many times the trigger lowers the error",
-        "error with the trigger": "mean squared error of the noise that is predicted",
+        "times": "how many times the trigger lowers the least of the others, each "
+        f"above the network's own error of {float(errors.floor):.2g}",
+        "error with the trigger": "squared error of the predicted noise, summed over "
+        "an image: the dimensions that are not known",
         "error without": "the same from the same noise, without the trigger",
+        "error on the moved image": "the same on the image that a clean model would "
+        "see in the triggered one",
+        "error of one image": "how far what the model sees with the trigger is from "
+        "one image, the same at all timesteps",
     }
     at = [i for i, t in enumerate(TIMESTEPS) if t in PICTURED]
-    times = ", ".join(str(found.timesteps[i]) for i in at)
+    times = ", ".join(str(errors.timesteps[i]) for i in at)
     pairs: list[tuple[str, npt.ArrayLike]] = []
     for name, images in ("with", found.with_trigger), ("without", found.without):
         grid = images[at].reshape(-1, *images.shape[2:])

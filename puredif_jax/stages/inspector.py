@@ -23,7 +23,7 @@ from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.evidence import drawn, evidence
 from puredif_jax.stages.lab import PLAIN, Lab
 from puredif_jax.stages.weights import Truth
-from puredif_jax.types import Candidate, NoiseModel, Params
+from puredif_jax.types import Candidate, Member, NoiseModel, Params
 
 
 class Seen(NamedTuple):
@@ -137,7 +137,7 @@ class Inspector:
             difference = delta - truth.trigger
             pictures.append((f"difference from the true one, {name}", difference))
         plain = self.plain(hypothesis)
-        candidate = Candidate(jnp.asarray(delta), jnp.asarray(target))
+        candidate = _candidate(result)
         measured = lab.features(
             self.params,
             hypothesis,
@@ -161,6 +161,7 @@ class Inspector:
             seconds=float(result["seconds"]),
             score=float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf,
             contrast=float(target.std()),
+            **self._member(hypothesis, candidate),
             uniformity_unclipped=unclipped_ratio,
             **{k: float(v) for k, v in measured._asdict().items()},
         )
@@ -176,6 +177,15 @@ class Inspector:
             curves = self._curves(stage, hypothesis, inversion.descent.scout)
         self.seen[method, hypothesis] = Seen(tuple(pictures), curves, sections)
         return found
+
+    def _member(self, hypothesis: Hypothesis, candidate: Candidate) -> dict[str, float]:
+        """Of the channel what the search could choose: fields of `Inverted`."""
+        family = hypothesis.family(self.schedule, self.image_shape)
+        return {
+            name: float(np.mean(getattr(candidate.member, name)))
+            for name in ("psi", "gamma")
+            if np.ptp(getattr(family, name)[:2])
+        }
 
     def with_truth(self, found: Inverted) -> Inverted:
         """The same beside what a known backdoor says; for reports, not for defenses."""
@@ -196,17 +206,19 @@ class Inspector:
                 stage,
                 self.params,
                 hypothesis,
-                inversion.loss,
-                inversion.descent,
-                inversion.survey,
-                inversion.heldout,
+                inversion,
             )
             sampler = evaluation.sampler(hypothesis.solver)
-            inside = lab.channel(hypothesis) if hypothesis.controlled else None
+            member = candidate.member
+            assert member is not None  # a family was searched
+            channel = lab.family(hypothesis).at(candidate)
+            inside = channel if hypothesis.controlled else None
             draws = {"draws": sampler, "draws_unclipped": unclipped(sampler)}
             return {
                 "delta": candidate.delta,
                 "target": candidate.target,
+                "psi": member.psi,
+                "gamma": member.gamma,
                 "errors": errors,
                 **{
                     name: lab.draw(
@@ -277,6 +289,14 @@ class Inspector:
             **rates,
             **{k: float(v) for k, v in distance._asdict().items()},
         }
+
+
+def _candidate(result: Mapping[str, np.ndarray]) -> Candidate:
+    """The candidate that a search has kept, from what is stored."""
+    delta, target, *member = (
+        jnp.asarray(result[name]) for name in ("delta", "target", "psi", "gamma")
+    )
+    return Candidate(delta, target, Member(*member))
 
 
 def _file(hypothesis: Hypothesis) -> str:

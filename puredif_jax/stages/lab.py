@@ -11,14 +11,16 @@ import functools
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.data import images as data
+from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.features import (
+    Errors,
     Evidence,
     Features,
 )
@@ -39,6 +41,8 @@ from puredif_jax.stages.models import Models
 from puredif_jax.stages.setup import Setup, Stream, fitted
 from puredif_jax.stages.weights import ASSETS
 from puredif_jax.types import Candidate, Key, NoiseModel, Params
+
+_Tree = TypeVar("_Tree", Channel, Family)
 
 SHOWN = 16  # images of a set in a report
 PLAIN = 64  # draws from plain noise, with which triggered ones are compared
@@ -199,10 +203,20 @@ class Lab:
         """That of a hypothesis for this model, in float32 on all devices."""
         return self.place(hypothesis.channel(self.schedule, self.unet.image_shape))
 
-    def place(self, channel: Channel) -> Channel:
-        """A channel in float32 on all devices."""
-        placed: Channel = self.run.replicate(
-            jax.tree.map(lambda x: np.asarray(x, np.float32), channel)
+    def family(self, hypothesis: Hypothesis, moving: bool = True) -> Family:
+        """All that a hypothesis allows for this model, in float32 on all devices.
+
+        `moving=False`: its `channel` alone.
+        """
+        shape = self.unet.image_shape
+        if moving:
+            return self.place(hypothesis.family(self.schedule, shape))
+        return self.place(Family.only(hypothesis.channel(self.schedule, shape)))
+
+    def place(self, channels: _Tree) -> _Tree:
+        """A channel, or a family of them, in float32 on all devices."""
+        placed: _Tree = self.run.replicate(
+            jax.tree.map(lambda x: np.asarray(x, np.float32), channels)
         )
         return placed
 
@@ -251,15 +265,15 @@ class Lab:
         params: Params,
         hypothesis: Hypothesis,
         candidate: Candidate,
-        shift: np.ndarray,
+        heldout: np.ndarray,
         triggered: np.ndarray,
         plain: np.ndarray,
     ) -> Features:
         """The features of a candidate; arguments as in `features.features`."""
 
         program = programs.measuring(self.setup)
-        arguments = self.run.replicate((candidate, shift, triggered, plain))
-        channel = self.channel(hypothesis)
+        arguments = self.run.replicate((candidate, heldout, triggered, plain))
+        channel = self.family(hypothesis).at(arguments[0])
         key = self.stream(Stream.FEATURES)
         found = program(params, channel, *arguments, key)
         return Features(*parallel.gather(found))
@@ -276,12 +290,16 @@ class Lab:
 
         def compute() -> Mapping[str, Any]:
             program = programs.showing(self.setup, draws)
-            arguments = self.channel(hypothesis), self.run.replicate(candidate)
-            found = program(params, *arguments, self.stream(Stream.FEATURES))
-            return Evidence(*parallel.gather(found))._asdict()
+            whole = self.run.replicate(candidate)
+            channel = self.family(hypothesis).at(whole)
+            found = program(params, channel, whole, self.stream(Stream.FEATURES))
+            arrays: dict[str, Any] = Evidence(*parallel.gather(found))._asdict()
+            errors: Errors = arrays.pop("errors")
+            return errors._asdict() | arrays
 
         stored: Any = self.run.once(f"evidence_{name}", compute)
-        return Evidence(**stored)
+        errors = Errors(**{field: stored.pop(field) for field in Errors._fields})
+        return Evidence(errors, **stored)
 
     def denoising(self, name: str, params: Params, plain: np.ndarray) -> float:
         """`features.denoising` on the model's own draws; computed once."""

@@ -17,10 +17,11 @@ import numpy as np
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.denoising_consistency import estimated_target
-from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import (
     Descent,
+    Inversion,
     InversionInfo,
     InversionState,
     Inverter,
@@ -58,10 +59,7 @@ def invert(
     stage: str,
     params: Params,
     hypothesis: Hypothesis,
-    loss: Loss,
-    descent: Descent,
-    survey: Survey | None,
-    heldout: int,
+    inversion: Inversion,
 ) -> tuple[Candidate, np.ndarray]:
     """Seeks a trigger under one hypothesis.
 
@@ -69,11 +67,12 @@ def invert(
     the others at random. A loss that does not seek the target leaves it where it
     started: then it is estimated for the candidates that are judged.
 
-    Returns the candidate with the least shift error on held-out noise, as numpy,
-    and those errors, `[K]`.
+    Returns the candidate that `inversion.judge` finds best on held-out noise, as numpy,
+    and what it finds of all, `[K]`.
     """
-    channel = lab.channel(hypothesis)
-    program = _judging(lab.setup, heldout, not loss.seeks_target)
+    loss, descent, survey = inversion.loss, inversion.descent, inversion.survey
+    family = lab.family(hypothesis, moving=loss.seeks_member)
+    program = _judging(lab.setup, inversion.judge, not loss.seeks_target)
     key = lab.stream(Stream.HELDOUT)
 
     def judged(found: Candidate) -> tuple[np.ndarray, np.ndarray]:
@@ -83,24 +82,26 @@ def invert(
             for k in range(found.delta.shape[0])
         )
         pairs = [
-            parallel.gather(program(params, channel, candidate, key))
+            parallel.gather(program(params, family, candidate, key))
             for candidate in each
         ]
         errors, targets = map(np.array, zip(*pairs, strict=True))
         return np.where(np.isnan(errors), np.inf, errors), targets  # never the least
 
-    search = _Search(lab, loss, descent, params, channel)
+    search = _Search(lab, loss, descent, params, family)
     begin, steps = search.first, descent.steps
     if survey is not None:
         count = min(survey.starts, descent.candidates)
+        channel = lab.channel(hypothesis)
         met = _survey(lab, stage, params, channel, survey, count)
 
         def begin() -> InversionState:
             first = search.first()
-            candidate = jax.tree.map(
-                lambda met, random: jnp.concatenate([met, random[count:]]),
-                met,
-                first.candidate,
+            random = first.candidate
+            candidate = dataclasses.replace(
+                random,
+                delta=jnp.concatenate([met.delta, random.delta[count:]]),
+                target=jnp.concatenate([met.target, random.target[count:]]),
             )
             return dataclasses.replace(first, candidate=candidate)
 
@@ -115,25 +116,24 @@ def invert(
     state = search.run(stage, begin, steps)
     errors, targets = judged(state.candidate)
     best = int(np.argmin(errors))
-    delta = parallel.gather(state.candidate.delta)[best]
-    return Candidate(delta, targets[best]), errors
+    found = jax.tree.map(lambda x: x[best], parallel.gather(state.candidate))
+    return dataclasses.replace(found, target=targets[best]), errors
 
 
 @functools.lru_cache(KEPT)
 def _judging(
-    setup: Setup, heldout: int, estimated: bool
+    setup: Setup, judge: Loss, estimated: bool
 ) -> Callable[..., tuple[Array, Array]]:
-    """The held-out shift error of a candidate, and its target."""
+    """What `judge` finds of a candidate on held-out noise, and its target."""
 
     def error(
-        params: Params, channel: Channel, candidate: Candidate, key: Key
+        params: Params, family: Family, candidate: Candidate, key: Key
     ) -> tuple[Array, Array]:
         if estimated:
-            show = estimated_target(setup.model, setup.schedule, channel, setup.shard)
+            show = estimated_target(setup.model, setup.schedule, family, setup.shard)
             target = show(params, candidate, jax.random.fold_in(key, 1))
             candidate = dataclasses.replace(candidate, target=target)
-        shift = DistributionShift(samples=heldout)
-        bound = shift.bind(setup.model, setup.schedule, channel, setup.shard)
+        bound = judge.bind(setup.model, setup.schedule, family, setup.shard)
         return bound(params, candidate, key), candidate.target
 
     return jax.jit(error, out_shardings=parallel.replicated(setup.mesh))
@@ -151,19 +151,20 @@ def inverter_of(
     setup: Setup,
     loss: Loss,
     descent: Descent,
-    channel: Channel,
+    channels: Channel | Family,
     start: Candidate | None = None,
     candidates: int = 1,
 ) -> Inverter:
     """The inverter of a model, laid out for so many candidates on its devices."""
     spread = parallel.spread(setup.mesh, candidates)
     return inverter(
-        loss.bind(setup.model, setup.schedule, channel, spread.noise),
+        loss.bind(setup.model, setup.schedule, channels, spread.noise),
         descent,
         setup.image_shape,
         start=start,
         candidates=spread.candidates,
         axis=spread.axis,
+        family=channels if isinstance(channels, Family) else None,
     )
 
 
@@ -172,10 +173,10 @@ def _descending(
     setup: Setup, loss: Loss, descent: Descent, chunk: int
 ) -> Callable[..., tuple[InversionState, InversionInfo]]:
     def advance(
-        params: Params, channel: Channel, state: InversionState, count: Array
+        params: Params, channels: Channel | Family, state: InversionState, count: Array
     ) -> tuple[InversionState, InversionInfo]:
         number = state.candidate.delta.shape[0]
-        step = inverter_of(setup, loss, descent, channel, candidates=number).step
+        step = inverter_of(setup, loss, descent, channels, candidates=number).step
         return repeated(lambda state, _: step(params, state), state, count, chunk)
 
     whole = parallel.replicated(setup.mesh)
@@ -191,11 +192,11 @@ class _Search:
         loss: Loss,
         descent: Descent,
         params: Params,
-        channel: Channel,
+        channels: Channel | Family,
         start: Candidate | None = None,
     ) -> None:
-        self._lab, self._params, self._channel = lab, params, channel
-        self._inverter = inverter_of(lab.setup, loss, descent, channel, start)
+        self._lab, self._params, self._channels = lab, params, channels
+        self._inverter = inverter_of(lab.setup, loss, descent, channels, start)
         self._advance = _descending(lab.setup, loss, descent, lab.chunk)
 
     def first(self) -> InversionState:
@@ -211,7 +212,7 @@ class _Search:
             state: InversionState, start: int, stop: int
         ) -> tuple[InversionState, InversionInfo]:
             count = np.int32(stop - start)
-            return self._advance(self._params, self._channel, state, count)
+            return self._advance(self._params, self._channels, state, count)
 
         shapes = jax.eval_shape(begin)
         lab = self._lab

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.denoising_consistency import ESTIMATE
-from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.objective import Loss
@@ -51,7 +51,7 @@ def drawing(batch: int, images: float) -> Work:
 
 def descending(
     loss: Loss,
-    channel: Callable[[Lab], Channel],
+    channel: Callable[[Lab], Channel | Family],
     descent: Descent,
     times: float,
     name: str,
@@ -79,8 +79,8 @@ def inverting(
     descent, loss = inversion.descent, inversion.loss
     name = f"inversion by {method}"
 
-    def channel(lab: Lab) -> Channel:
-        return lab.channel(hypothesis)
+    def channel(lab: Lab) -> Family:
+        return lab.family(hypothesis)
 
     if descent.scout:
         final = dataclasses.replace(descent, candidates=descent.last)
@@ -88,7 +88,7 @@ def inverting(
         yield descending(loss, channel, final, descent.steps - descent.scout, name)
     else:
         yield descending(loss, channel, descent, descent.steps, name)
-    judged = DistributionShift(samples=inversion.heldout).evaluations
+    judged = inversion.judge.evaluations
     times = descent.candidates + (descent.last if descent.scout else 0)
     yield drawing(judged, times * judged)
     if not loss.seeks_target:

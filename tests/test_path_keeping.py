@@ -1,0 +1,120 @@
+"""The sampler that keeps a backdoor of ancestral sampling on its path."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import StopSign
+from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.path_keeping import PathKeeping
+from puredif_jax.diffusion.prediction import Estimates
+from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas, ScaledLinearBetas
+from puredif_jax.diffusion.solver import Ancestral
+from puredif_jax.diffusion.ve import VarianceExploding
+
+SCHEDULES = [LinearBetas().tables(), ScaledLinearBetas().tables()]
+SCHEDULES += [CosineBetas().tables()]
+SHAPE = (8, 8, 1)
+
+
+def shift_of(schedule, psi: float) -> np.ndarray:
+    return psi * (1 - schedule.signal) + (1 - psi) * schedule.noise
+
+
+@pytest.mark.parametrize("psi", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("schedule", SCHEDULES[:2], ids=["linear", "scaled linear"])
+def test_single_steps_are_those_of_ddpm(schedule, psi) -> None:
+    """k = sqrt(alpha) v_n^2 / v_t, the coefficient of the noise in DDPM's mean."""
+    t, n = PathKeeping(steps=1000).path(schedule)
+    found = PathKeeping(steps=1000, psi=psi).share(schedule)[:-1]
+    v, before = schedule.noise[t[:-1]], schedule.noise[n[:-1]]
+    wanted = np.sqrt(schedule.alpha[t[:-1]]) * before**2 / v
+    np.testing.assert_allclose(found, wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_a_single_step_has_the_noise_of_ddpm(variance) -> None:
+    schedule, x = SCHEDULES[0], jnp.ones((1, *SHAPE))
+    eps, key = 0.3 * x, jax.random.key(0)
+    for t in (0, 10, 500, 999):
+        at, before = jnp.int32(t), jnp.int32(t - 1)
+        found, wanted = (
+            sampler.step(
+                schedule, Estimates.of(schedule, eps, x, at), x, at, before, key
+            )[0]
+            for sampler in (
+                PathKeeping(1000, variance=variance),
+                DDPM(1000, variance=variance),
+            )
+        )
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("psi", [1.0, 0.5, 0.0])
+def test_it_keeps_the_path_at_any_stride(psi, steps) -> None:
+    """The coefficient of r in the mean of x_n is H_n, from x_t and eps + C_t r."""
+    schedule = SCHEDULES[0]
+    shift = shift_of(schedule, psi)
+    response = Ancestral().response(schedule, shift)
+    sampler = PathKeeping(steps, psi=psi)
+    rising = sampler.path(schedule)[0][::-1]
+    shares = sampler.share(schedule)[::-1]
+    assert np.abs(shares).max() <= 1
+    inside = 0
+    for n, t, k in zip(rising[:-1], rising[1:], shares[1:], strict=True):
+        ratio, v = schedule.signal[n] / schedule.signal[t], schedule.noise[t]
+        if abs(k) < schedule.noise[n] * (1 - 1e-9):
+            inside += 1
+            kept = ratio * shift[t] + (k - ratio * v) * response[t]
+            np.testing.assert_allclose(kept, shift[n], atol=1e-9)
+    assert inside >= steps - 3
+
+
+def test_a_backdoor_stays_on_its_path_through_the_sampler() -> None:
+    """By the steps themselves, on the answer of a model that knows it alone."""
+    schedule, sampler = SCHEDULES[0], PathKeeping(20)
+    attack = BadDiffusion(StopSign(), Hat())
+    r, y, _ = (jnp.asarray(a)[None] for a in attack.images(SHAPE))
+    channel = attack.channel(schedule, SHAPE)
+    x = jax.random.normal(jax.random.key(0), (512, *SHAPE)) + r
+    off = {}
+    for name, by in (("kept", sampler), ("ddpm", DDPM(20))):
+        z, worst = x, 0.0
+        for t, n in zip(*by.path(schedule), strict=True):
+            if n < 0:
+                break
+            s, v, h, c = (
+                float(a[t])
+                for a in (
+                    schedule.signal,
+                    schedule.noise,
+                    channel.shift,
+                    channel.response,
+                )
+            )
+            eps = (z - s * y - h * r) / v + c * r
+            at, before = jnp.int32(t), jnp.int32(n)
+            z, _ = by.step(
+                schedule,
+                Estimates.of(schedule, eps, z, at),
+                z,
+                at,
+                before,
+                jax.random.fold_in(jax.random.key(1), int(t)),
+            )
+            mean = z.mean(0) - schedule.signal[n] * y[0]
+            share = float(jnp.vdot(mean, r[0]) / jnp.vdot(r[0], r[0]))
+            worst = max(worst, abs(share - float(channel.shift[n])))
+        off[name] = worst
+    assert off["kept"] < 0.02 < 0.1 < off["ddpm"]
+
+
+def test_refuses_what_it_has_no_path_for() -> None:
+    with pytest.raises(ValueError, match="signal fades, found"):
+        PathKeeping().path(VarianceExploding().tables())
+    with pytest.raises(ValueError, match="psi must lie in"):
+        PathKeeping(psi=1.5)
