@@ -2,7 +2,7 @@
 
 For defense research, on models that the user has trained. The public names:
 
->>> from puredif_jax import UNet, LinearBetas, DistributionShift, Fading
+>>> from puredif_jax import UNet, LinearBetas, DenoisingError, Fading
 
 A name is imported when it is first used, so that a program says what is wrong with a
 command, and hears Ctrl-C, before JAX is there.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from puredif_jax.defenses.denoising_consistency import (
         DenoisingConsistency as DenoisingConsistency,
     )
+    from puredif_jax.defenses.denoising_error import DenoisingError as DenoisingError
     from puredif_jax.defenses.detector import Detector as Detector
     from puredif_jax.defenses.distribution_shift import (
         DistributionShift as DistributionShift,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from puredif_jax.defenses.features import features as features
     from puredif_jax.defenses.hypothesis import Fading as Fading
     from puredif_jax.defenses.hypothesis import Hypothesis as Hypothesis
+    from puredif_jax.defenses.hypothesis import Trojan as Trojan
     from puredif_jax.defenses.inversion import Descent as Descent
     from puredif_jax.defenses.inversion import inverter as inverter
     from puredif_jax.defenses.reinforcement import Reinforcement as Reinforcement
@@ -61,10 +63,11 @@ _HOMES = {
     "attacks.villandiffusion": ("VillanDiffusion",),
     "attacks.villandiffusion_ve": ("VillanDiffusionVE",),
     "defenses.denoising_consistency": ("DenoisingConsistency",),
+    "defenses.denoising_error": ("DenoisingError",),
     "defenses.detector": ("Detector",),
     "defenses.distribution_shift": ("DistributionShift",),
     "defenses.features": ("Features", "features"),
-    "defenses.hypothesis": ("Fading", "Hypothesis"),
+    "defenses.hypothesis": ("Fading", "Hypothesis", "Trojan"),
     "defenses.inversion": ("Descent", "inverter"),
     "defenses.reinforcement": ("Reinforcement",),
     "defenses.survey": ("Survey",),

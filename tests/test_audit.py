@@ -99,9 +99,8 @@ def test_the_report_of_a_run_names_its_verdict_and_its_weights(finished) -> None
     report = json.loads((finished / "report.json").read_text())
     (line,) = report["verdict"].splitlines()
     assert re.fullmatch(
-        r"(clean|could not tell): trained \(score .*, clean up to 0.261, backdoored "
-        r"above 0.376; p = .*, \d+ of 20 clean models score as high; not calibrated "
-        r"for this network and search\)",
+        r"(clean|could not tell): trained \(score .*, clean up to .*, backdoored above "
+        r".*; p = .* by \d+ clean models; not calibrated for this network and search\)",
         line,
     )
     (judged,) = report["judgements"]

@@ -106,7 +106,10 @@ def test_features_of_a_backdoor(kind: Hypothesis) -> None:
     clean, _ = measured(kind, poisoned=False)
     assert float(found.heldout) == 0.25
     assert float(found.memory) < 0.1 * float(clean.memory)
-    assert float(found.gain) < 0.1 * float(clean.gain)
+    if kind == Exploding(Deterministic()):  # its path is that of one image
+        assert float(found.gain) > 0.5
+    else:
+        assert float(found.gain) < 0.1 * float(clean.gain)
     assert float(found.alignment) > 0.99
     assert float(found.uniformity) == pytest.approx(0, abs=1e-9)
     expected = total_variation(truth.target[None]) / total_variation(images(32))
@@ -129,16 +132,22 @@ def shown(gain: float) -> Features:
 CLEAN = Detector(clean=(0.1, 0.2, 0.3))  # doubt above 0.5, alarm above 0.8
 
 
+def tail(score: float) -> float:
+    """Of Student's t with two degrees of freedom, by its closed form."""
+    t = (score - 0.2) / (0.1 * np.sqrt(1 + 1 / 3))
+    return 0.5 - t / (2 * np.sqrt(2 + t**2))
+
+
 @pytest.mark.parametrize(
     "sde,ode,outcome,hypothesis,score,p_value",
     [
-        (0.01, 1.0, "backdoored", "sde", 2.0, 1 / 4),
-        (1.0, 0.1, "backdoored", "ode", 1.0, 1 / 4),
-        (0.25, 0.5, "could not tell", "sde", 0.602, 1 / 4),
-        (1.0, 10**-0.25, "clean", "ode", 0.25, 2 / 4),
-        (3.0, 2.0, "clean", "ode", -0.301, 1.0),
-        (np.nan, 0.01, "backdoored", "ode", 2.0, 1 / 4),
-        (np.nan, 1.0, "could not tell", "ode", 0.0, 1.0),
+        (0.01, 1.0, "backdoored", "sde", 2.0, tail(2.0)),
+        (1.0, 0.1, "backdoored", "ode", 1.0, tail(1.0)),
+        (0.25, 0.5, "could not tell", "sde", 0.602, tail(0.602)),
+        (1.0, 10**-0.25, "clean", "ode", 0.25, tail(0.25)),
+        (3.0, 2.0, "clean", "ode", -0.301, tail(-0.301)),
+        (np.nan, 0.01, "backdoored", "ode", 2.0, tail(2.0)),
+        (np.nan, 1.0, "could not tell", "ode", 0.0, tail(0.0)),
         (np.nan, np.nan, "could not tell", "sde", -np.inf, 1.0),
         (0.0, np.inf, "could not tell", "sde", -np.inf, 1.0),
     ],
@@ -148,7 +157,7 @@ def test_verdict(sde, ode, outcome, hypothesis, score, p_value) -> None:
     assert verdict.outcome == outcome
     assert verdict.hypothesis == hypothesis
     assert verdict.score == pytest.approx(score, abs=1e-3)
-    assert verdict.p_value == pytest.approx(p_value)
+    assert verdict.p_value == pytest.approx(p_value, rel=5e-3, abs=1e-12)
     assert verdict.reason
 
 

@@ -48,6 +48,7 @@ CLEAN = Finding(
     "this network",
     ("sde", "ode"),
     ("of ancestral sampling", "of deterministic sampling"),
+    ("of a third kind",),
     (PLAIN, WHOLE),
     {"elijah": VERDICT._replace(outcome="backdoored", hypothesis="ode")},
 )
@@ -151,7 +152,7 @@ def test_the_scope_says_what_was_not_sought_and_where_nothing_is_known() -> None
     assert scope([]) == ""
     text = scope([CLEAN])
     assert "of ancestral sampling; of deterministic sampling." in text
-    assert "TrojDiff" in text
+    assert "Not sought: of a third kind; any backdoor whose path is another" in text
     assert "not calibrated" not in text and "Only in some" not in text
     other = dataclasses.replace(CLEAN, calibration="another network")
     assert "not calibrated" in other.sure and "not calibrated" in scope([CLEAN, other])

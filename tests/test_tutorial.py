@@ -23,8 +23,6 @@ BUDGET = {
     "audit.inversion.descent.scout": "2",
     "audit.inversion.descent.steps": "4",
     "audit.inversion.loss.samples": "2",
-    "audit.inversion.survey.triggers": "8",
-    "audit.inversion.survey.draws": "2",
     "audit.inversion.heldout": "2",
     "steps": "2",
     "draws": "4",
@@ -97,8 +95,7 @@ def test_the_example_of_the_readme(monkeypatch) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     for whole, small in {
         "120": "2",
-        "Survey()": "Survey(triggers=8, draws=1, together=4)",
-        "DistributionShift()": "DistributionShift(samples=1)",
+        "DenoisingError()": "DenoisingError(samples=1)",
     }.items():
         assert whole in block
         block = block.replace(whole, small)

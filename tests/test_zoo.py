@@ -16,8 +16,6 @@ BUDGET = {
     "audit.inversion.descent.finalists": "1",
     "audit.inversion.descent.steps": "80",
     "audit.inversion.loss.samples": "2",
-    "audit.inversion.survey.triggers": "64",
-    "audit.inversion.survey.draws": "4",
     "audit.inversion.heldout": "16",
     "steps": "10",
     "draws": "16",

@@ -23,8 +23,7 @@ class Verdict(NamedTuple):
 
     outcome: in a word or three.
     score: what was compared; the larger, the more like a backdoor.
-    p_value: share of clean models that would score so high, (1 + #{>=}) / (n + 1); the
-      n clean models that calibrate cannot give less than 1 / (n + 1).
+    p_value: how likely a clean model scores so high, `detector.Scores.p_value`.
     hypothesis: name of the kind of backdoor that fits best.
     reason: one sentence.
     doubt, alarm: scores up to the first are clean, above the second backdoored.
@@ -75,11 +74,10 @@ class Inverted:
         "draws. Small if backdoored",
         needed=True,
     )
-    heldout: float = _measure(
+    heldout: float | None = _measure(
         "the loss by which triggers are sought, on held-out noise: log of the error on "
         "the path over a linear denoiser's. Small if backdoored",
         "held-out loss",
-        needed=True,
     )
     psi: float | None = _measure(
         "share of H = 1 - s in the shift of the backdoor; the rest is H = v"

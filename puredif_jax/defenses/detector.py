@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import numpy as np
+from scipy.special import stdtr
 
 from puredif_jax.defenses.base import Outcome, Verdict
 from puredif_jax.defenses.features import Features
@@ -92,6 +93,17 @@ class Scores(abc.ABC):
         value = float(getattr(found, self.measure))
         return float(-np.log10(value)) if 0 < value < np.inf else -np.inf
 
+    def p_value(self, score: float) -> float:
+        """How likely a further clean model scores so high, if scores are normal.
+
+        With mean m and standard deviation d of n clean scores it is the upper tail of
+        Student's t with n - 1 degrees of freedom at (score - m) / (d sqrt(1 + 1 / n)).
+        """
+        mean, deviation = np.mean(self.clean), np.std(self.clean, ddof=1)
+        count = len(self.clean)
+        away = (score - mean) / max(deviation * np.sqrt(1 + 1 / count), 1e-12)
+        return float(stdtr(count - 1, -away))
+
     @abc.abstractmethod
     def says(self, best: Hypothesis, factor: float) -> str:
         """What a score of log10(factor) under the best hypothesis means."""
@@ -101,8 +113,7 @@ class Scores(abc.ABC):
         scores = {kind: self.score(features) for kind, features in found.items()}
         best = max(scores, key=lambda k: scores[k])
         score, (doubt, alarm) = scores[best], self.bounds
-        beaten = sum(clean >= score for clean in self.clean)
-        p_value = (1 + beaten) / (1 + len(self.clean))
+        p_value = self.p_value(score)
         known = doubt, alarm, len(self.clean)
         failed = [k for k in scores if not np.isfinite(scores[k])]
         if failed and score <= alarm:

@@ -135,7 +135,12 @@ class Elijah(Defense):
         return "elijah, equal evaluations" if self.evaluations else "elijah"
 
     def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        """With the steps that come nearest to the evaluations that were asked for."""
+        """With the steps that come nearest to the evaluations that were asked for.
+
+        None of a backdoor that fires inside its channel alone: Elijah knows no channel.
+        """
+        if hypothesis.controlled:
+            return ()
         found = published(hypothesis.solver)
         if not self.evaluations:
             return (found,)
@@ -150,6 +155,8 @@ class Elijah(Defense):
             for inversion in self.inversions(each)
         }
         inversions = tuple(found.values())
+        if not found:
+            return Inspection(None)
         clean = bench.clean_scores(self.name)
         if not self.detector.clean and not clean:
             return Inspection(None, inversions)

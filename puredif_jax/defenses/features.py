@@ -94,8 +94,9 @@ class Errors(NamedTuple):
     moved: of eps from s_t y + v_t eps + (H_t - v_t C_t) delta. It knows the image that
       a clean model sees in x_t.
     single: of (x_t - s_t z) / v_t from x_t, z the one image for all t that fits best.
-      The trigger is noise of another mean, which leads to one image that it knows.
-      It is inf where the channel itself leads to one image, which tells nothing.
+      The trigger is noise of another mean, which leads to one image that it knows. A
+      channel whose own path does so, as that of deterministic sampling in a
+      variance-exploding model, cannot be told from a clean model by this.
     floor: of eps near T, where any denoiser is exact but for its network's own error;
       at least `LEAST`.
     """
@@ -201,10 +202,6 @@ def errors(
     weight = jnp.asarray(weight, jnp.float32)
     single = single_image(seen, spread, weight, floor)
     at_t = jnp.asarray(times[:-1])
-    drift = (channel.shift - schedule.noise * channel.response) / schedule.signal
-    ideal = candidate.target[None] + lookup(drift, at_t) * delta
-    apart = single_image(ideal, jnp.zeros(len(at_t)), weight, floor)
-    single = jnp.where(jnp.max(apart) > 1, single, jnp.inf)
     return Errors(at_t, triggered, untriggered, moved, single, floor)
 
 

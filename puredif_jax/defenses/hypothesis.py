@@ -39,6 +39,16 @@ class Hypothesis(abc.ABC):
     def title(self) -> str:
         """What it is, in a clause that follows "backdoors "."""
 
+    @property
+    def attacks(self) -> str:
+        """The known attacks that make such backdoors, if there are any."""
+        return ""
+
+    @property
+    def sought(self) -> str:
+        """The title, with the attacks."""
+        return f"{self.title} ({self.attacks})" if self.attacks else self.title
+
     @abc.abstractmethod
     def applies(self, schedule: NoiseSchedule) -> bool:
         """Whether there can be such a backdoor in a model of this process."""
@@ -71,6 +81,11 @@ class Fading(Hypothesis):
     @property
     def title(self) -> str:
         return f"of {self.solver.title} sampling"
+
+    @property
+    def attacks(self) -> str:
+        villan = "VillanDiffusion, psi from 0 to 1"
+        return self.solver.pick(f"BadDiffusion; {villan}", villan)
 
     def applies(self, schedule: NoiseSchedule) -> bool:
         return schedule.fades
@@ -115,6 +130,10 @@ class Placebo(Fading):
         return f"of no attack, with a response of {self.factor:g}"
 
     @property
+    def attacks(self) -> str:
+        return ""
+
+    @property
     def times(self) -> float:
         return self.factor
 
@@ -136,6 +155,10 @@ class Trojan(Hypothesis):
     @property
     def title(self) -> str:
         return "of shifted and narrowed noise"
+
+    @property
+    def attacks(self) -> str:
+        return "TrojDiff with one gamma for all pixels"
 
     def applies(self, schedule: NoiseSchedule) -> bool:
         return schedule.fades
@@ -162,6 +185,10 @@ class Exploding(Hypothesis):
     @property
     def title(self) -> str:
         return f"of {self.solver.title} sampling in variance-exploding models"
+
+    @property
+    def attacks(self) -> str:
+        return "VillanDiffusion"
 
     def applies(self, schedule: NoiseSchedule) -> bool:
         return not schedule.fades

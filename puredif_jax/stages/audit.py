@@ -190,7 +190,12 @@ class Audit(Stage):
             verdict=verdict,
             calibration=self._calibration(context),
             hypotheses=tuple(each.name for each in bench.hypotheses),
-            sought=tuple(each.title for each in bench.hypotheses),
+            sought=tuple(each.sought for each in bench.hypotheses),
+            unsought=tuple(
+                each.sought
+                for each in Audit().tried(lab.schedule)
+                if each not in bench.hypotheses
+            ),
             inversions=tuple(
                 bench.with_truth(row)
                 for each in found.values()

@@ -33,11 +33,15 @@ def _known() -> Mapping[str, Any]:
 def clean_scores(defense: str, setup: Setup) -> tuple[float, ...]:
     """Those of a defense, by its name; () where none are known.
 
-    They are of the network at hand, or of the first that was calibrated.
+    They are of the network at hand, or of all that were calibrated.
     """
     own = _network(setup)
-    network = own if own is not None else next(iter(_known().values()))
-    return tuple(network["scores"].get(defense, {}).get("clean", ()))
+    networks = _known().values() if own is None else (own,)
+    return tuple(
+        score
+        for network in networks
+        for score in network["scores"].get(defense, {}).get("clean", ())
+    )
 
 
 def covers(defense: Defense, setup: Setup) -> bool:

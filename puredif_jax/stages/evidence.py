@@ -70,7 +70,7 @@ def evidence(hypothesis: Hypothesis, target: np.ndarray, found: Evidence) -> Sec
         grid = images[at].reshape(-1, *images.shape[2:])
         rest = f"rows t = {times}, {images.shape[1]} draws of noise, unclipped"
         pairs.append((f"denoised {name} the trigger: {rest}", grid))
-    title = f"Evidence: {hypothesis.solver.title} sampling"
+    title = f"Evidence: backdoors {hypothesis.title}"
     return Section(
         title,
         _EVIDENCE,
@@ -99,4 +99,4 @@ def drawn(
         (f"draws with the trigger, {hypothesis.name}, {how}", triggered[:count]),
         (f"draws from plain noise, {hypothesis.name}, {how}", plain[:count]),
     )
-    return Section(f"Draws: {hypothesis.solver.title} sampling", _DRAWS, pairs=pairs)
+    return Section(f"Draws: backdoors {hypothesis.title}", _DRAWS, pairs=pairs)

@@ -26,7 +26,7 @@ _NOT_CALIBRATED = (
     "this kind in the same way, and give their scores as "
     "`--config.audit.detector.clean=0.1,0.2`."
 )
-_NOT_SOUGHT = "Not sought: TrojDiff, and VillanDiffusion with psi below 1."
+_NOT_SOUGHT = "any backdoor whose path is another one"
 
 _SHARDS = 3  # of weights, whose digests the first screen has
 
@@ -80,6 +80,7 @@ class Finding(Result):
       calibration: what the detector was calibrated with.
       hypotheses: the kinds of backdoor that were sought, by name.
       sought: the same in words.
+      unsought: kinds that there can be in such a model and were not, in words.
       inversions: what was measured of each.
       others: the verdicts of other defenses, by name.
     """
@@ -92,6 +93,7 @@ class Finding(Result):
     calibration: Calibration
     hypotheses: tuple[str, ...]
     sought: tuple[str, ...]
+    unsought: tuple[str, ...]
     inversions: tuple[Inverted, ...]
     others: Mapping[str, Verdict] = field(default_factory=dict)
 
@@ -135,6 +137,7 @@ class Finding(Result):
                 found["calibration"],
                 tuple(map(str, found["hypotheses"])),
                 tuple(map(str, found["sought"])),
+                tuple(map(str, found["unsought"])),
                 tuple(map(Inverted.read, found["inversions"])),
                 {str(k): _verdict(v) for k, v in found["others"].items()},
             )
@@ -176,11 +179,10 @@ class Finding(Result):
         verdict = self.verdict
         if self._unscored:
             return f"{verdict.reason}; {_CLAUSES[self.calibration]}"
-        beaten = round(verdict.p_value * (verdict.clean_models + 1)) - 1
         return (
             f"score {verdict.score:.3g}, clean up to {verdict.doubt:.3g}, backdoored "
-            f"above {verdict.alarm:.3g}; p = {verdict.p_value:.3g}, {beaten} of "
-            f"{verdict.clean_models} clean models score as high; "
+            f"above {verdict.alarm:.3g}; p = {verdict.p_value:.2g} by "
+            f"{verdict.clean_models} clean models; "
             f"{_CLAUSES[self.calibration]}"
         )
 
@@ -208,9 +210,11 @@ def scope(findings: Sequence[Finding]) -> str:
     lists = [finding.sought for finding in findings]
     common = [kind for kind in lists[0] if all(kind in each for each in lists)]
     others = dict.fromkeys(k for each in lists for k in each if k not in common)
+    left = dict.fromkeys(k for finding in findings for k in finding.unsought)
     sought = (
         "Sought: backdoors whose trigger is added to the noise: "
-        f"{'; '.join(common) or 'of no kind in every model'}. {_NOT_SOUGHT}"
+        f"{'; '.join(common) or 'of no kind in every model'}. "
+        f"Not sought: {'; '.join([*left, _NOT_SOUGHT])}."
     )
     if others:
         sought += f" Only in some models: {'; '.join(others)}."
