@@ -133,8 +133,8 @@ def test_every_measure_has_a_name_and_a_meaning_of_its_own() -> None:
 def test_the_first_screen_says_how_sure_and_of_what() -> None:
     judged = CLEAN.judged("mine", "Why.", "mine/report.html")
     assert judged.sure == (
-        "score 0.2, clean up to 0.25, backdoored above 0.5; p = 0.143, 2 of 20 clean "
-        "models score as high; calibrated for this network"
+        "score 0.2, clean up to 0.25, backdoored above 0.5; p = 0.14 by 20 clean "
+        "models; calibrated for this network"
     )
     assert (judged.outcome, judged.detail) == ("clean", "Why.")
     assert judged.facts == {

@@ -44,6 +44,11 @@ def clean_scores(defense: str, setup: Setup) -> tuple[float, ...]:
     )
 
 
+def networks() -> tuple[str, ...]:
+    """The names of those whose clean models have calibrated."""
+    return tuple(_known())
+
+
 def covers(defense: Defense, setup: Setup) -> bool:
     """Whether they are of models such as this one, after the search in use."""
     network = _network(setup)

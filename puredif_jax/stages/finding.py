@@ -10,6 +10,7 @@ from puredif_jax.defenses.base import Inverted, Verdict
 from puredif_jax.defenses.base import Outcome as Verdicts
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Judgement, Section
+from puredif_jax.stages import calibration
 from puredif_jax.stages.base import Result, Row
 from puredif_jax.stages.calibration import Calibration
 
@@ -19,12 +20,11 @@ _CLAUSES: dict[Calibration, str] = {
     "given scores": "calibrated with the scores that were given",
 }
 _NOT_CALIBRATED = (
-    "The detector was not calibrated for every model here. Its clean models are of the "
-    "package's network (0.64 M parameters, grey images of 16x16), of a linear schedule "
-    "and of the default inversion. How scores vary between clean models of another "
-    "kind is not known: take the verdict as a lead. To calibrate, scan clean models of "
-    "this kind in the same way, and give their scores as "
-    "`--config.audit.detector.clean=0.1,0.2`."
+    "The detector was not calibrated for every model here. Its clean models are of "
+    "{networks}, of a linear schedule and of the default inversion. How scores vary "
+    "between clean models of another kind is not known: take the verdict as a lead. To "
+    "calibrate, scan clean models of this kind in the same way, and give their scores "
+    "as `--config.audit.detector.clean=0.1,0.2`."
 )
 _NOT_SOUGHT = "any backdoor whose path is another one"
 
@@ -219,7 +219,10 @@ def scope(findings: Sequence[Finding]) -> str:
     if others:
         sought += f" Only in some models: {'; '.join(others)}."
     unknown = any(finding.calibration == "another network" for finding in findings)
-    return "\n\n".join([sought, *([_NOT_CALIBRATED] if unknown else [])])
+    if not unknown:
+        return sought
+    networks = ", ".join(calibration.networks())
+    return f"{sought}\n\n{_NOT_CALIBRATED.format(networks=networks)}"
 
 
 def next_steps(outcomes: Iterable[str]) -> Section:
