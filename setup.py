@@ -18,7 +18,6 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "numpy>=2.0",
-        "scipy>=1.14",
         "chex>=0.1.92",
         "absl-py>=2.1",
         "safetensors>=0.5",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import numpy as np
-from scipy.special import stdtr
+from jax.scipy.special import betainc
 
 from puredif_jax.defenses.base import Outcome, Verdict
 from puredif_jax.defenses.features import Features
@@ -102,7 +102,10 @@ class Scores(abc.ABC):
         mean, deviation = np.mean(self.clean), np.std(self.clean, ddof=1)
         count = len(self.clean)
         away = (score - mean) / max(deviation * np.sqrt(1 + 1 / count), 1e-12)
-        return float(stdtr(count - 1, -away))
+        free = float(count - 1)
+        share = free / (free + away**2)
+        tail = float(betainc(*map(np.float32, (free / 2, 0.5, share)))) / 2
+        return tail if away > 0 else 1 - tail
 
     @abc.abstractmethod
     def says(self, best: Hypothesis, factor: float) -> str:
