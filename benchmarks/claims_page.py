@@ -514,7 +514,9 @@ def main() -> None:
         "Written by `benchmarks/claims_page.py` from the runs of `configs/claims.py`"
         f", `configs/ablation.py` and `configs/speedup.py`: {len(backdoored)} "
         f"backdoored models, {len(clean)} clean ones, {len(ablation)} runs of the "
-        f"ablation, {len(speedup)} short trainings. "
+        f"ablation, {len(speedup)} short trainings. The runs are of the commits that "
+        "docs/results/claims.json names: two hypotheses, the shift loss with a survey, "
+        "`gain` as defined there, ancestral success by DDPM in 100 steps. "
         + " ".join(filter(None, [*missing, earlier({**backdoored, **clean})])),
         shown_hours(
             {
