@@ -3,8 +3,8 @@
     python -m puredif_jax.main --config=configs/ablation.py
 
 Each change on two models with three seeds, each under the model's own hypothesis. What
-is changed is the base: the default with the four starts of the survey alone, and twice
-as many draws of noise. Started twice, the two calls share the runs. The third rule for
+is changed is the base: the shift loss with the four starts of the survey alone, and
+eight draws of noise. Started twice, the two calls share the runs. The third rule for
 the scale is not among them: the factor that `measured_factor` reads off
 either model is 0.998 or more, which makes `Calibrated` the default's `Analytic`.
 
@@ -28,7 +28,7 @@ from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
 
 SHIFT = DistributionShift(samples=8)
-BASE = Inversion(loss=SHIFT, descent=Descent(candidates=4, scout=40))
+BASE = Inversion(loss=SHIFT, descent=Descent(candidates=4, scout=40), survey=Survey())
 CONSISTENCY = DenoisingConsistency(sampler=DDIM(steps=8), samples=10)
 HIGH, LOW = (999, 900, 800, 700, 600), (500, 400, 300, 200, 100)
 MODELS = {
@@ -49,7 +49,9 @@ def descent(**changes) -> Inversion:
 
 CHANGES = {
     "default": Inversion(),
-    "default: one finalist": Inversion(descent=Descent(candidates=8, scout=40)),
+    "default: one finalist": Inversion(
+        descent=dataclasses.replace(Inversion().descent, finalists=1)
+    ),
     "base": BASE,
     "loss: consistency alone": dataclasses.replace(BASE, loss=CONSISTENCY),
     "loss: shift + consistency": dataclasses.replace(
