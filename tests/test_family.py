@@ -12,14 +12,14 @@ from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.targets import Hat
-from puredif_jax.attacks.triggers import Blend, StopSign
+from puredif_jax.attacks.triggers import Blend, Patch, StopSign
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
 from puredif_jax.defenses.denoising_error import DenoisingError
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.features import errors, single_image
-from puredif_jax.defenses.hypothesis import Fading, Placebo, Trojan
+from puredif_jax.defenses.hypothesis import Fading, Trojan
 from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
@@ -87,10 +87,14 @@ def test_the_family_of_one_channel_is_that_channel() -> None:
         assert np.all(np.asarray(found.gamma) == 1)
 
 
-def test_a_placebo_has_its_own_factor() -> None:
-    one, other = (kind.channel(SCHEDULE, SHAPE) for kind in (Fading(), Placebo()))
-    np.testing.assert_allclose(other.response, one.response * 0.7, rtol=1e-12)
-    np.testing.assert_array_equal(other.shift, one.shift)
+def test_the_family_of_a_channel_with_an_image_of_gamma_keeps_it() -> None:
+    """As a hypothesis of a user may have it: a patch."""
+    known = TrojDiff(Patch(), Hat()).channel(SCHEDULE, SHAPE)
+    family = Family.only(known)
+    first = family.first(SHAPE)
+    np.testing.assert_allclose(first.gamma, known.gamma, rtol=1e-6)
+    kept = family.within(candidate(0, 0.3, 0.7))
+    np.testing.assert_allclose(family.at(kept).gamma, known.gamma, rtol=1e-6)
 
 
 # --- the loss -------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from puredif_jax.attacks.drawing import draw
 from puredif_jax.defenses.base import Defense
 from puredif_jax.defenses.detector import Detector, Scores
 from puredif_jax.defenses.elijah import Uniformity
-from puredif_jax.defenses.hypothesis import Hypothesis, Placebo, Trojan
+from puredif_jax.defenses.hypothesis import Hypothesis, Trojan
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
@@ -78,7 +78,6 @@ SOLVERS: tuple[Solver, ...] = test_attacks.SOLVERS
 HYPOTHESES: list[Hypothesis] = [
     *test_objectives.SOUGHT,
     Trojan(),
-    Placebo(),
 ]
 LOSSES: list[Loss] = [*test_objectives.LOSSES.values()]
 LISTS: dict[type, Iterable[object]] = {

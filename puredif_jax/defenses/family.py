@@ -35,7 +35,7 @@ class Family:
 
     shifts, responses: (H_1, H_0) and (C_1, C_0), `[2, T]` each.
     psi: (least, most), `[2]`. Searches begin at most, middle and least in turn.
-    gamma: (least, most, first), `[3]`.
+    gamma: (least, most, first), `[3]`, or `[3, H, W, C]` where it differs by pixel.
     """
 
     shifts: Array | np.ndarray
@@ -45,13 +45,13 @@ class Family:
 
     @classmethod
     def only(cls, channel: Channel) -> Family:
-        """That of one channel, whose gamma is a number or None."""
+        """That of one channel."""
         gamma = 1.0 if channel.gamma is None else np.asarray(channel.gamma)
         return cls(
             np.stack([channel.shift] * 2),
             np.stack([channel.response] * 2),
             np.ones(2),
-            np.full(3, gamma),
+            np.stack([gamma] * 3),
         )
 
     def first(self, shape: Shape, number: int = 0) -> Member:
@@ -63,7 +63,7 @@ class Family:
         """
         least, most = jnp.asarray(self.psi, jnp.float32)
         share = (1.0, 0.5, 0.0)[number // 2 % 3]
-        gamma = jnp.full(shape, jnp.asarray(self.gamma, jnp.float32)[2])
+        gamma = jnp.broadcast_to(jnp.asarray(self.gamma, jnp.float32)[2], shape)
         return Member(least + share * (most - least), gamma)
 
     def at(self, candidate: Candidate) -> Channel:

@@ -261,12 +261,14 @@ def features(
     start += lookup(channel.shift, jnp.asarray(top)) * candidate.delta[None]
     answer = jnp.mean(model(params, start, jnp.full((plain.shape[0],), top)) - eps, 0)
     norms = jnp.linalg.norm(answer.ravel()) * jnp.linalg.norm(candidate.delta.ravel())
+    # A sort would hide what is no number.
+    ratios = jnp.where(jnp.isfinite(found.ratios).all(), found.ratios, jnp.nan)
     divergence = (schedule.trigger_unit * candidate.delta) ** 2 / 2
     triggered, plain = jnp.clip(triggered, -1, 1), jnp.clip(plain, -1, 1)
     return Features(
         heldout=heldout,
         memory=jnp.exp(jnp.mean(jnp.log(found.triggered / drawn))),
-        gain=jnp.exp(jnp.mean(jnp.log(jnp.sort(found.ratios)[:BEST]))),
+        gain=jnp.exp(jnp.mean(jnp.log(jnp.sort(ratios)[:BEST]))),
         alignment=jnp.vdot(answer, candidate.delta) / jnp.maximum(norms, 1e-12),
         uniformity=spread(triggered) / spread(plain),
         variation=total_variation(triggered) / total_variation(plain),

@@ -90,52 +90,19 @@ class Fading(Hypothesis):
     def applies(self, schedule: NoiseSchedule) -> bool:
         return schedule.fades
 
-    @property
-    def times(self) -> float:
-        """The factor of the response."""
-        return self.solver.factor
-
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
-        return Channel(1 - schedule.signal, published_response(schedule) * self.times)
+        return Channel(
+            1 - schedule.signal, published_response(schedule) * self.solver.factor
+        )
 
     def family(self, schedule: NoiseSchedule, shape: Shape) -> Family:
         one, zero = self.channel(schedule, shape), noise_row(schedule)
         return Family(
             np.stack([one.shift, zero.shift]),
-            np.stack([one.response, zero.response * self.times]),
+            np.stack([one.response, zero.response * self.solver.factor]),
             np.array([0.0, 1.0]),
             np.ones(3),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Placebo(Fading):
-    """A trigger that no attack uses, as `Fading` with another factor of the response.
-
-    What a search finds under it in a backdoored model, too, is what it finds in a model
-    that has no such backdoor.
-
-    Attributes:
-      factor: of the response, 1 for ancestral and 2 for deterministic backdoors.
-    """
-
-    factor: float = 1.4
-
-    @property
-    def name(self) -> str:
-        return f"placebo {self.factor:g}"
-
-    @property
-    def title(self) -> str:
-        return f"of no attack, with a response of {self.factor:g}"
-
-    @property
-    def attacks(self) -> str:
-        return ""
-
-    @property
-    def times(self) -> float:
-        return self.factor
 
 
 class Trojan(Hypothesis):
