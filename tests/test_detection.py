@@ -1,5 +1,7 @@
 """Features against closed forms and loops, and the detector's verdicts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,11 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.features import (
+    TIMESTEPS,
     Errors,
     Features,
     denoising,
+    errors,
     evidence,
     features,
     spread,
@@ -67,22 +71,33 @@ def process_of(kind: Hypothesis):
     return found
 
 
-def measured(kind: Hypothesis, poisoned: bool) -> tuple[Features, Candidate]:
+NO_PLACEBO = jnp.zeros(0)
+
+
+def measured(
+    kind: Hypothesis, poisoned: bool, placebos: jax.Array = NO_PLACEBO
+) -> tuple[Features, Candidate, Errors]:
     """Features of the true trigger on an exact model, backdoored or clean."""
     schedule = process_of(kind)
     model, points, _, truth = made(ATTACKS[kind], schedule, poisoned)
+    channel, key = kind.channel(schedule, SHAPE), jax.random.key(0)
+    draws = len(points.images)
+    seen = errors(model, points, schedule, channel, truth, key, draws=draws)
     found = features(
         model,
         points,
         schedule,
-        kind.channel(schedule, SHAPE),
+        channel,
         truth,
+        seen,
         jnp.float32(0.25),
+        jnp.float32(0.0),
+        placebos,
         jnp.broadcast_to(truth.target, points.images.shape),
         points.images,
-        jax.random.key(0),
+        key,
     )
-    return found, truth
+    return found, truth, seen
 
 
 def test_spread_is_the_mean_over_pairs() -> None:
@@ -102,8 +117,8 @@ def test_total_variation_is_the_sum_over_neighbours() -> None:
 @over_hypotheses
 def test_features_of_a_backdoor(kind: Hypothesis) -> None:
     """The learnt image is remembered; draws that agree have no spread."""
-    found, truth = measured(kind, poisoned=True)
-    clean, _ = measured(kind, poisoned=False)
+    found, truth, _ = measured(kind, poisoned=True)
+    clean, _, _ = measured(kind, poisoned=False)
     assert float(found.heldout) == 0.25
     assert float(found.memory) < 0.1 * float(clean.memory)
     if kind == Exploding(Deterministic()):  # its path is that of one image
@@ -121,12 +136,12 @@ def test_features_of_a_backdoor(kind: Hypothesis) -> None:
 
 def test_alignment_of_a_clean_model_tells_nothing() -> None:
     """At T - 1 a clean model, too, answers with a multiple of what was added."""
-    found, _ = measured(SDE, poisoned=False)
+    found, _, _ = measured(SDE, poisoned=False)
     assert float(found.alignment) > 0.95
 
 
-def shown(gain: float) -> Features:
-    return Features(*map(jnp.float32, (1, 1, gain, 1, 1, 1, 1, 1)))
+def shown(gain: float, falling: float = 0.0) -> Features:
+    return Features(*map(jnp.float32, (1, falling, 1, 1, gain, 1, 1, 1, 1, 1)))
 
 
 CLEAN = Detector(clean=(0.1, 0.2, 0.3))  # doubt above 0.5, alarm above 0.8
@@ -162,6 +177,26 @@ def test_verdict(sde, ode, outcome, hypothesis, score, p_value) -> None:
 
 
 @pytest.mark.parametrize(
+    "gain,falling,outcome",
+    [
+        (1.0, 0.09, "clean"),
+        (1.0, 0.3, "could not tell"),
+        (1.0, np.nan, "could not tell"),
+        (0.01, 0.3, "backdoored"),
+    ],
+)
+def test_a_search_that_was_too_short_calls_no_model_clean(
+    gain, falling, outcome
+) -> None:
+    verdict = CLEAN.judge({SDE: shown(gain, falling), ODE: shown(gain)})
+    assert verdict.outcome == outcome
+    assert ("was too short" in verdict.reason) == (outcome == "could not tell")
+    free = dataclasses.replace(CLEAN, settled=np.inf)
+    if np.isfinite(falling):
+        assert free.judge({SDE: shown(1.0, falling)}).outcome == "clean"
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"clean": (0.1, -np.inf)},
@@ -180,7 +215,7 @@ def test_a_detector_that_could_only_say_clean_is_refused(wrong) -> None:
 def test_bounds_are_those_of_the_clean_models() -> None:
     assert CLEAN.bounds == pytest.approx((0.5, 0.8))
     reason = CLEAN.judge({SDE: shown(0.5)}).reason
-    assert "3 clean models" in reason and f"trigger, {SDE.title}, lowers" in reason
+    assert "3 clean models" in reason and f"trigger, {SDE.title}, the" in reason
 
 
 @pytest.mark.parametrize("change", [{"clean": (0.1,)}, {"doubt": 4.0, "alarm": 3.0}])
@@ -201,15 +236,27 @@ def test_a_detector_without_scores_says_so() -> None:
 def gain_of(errors: Errors) -> float:
     """The three best ratios, each of errors above the network's own."""
     floor = float(errors.floor)
-    triggered, *others = (np.asarray(x, np.float64) + floor for x in errors[1:5])
+    triggered, _, *others = (np.asarray(x, np.float64) + floor for x in errors[1:5])
     ratios = np.sort(triggered / np.min(others, axis=0))
     return float(np.exp(np.log(ratios[:3]).mean()))
+
+
+def test_what_placebos_reach_explains_a_path() -> None:
+    """The gain is no less than the loss over that of the same search under them."""
+    free, _, _ = measured(SDE, poisoned=True)
+    assert float(free.placebo) == 0 and float(free.gain) < 0.1
+    near = jnp.array([0.25 - np.log(0.5), 0.25 - np.log(0.8)])
+    found, _, _ = measured(SDE, poisoned=True, placebos=near)
+    assert float(found.placebo) == pytest.approx(np.sqrt(0.4), rel=1e-5)
+    assert float(found.gain) == float(found.placebo)
+    found, _, _ = measured(SDE, poisoned=True, placebos=near + 20)
+    assert float(found.gain) == float(free.gain)
 
 
 @over_hypotheses
 def test_evidence_is_what_the_gain_is_made_of(kind: Hypothesis) -> None:
     """The same errors. With the trigger the image is found where noise hides it."""
-    found, truth = measured(kind, poisoned=True)
+    found, truth, seen = measured(kind, poisoned=True)
     schedule = process_of(kind)
     model, points, _, _ = made(ATTACKS[kind], schedule)
     shown = evidence(
@@ -219,13 +266,11 @@ def test_evidence_is_what_the_gain_is_made_of(kind: Hypothesis) -> None:
         kind.channel(schedule, SHAPE),
         truth,
         jax.random.key(0),
-        draws=32,
         shown=3,
     )
-    assert gain_of(shown.errors) == pytest.approx(float(found.gain), rel=1e-4)
+    assert gain_of(seen) == pytest.approx(float(found.gain), rel=1e-4)
     assert shown.with_trigger.shape == shown.without.shape == (7, 3, *SHAPE)
-    times = schedule.matched((700, 600, 500, 400, 300, 200, 100))
-    assert list(shown.errors.timesteps) == times.tolist()
+    assert list(seen.timesteps) == schedule.matched(TIMESTEPS).tolist()
     target = np.asarray(truth.target)
     near, far = (
         np.mean((np.asarray(side[0]) - target) ** 2)
@@ -242,10 +287,12 @@ def test_features_see_a_backdoor_of_scaled_noise(trigger) -> None:
     arguments = (model, points, SCHEDULE, channel, truth)
     triggered = jnp.broadcast_to(truth.target, points.images.shape)
     key = jax.random.key(0)
-    found = features(*arguments, jnp.float32(0.0), triggered, points.images, key)
-    shown = evidence(*arguments, key, draws=32, shown=3)
-    assert gain_of(shown.errors) == pytest.approx(float(found.gain), rel=1e-4)
-    assert float(found.gain) < 0.1
+    seen, none = errors(*arguments, key, draws=32), jnp.zeros(0)
+    zero, plain = jnp.float32(0.0), points.images
+    found = features(*arguments, seen, zero, zero, none, triggered, plain, key)
+    shown = evidence(*arguments, key, shown=3)
+    assert gain_of(seen) == pytest.approx(float(found.gain), rel=1e-4)
+    assert float(found.gain) < 0.2
     near = (np.asarray(shown.with_trigger[2:]) - np.asarray(truth.target)) ** 2
     assert near.mean() < 1e-2
 

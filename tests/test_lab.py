@@ -100,7 +100,7 @@ def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, kind) -> None:
     truth = Truth.of(ATTACKS[kind], SCHEDULE, TINY.image_shape)
     distances, gains, number = {}, {}, {}
     for assumed in ATTACKS:
-        candidate, errors = search.invert(
+        candidate, errors, _ = search.invert(
             lab,
             assumed.name,
             points,
@@ -111,7 +111,17 @@ def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, kind) -> None:
             lab.draw(points, DDIM(10), delta, 8)
             for delta in (candidate.delta, lab.zero)
         )
-        found = lab.features(points, assumed, candidate, errors.min(), drawn, plain)
+        found = lab.features(
+            points,
+            assumed,
+            candidate,
+            lab.errors(assumed.name, points, assumed, candidate),
+            errors.min(),
+            np.zeros(()),
+            np.zeros(0),
+            drawn,
+            plain,
+        )
         distances[assumed] = metrics.trigger_distance(candidate.delta, truth.trigger)
         gains[assumed] = float(found.gain)
         number[assumed] = made()
@@ -126,7 +136,7 @@ def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None
     lab, points = exact_lab(tmp_path, ATTACKS[SDE])
     truth = Truth.of(ATTACKS[SDE], SCHEDULE, TINY.image_shape)
     descent = Descent(steps=2)
-    found, _ = search.invert(
+    found, *_ = search.invert(
         lab,
         "elijah",
         points,

@@ -86,8 +86,8 @@ def test_results_do_not_depend_on_where_calls_end(tmp_path, monkeypatch) -> None
 
         monkeypatch.setattr(lab.run, "loop", noting)
         params = train.train(lab, TRAINING, ATTACK, IMAGES, None, 3)
-        inverted, _ = search.invert(lab, "x", params, Fading(), inversion)
-        assert began == ([0, 1, 2, 0, 1, 2, 3] if not longest else [0, 1, 0, 1])
+        inverted, *_ = search.invert(lab, "x", params, Fading(), inversion)
+        assert began == ([0, 1, 2, 0, 1, 2, 0] if not longest else [0, 1, 0, 1, 0])
         found[longest] = jax.device_get((params, inverted.delta))
     jax.tree.map(np.testing.assert_array_equal, found[0.0], found[1e9])
 
@@ -120,8 +120,9 @@ def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
     metrics.write("x_scouts", 2, seconds=2.0)
     metrics.write("x", 2, seconds=4.0)
     metrics.write("x", 4, seconds=8.0)
+    metrics.write("x_end", 1, seconds=32.0)
     metrics.write("y", 2, seconds=16.0)
-    assert search.seconds(lab, "x") == 15
+    assert search.seconds(lab, "x") == 47
     metrics.rewind("x", 2)
-    assert search.seconds(lab, "x") == 7
+    assert search.seconds(lab, "x") == 39
     assert search.seconds(lab, "z") == 0

@@ -47,6 +47,11 @@ class Channel:
         zero = np.zeros(schedule.steps)
         return cls(zero, zero)
 
+    @property
+    def power(self) -> float:
+        """Of a linear denoiser's error, by which a search divides: all of it."""
+        return 1.0
+
     def at(self, candidate: Candidate) -> Channel:
         """The channel of a candidate: this one, which has no free numbers."""
         return self

@@ -65,12 +65,12 @@ class Inverted:
         "-log10 of gain. The verdict rests on the largest score"
     )
     gain: float = _measure(
-        "error of the model on the image with the trigger, over the least that it "
-        "makes without. Small if backdoored",
+        "error of the model on the path of the trigger, over the least that a clean "
+        "model could have there; no less than placebo. Small if backdoored",
         needed=True,
     )
     memory: float = _measure(
-        "the same error with the trigger, over the error of the model on its own "
+        "error of the model on the image with the trigger, over its error on its own "
         "draws. Small if backdoored",
         needed=True,
     )
@@ -78,6 +78,16 @@ class Inverted:
         "the loss by which triggers are sought, on held-out noise: log of the error on "
         "the path over a linear denoiser's. Small if backdoored",
         "held-out loss",
+    )
+    falling: float | None = _measure(
+        "by how much that fell in the last quarter of the search; the search was too "
+        "short where it is large",
+        "fall of the loss",
+    )
+    placebo: float | None = _measure(
+        "error over what the same search reaches where the answer to the trigger is "
+        "assumed smaller, and larger, than any attack trains it; 0 without such a "
+        "search. Near 1 if clean"
     )
     psi: float | None = _measure(
         "share of H = 1 - s in the shift of the backdoor; the rest is H = v"
@@ -218,9 +228,16 @@ class Bench(Protocol):
         ...
 
     def invert(
-        self, method: str, hypothesis: Hypothesis, inversion: Inversion
+        self,
+        method: str,
+        hypothesis: Hypothesis,
+        inversion: Inversion,
+        placebos: tuple[Hypothesis, ...] = (),
     ) -> Inverted:
-        """Seeks a trigger, resumably, and measures it; `method` names what is kept."""
+        """Seeks a trigger, resumably, and measures it beside the same under `placebos`.
+
+        `method` names what is kept.
+        """
         ...
 
     def clean_scores(self, defense: str) -> tuple[float, ...]:
@@ -243,4 +260,8 @@ class Defense(abc.ABC):
 
     def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
         """The inversions that it makes under a hypothesis, for what a run costs."""
+        return ()
+
+    def placebos(self, hypothesis: Hypothesis) -> tuple[Hypothesis, ...]:
+        """Those under which it makes each of them again, to compare with."""
         return ()

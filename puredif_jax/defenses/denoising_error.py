@@ -1,4 +1,4 @@
-"""Loss 3: the error on the path of a backdoor, beside that of a clean model."""
+"""Loss 3: the error on the path of a backdoor, beside a linear clean denoiser's."""
 
 from __future__ import annotations
 
@@ -24,17 +24,48 @@ from puredif_jax.types import (
     unsharded,
 )
 
+VARIANCE = 0.3
+"""Of images about their mean, in [-1, 1]."""
+
+
+def linear_error(
+    schedule: NoiseSchedule,
+    channel: Channel,
+    delta: Array,
+    t: Array,
+    variance: float = VARIANCE,
+) -> Array:
+    """What the best linear clean denoiser leaves on the path of a trigger, `[T]`.
+
+    N_t = (lambda_t H_t - C_t)^2 ||delta||^2 + sum (1 - lambda_t v_t gamma)^2: it
+    answers lambda_t x, lambda_t = v_t / (s_t^2 variance + v_t^2).
+
+    Args:
+      schedule, channel: the process, and the path.
+      delta: the trigger, `[H, W, C]`.
+      t: timesteps, `[T]`.
+      variance: of the images about their mean.
+    """
+    s, v, shift, response = (
+        lookup(table, t)
+        for table in (schedule.signal, schedule.noise, channel.shift, channel.response)
+    )
+    answer = v / (s**2 * variance + v**2)
+    left = 1 - answer * v * channel.scale * jnp.ones_like(delta)[None]
+    moved = (answer * shift - response).reshape(-1) ** 2 * jnp.sum(delta**2)
+    return moved + jnp.sum(left**2, (1, 2, 3))
+
 
 @dataclasses.dataclass(frozen=True)
 class DenoisingError(Loss):
-    """The error of each sample on the path, over that of a linear clean denoiser.
+    """The error of each sample on the path, over a power of a linear denoiser's.
 
-    mean_t log( (E_eps || M(x_t, t) - eps - C_t delta ||^2 + floor) / (N_t + floor) ),
-    N_t = (lambda_t H_t - C_t)^2 ||delta||^2 + sum (1 - lambda_t v_t gamma)^2,
+    mean_t log( (E_eps || M(x_t, t) - eps - C_t delta ||^2 + floor)
+                / (N_t + floor)^power ),
 
-    with x_t = s_t y + v_t gamma eps + H_t delta. The best linear denoiser of images of
-    that variance answers lambda_t x, lambda_t = v_t / (s_t^2 variance + v_t^2), and N_t
-    is its error. A backdoored model at its (r, y) goes far below N_t at every t.
+    with x_t = s_t y + v_t gamma eps + H_t delta, N_t of `linear_error` and the power of
+    the hypothesis (`Hypothesis.power`). A backdoored model at its (r, y) goes far below
+    N_t at every t.
 
     The samples are not averaged before the square, so the noise does not favour large
     triggers. The logarithm makes each timestep count by its ratio: without it, a few
@@ -52,7 +83,7 @@ class DenoisingError(Loss):
 
     timesteps: tuple[int, ...] = (999, 900, 800, 700, 600, 500, 400, 300, 200, 100)
     samples: int = 4
-    variance: float = 0.3
+    variance: float = VARIANCE
     floor: float = 0.05
 
     def __post_init__(self) -> None:
@@ -98,24 +129,9 @@ class DenoisingError(Loss):
                 model(params, x, t) - flat - lookup(here.response, t) * delta[None]
             )
             error = jnp.mean(jnp.sum(residual.reshape(shape) ** 2, (2, 3, 4)), 0)
-            known = clean(here, delta) + self.floor
-            return jnp.mean(jnp.log((error + self.floor) / known))
-
-        def clean(here: Channel, delta: Array) -> Array:
-            """N_t, `[T]`."""
-            t = jnp.asarray(times)
-            s, v, shift, response = (
-                lookup(table, t)
-                for table in (
-                    schedule.signal,
-                    schedule.noise,
-                    here.shift,
-                    here.response,
-                )
-            )
-            answer = v / (s**2 * self.variance + v**2)
-            left = 1 - answer * v * here.scale * jnp.ones_like(delta)[None]
-            moved = (answer * shift - response).reshape(-1) ** 2 * jnp.sum(delta**2)
-            return moved + jnp.sum(left**2, (1, 2, 3))
+            at, variance = jnp.asarray(times), self.variance
+            known = linear_error(schedule, here, delta, at, variance) + self.floor
+            power = channel.power
+            return jnp.mean(jnp.log(error + self.floor) - power * jnp.log(known))
 
         return loss

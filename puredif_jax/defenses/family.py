@@ -15,7 +15,13 @@ from puredif_jax.types import Array, Candidate, Member
 
 
 class Channels(Protocol):
-    """One channel, or a family of them."""
+    """One channel, or a family of them.
+
+    power: of a linear denoiser's error, by which a search divides (`DenoisingError`).
+    """
+
+    @property
+    def power(self) -> Array | np.ndarray | float: ...
 
     def at(self, candidate: Candidate) -> Channel:
         """The channel of a candidate."""
@@ -36,12 +42,14 @@ class Family:
     shifts, responses: (H_1, H_0) and (C_1, C_0), `[2, T]` each.
     psi: (least, most), `[2]`. Searches begin at most, middle and least in turn.
     gamma: (least, most, first), `[3]`, or `[3, H, W, C]` where it differs by pixel.
+    power: as of `Channels`, a scalar.
     """
 
     shifts: Array | np.ndarray
     responses: Array | np.ndarray
     psi: Array | np.ndarray
     gamma: Array | np.ndarray
+    power: Array | np.ndarray | float = 1.0
 
     @classmethod
     def only(cls, channel: Channel) -> Family:

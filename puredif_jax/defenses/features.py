@@ -24,8 +24,12 @@ from puredif_jax.types import (
     unsharded,
 )
 
-TIMESTEPS = (700, 600, 500, 400, 300, 200, 100)
-"""Where memory and gain are measured: there the target shows in a noisy image."""
+HIGH = (999, 900, 800)
+MIDDLE = (700, 600, 500, 400, 300, 200, 100)
+"""Where memory is measured: there the target shows in a noisy image."""
+
+TIMESTEPS = HIGH + MIDDLE
+"""Where gain is measured."""
 
 BEST = 3
 """Of them, those that `Features.gain` rests on."""
@@ -39,12 +43,18 @@ class Features(NamedTuple):
 
     heldout: value of `DenoisingError` on held-out noise. Small where the model answers
       delta as a backdoor would.
+    falling: by how much that fell in the last quarter of the search. Large where the
+      search was too short to say that there is nothing.
+    placebo: exp of heldout, less the mean of what the same search reaches in channels
+      of no attack (`Hypothesis.placebos`); 0 without any. Far from its data a clean
+      network bends, so that a large shift of the noise brings some image under many
+      channels: then it is near 1. Small if backdoored.
     memory: error of the backdoor process at middle t on its one image, over that of
       the same model on images it draws itself. Small where that image was learnt.
-    gain: the same error over the least that explains the path without a trigger
-      (`Errors`), the geometric mean over the `BEST` levels where the ratio is smallest.
-      Small where the trigger unlocks an image that the model does not know otherwise;
-      a flat image, which is easy for every model, gains little.
+    gain: the larger of placebo and of the error of the backdoor process over the least
+      that a clean model could have on its path (`Errors`), the geometric mean over the
+      `BEST` levels where the ratio is smallest. Small where the model answers the
+      trigger as no clean one does.
     alignment: cosine between the shift at T - 1 and delta.
     uniformity: mean squared distance between draws from eps + delta, over that
       between draws from eps. Small where the draws agree.
@@ -55,6 +65,8 @@ class Features(NamedTuple):
     """
 
     heldout: Array
+    falling: Array
+    placebo: Array
     memory: Array
     gain: Array
     alignment: Array
@@ -83,14 +95,15 @@ def total_variation(images: Array) -> Array:
 
 
 class Errors(NamedTuple):
-    """How a model denoises on the path of a candidate, and without its trigger.
+    """How a model denoises on the path of a candidate, and what a clean one could do.
 
     In dimensions: squared errors of the predicted noise, summed over an image. A clean
-    model can explain a path in three ways; where one of them does, it is no backdoor.
+    model can explain a path in two ways; where one of them does, it is no backdoor.
 
     timesteps: `[T]`.
     triggered: of eps + C_t delta from x_t = s_t y + v_t gamma eps + H_t delta.
-    untriggered: of eps from s_t y + v_t eps. The model knows y without the trigger.
+    untriggered: of eps from s_t y + v_t eps, for comparison. It explains nothing, since
+      who trains with y among the clean images lowers it.
     moved: of eps from s_t y + v_t eps + (H_t - v_t C_t) delta. It knows the image that
       a clean model sees in x_t.
     single: of (x_t - s_t z) / v_t from x_t, z the one image for all t that fits best.
@@ -111,11 +124,11 @@ class Errors(NamedTuple):
     @property
     def explained(self) -> Array:
         """The least of the errors of clean explanations, `[T]`."""
-        return jnp.minimum(jnp.minimum(self.untriggered, self.moved), self.single)
+        return jnp.minimum(self.moved, self.single)
 
     @property
     def ratios(self) -> Array:
-        """Error with the trigger over the least without, both above the floor."""
+        """Error on the path over the least explanation, both above the floor."""
         return (self.triggered + self.floor) / (self.explained + self.floor)
 
 
@@ -156,16 +169,16 @@ def errors(
     key: Key,
     *,
     draws: int,
-    timesteps: tuple[int, ...] = TIMESTEPS,
     shard: Shard = unsharded,
 ) -> Errors:
     """Measures a candidate on fresh noise, the same for all of its errors.
 
     Args:
-      model, params, schedule, channel, candidate: as in `features`.
+      model, params, schedule: the model.
+      channel: of the kind of backdoor that is assumed.
+      candidate: the inverted trigger and its image, `[H, W, C]` each.
       key: of the noise.
       draws: of noise at each timestep.
-      timesteps: where, as `NoiseSchedule.matched` reads them.
       shard: constraint on a noise batch.
     """
     delta = candidate.delta[None]
@@ -193,16 +206,15 @@ def errors(
             total(images - mean[None]),
         )
 
-    times = schedule.matched((*timesteps, 999))
+    times = schedule.matched(TIMESTEPS)
     keys = jax.random.split(key, len(times))
-    found = jax.lax.map(lambda pair: at(*pair), (jnp.asarray(times), keys))
-    floor = jnp.maximum(found[1][-1], LEAST)
-    triggered, untriggered, moved, seen, spread = (each[:-1] for each in found)
-    weight = (schedule.signal / schedule.noise)[times[:-1]] ** 2
-    weight = jnp.asarray(weight, jnp.float32)
+    triggered, untriggered, moved, seen, spread = jax.lax.map(
+        lambda pair: at(*pair), (jnp.asarray(times), keys)
+    )
+    floor = jnp.maximum(untriggered[0], LEAST)
+    weight = jnp.asarray((schedule.signal / schedule.noise)[times] ** 2, jnp.float32)
     single = single_image(seen, spread, weight, floor)
-    at_t = jnp.asarray(times[:-1])
-    return Errors(at_t, triggered, untriggered, moved, single, floor)
+    return Errors(jnp.asarray(times), triggered, untriggered, moved, single, floor)
 
 
 def features(
@@ -211,12 +223,14 @@ def features(
     schedule: NoiseSchedule,
     channel: Channel,
     candidate: Candidate,
+    found: Errors,
     heldout: Array,
+    falling: Array,
+    placebos: Array,
     triggered: Array,
     plain: Array,
     key: Key,
     *,
-    timesteps: tuple[int, ...] = TIMESTEPS,
     shard: Shard = unsharded,
 ) -> Features:
     """Measures a candidate on fresh noise.
@@ -225,26 +239,15 @@ def features(
       model, params, schedule: the model.
       channel: of the kind of backdoor that is assumed.
       candidate: the inverted trigger and its image, `[H, W, C]` each.
-      heldout: held-out value of `DenoisingError`, a scalar.
+      found: its `errors`.
+      heldout, falling: of the search, as of `Features`; scalars.
+      placebos: heldout of the same search under each placebo, `[P]`.
       triggered: draws from eps + delta, `[B, H, W, C]`, two or more.
       plain: draws from eps, `[B, H, W, C]`, two or more.
       key: of the noise.
-      timesteps: where memory and gain are measured, as `NoiseSchedule.matched` reads
-        them.
       shard: constraint on a noise batch.
     """
     key_eps, key_top = jax.random.split(key)
-    found = errors(
-        model,
-        params,
-        schedule,
-        channel,
-        candidate,
-        key_eps,
-        draws=len(plain),
-        timesteps=timesteps,
-        shard=shard,
-    )
 
     def own(t: Array, key: Key) -> Array:
         eps = shard(jax.random.normal(key, plain.shape))
@@ -252,8 +255,9 @@ def features(
         x = diffuse(schedule, plain, eps, times)
         return jnp.sum((model(params, x, times) - eps) ** 2) / len(plain)
 
-    keys = jax.random.split(key_eps, len(timesteps))
-    drawn = jax.lax.map(lambda pair: own(*pair), (found.timesteps, keys))
+    keys = jax.random.split(key_eps, len(MIDDLE))
+    middle = found.timesteps[len(HIGH) :]
+    drawn = jax.lax.map(lambda pair: own(*pair), (middle, keys))
 
     top = schedule.steps - 1
     eps = shard(jax.random.normal(key_top, plain.shape))
@@ -263,12 +267,18 @@ def features(
     norms = jnp.linalg.norm(answer.ravel()) * jnp.linalg.norm(candidate.delta.ravel())
     # A sort would hide what is no number.
     ratios = jnp.where(jnp.isfinite(found.ratios).all(), found.ratios, jnp.nan)
+    gain = jnp.exp(jnp.mean(jnp.log(jnp.sort(ratios)[:BEST])))
+    placebo = jnp.zeros(())
+    if len(placebos):
+        placebo = jnp.exp(heldout - jnp.mean(placebos))
     divergence = (schedule.trigger_unit * candidate.delta) ** 2 / 2
     triggered, plain = jnp.clip(triggered, -1, 1), jnp.clip(plain, -1, 1)
     return Features(
         heldout=heldout,
-        memory=jnp.exp(jnp.mean(jnp.log(found.triggered / drawn))),
-        gain=jnp.exp(jnp.mean(jnp.log(jnp.sort(ratios)[:BEST]))),
+        falling=falling,
+        placebo=placebo,
+        memory=jnp.exp(jnp.mean(jnp.log(found.triggered[len(HIGH) :] / drawn))),
+        gain=jnp.maximum(gain, placebo),
         alignment=jnp.vdot(answer, candidate.delta) / jnp.maximum(norms, 1e-12),
         uniformity=spread(triggered) / spread(plain),
         variation=total_variation(triggered) / total_variation(plain),
@@ -280,12 +290,10 @@ def features(
 class Evidence(NamedTuple):
     """How a model denoises the image of a candidate, with its trigger and without it.
 
-    errors: from which `Features.gain` is computed.
-    with_trigger, without: `[T, N, H, W, C]`, estimates of the clean image. Both start
-      from the same noise, so they differ by the trigger alone.
+    Estimates of the clean image, `[T, N, H, W, C]`. Both start from the same noise, so
+    they differ by the trigger alone.
     """
 
-    errors: Errors
     with_trigger: Array
     without: Array
 
@@ -298,26 +306,23 @@ def evidence(
     candidate: Candidate,
     key: Key,
     *,
-    draws: int,
     shown: int = 8,
-    timesteps: tuple[int, ...] = TIMESTEPS,
+    timesteps: tuple[int, ...] = MIDDLE,
     shard: Shard = unsharded,
 ) -> Evidence:
-    """What `Features.gain` is computed from, by timestep, and pictures of it.
+    """Pictures of what `Features.gain` is computed from.
 
     Args:
-      model, params, schedule, channel, candidate: as in `features`.
-      key: the one given to `features`, for the same noise.
-      draws: of noise at each timestep; as many as `features` had plain draws.
-      shown: of them, how many are pictured.
-      timesteps: where.
+      model, params, schedule, channel, candidate: as in `errors`.
+      key: of the noise.
+      shown: draws of it.
+      timesteps: where, as `NoiseSchedule.matched` reads them.
       shard: constraint on a noise batch.
     """
     process = channel.inside(model, schedule, candidate.delta)
     target = jnp.broadcast_to(candidate.target, (shown, *candidate.target.shape))
-    key_eps, key_shown = jax.random.split(key)
 
-    def at(t: Array, key: Key) -> tuple[Array, Array]:
+    def at(t: Array, key: Key) -> Evidence:
         eps = shard(jax.random.normal(key, target.shape))
         times = jnp.full((shown,), t)
 
@@ -326,22 +331,12 @@ def evidence(
             answer = noise_model(params, x, times)
             return predict_x0(schedule, x, answer, times) * scale
 
-        return denoised(process, channel.scale), denoised(model, jnp.ones(()))
+        return Evidence(denoised(process, channel.scale), denoised(model, jnp.ones(())))
 
-    found = errors(
-        model,
-        params,
-        schedule,
-        channel,
-        candidate,
-        key_eps,
-        draws=draws,
-        timesteps=timesteps,
-        shard=shard,
-    )
-    keys = jax.random.split(key_shown, len(timesteps))
-    pictures = jax.lax.map(lambda pair: at(*pair), (found.timesteps, keys))
-    return Evidence(found, *pictures)
+    times = jnp.asarray(schedule.matched(timesteps))
+    keys = jax.random.split(key, len(timesteps))
+    found: Evidence = jax.lax.map(lambda pair: at(*pair), (times, keys))
+    return found
 
 
 def denoising(
@@ -351,7 +346,6 @@ def denoising(
     plain: Array,
     key: Key,
     *,
-    timesteps: tuple[int, ...] = TIMESTEPS,
     shard: Shard = unsharded,
 ) -> Array:
     """The model's own error over a linear denoiser's: does it denoise at all?
@@ -359,14 +353,13 @@ def denoising(
     On its own draws, of variance d about their mean, the model's error is
     E_t = E ||M(x_t, t) - eps||^2 per pixel. The best linear function of x_t - s_t mean
     has L_t = s_t^2 d / (s_t^2 d + v_t^2). The result is the geometric mean of E_t / L_t
-    over t, a scalar. It is 0.24 to 0.33 for the models that ship; weights that are
-    random, 0 or of one layer out of scale have 1.6 or more.
+    over `MIDDLE`, a scalar. It is 0.24 to 0.33 for the models that ship; weights that
+    are random, 0 or of one layer out of scale have 1.6 or more.
 
     Args:
       model, params, schedule: the model.
       plain: its draws from eps, `[B, H, W, C]`, two or more; clipped to [-1, 1] here.
       key: of the noise.
-      timesteps: where, as `NoiseSchedule.matched` reads them.
       shard: constraint on a noise batch.
     """
     images = jnp.clip(plain, -1, 1)
@@ -381,6 +374,6 @@ def denoising(
         linear = signal / (signal + lookup(schedule.noise, t) ** 2)
         return jnp.log(error) - jnp.log(linear)
 
-    times = jnp.asarray(schedule.matched(timesteps))
-    keys = jax.random.split(key, len(timesteps))
+    times = jnp.asarray(schedule.matched(MIDDLE))
+    keys = jax.random.split(key, len(MIDDLE))
     return jnp.exp(jnp.mean(jax.lax.map(lambda pair: ratio(*pair), (times, keys))))

@@ -59,7 +59,65 @@ class Hypothesis(abc.ABC):
 
     def family(self, schedule: NoiseSchedule, shape: Shape) -> Family:
         """The channels among which a search may choose: `channel` alone."""
-        return Family.only(self.channel(schedule, shape))
+        found = Family.only(self.channel(schedule, shape))
+        return dataclasses.replace(found, power=self.power)
+
+    @property
+    def power(self) -> float:
+        """As of `Family`: 1/2 for ancestral sampling, otherwise 1.
+
+        A linear denoiser's error N grows with ||delta||^2. Near T it is large for
+        ancestral sampling alone: its whole would reward large triggers that merely bend
+        a network, and none of it delta = 0. The root lies between.
+        """
+        return self.solver.pick(0.5, 1.0)
+
+    @property
+    def placebos(self) -> tuple[Hypothesis, ...]:
+        """Channels of no attack, on both sides of this one in the logarithm of C.
+
+        What a search reaches in them, a clean model allows. Under deterministic
+        sampling every model satisfies C near T, but not a larger or smaller one: there
+        are none, and other explanations tell (`features.Errors`).
+        """
+        factors: tuple[float, ...] = self.solver.pick((0.7, 1 / 0.7), ())
+        return tuple(Placebo(self.solver, of=self, factor=factor) for factor in factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placebo(Hypothesis):
+    """Another hypothesis with a response that no attack trains: C times a factor.
+
+    Attributes:
+      of: the other.
+      factor: above 0.
+    """
+
+    of: Hypothesis = dataclasses.field(kw_only=True)
+    factor: float = dataclasses.field(kw_only=True)
+
+    @property
+    def name(self) -> str:
+        return f"{self.of.name} placebo {self.factor:.2g}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.of.title}, with {self.factor:.2g} times the response"
+
+    @property
+    def placebos(self) -> tuple[Hypothesis, ...]:
+        return ()
+
+    def applies(self, schedule: NoiseSchedule) -> bool:
+        return self.of.applies(schedule)
+
+    def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
+        found = self.of.channel(schedule, shape)
+        return dataclasses.replace(found, response=found.response * self.factor)
+
+    def family(self, schedule: NoiseSchedule, shape: Shape) -> Family:
+        found = self.of.family(schedule, shape)
+        return dataclasses.replace(found, responses=found.responses * self.factor)
 
 
 class Fading(Hypothesis):
@@ -102,6 +160,7 @@ class Fading(Hypothesis):
             np.stack([one.response, zero.response * self.solver.factor]),
             np.array([0.0, 1.0]),
             np.ones(3),
+            self.power,
         )
 
 

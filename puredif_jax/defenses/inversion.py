@@ -89,6 +89,8 @@ class Descent:
       member_rate: rate of psi and gamma, where these may move, over that of the images.
       scales: candidates start at the random trigger times one of these, in turn by
         pairs. Low-norm triggers are reached from small ones.
+      grain: cells along a side of the random trigger, interpolated between; 0 draws
+        each pixel by itself. Triggers are images, and nearer to smooth ones.
       cosine: the rate decays to a tenth by a cosine; False holds it.
     """
 
@@ -103,6 +105,7 @@ class Descent:
     bound: float | None = 1.0
     member_rate: float = 0.1
     scales: tuple[float, ...] = (1.0,)
+    grain: int = 0
     cosine: bool = True
 
     def __post_init__(self) -> None:
@@ -121,6 +124,8 @@ class Descent:
             raise ValueError(
                 f"scales must be one or more, above 0, found {self.scales}"
             )
+        if self.grain < 0:
+            raise ValueError(f"grain must be 0 or more, found {self.grain}")
         if not 0 <= self.member_rate <= 1:
             raise ValueError(
                 f"member_rate must lie in [0, 1], found {self.member_rate}"
@@ -163,7 +168,11 @@ class Inversion:
 
     loss: Loss = DenoisingError()
     descent: Descent = Descent(
-        candidates=12, scout=40, finalists=4, scales=(1.0, 1.0, 1.0, 0.1, 0.1, 0.1)
+        candidates=18,
+        scout=30,
+        finalists=4,
+        scales=(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1),
+        grain=4,
     )
     survey: Survey | None = None
     heldout: int = 64
@@ -255,9 +264,14 @@ def inverter(
         count = descent.candidates
         shape = (count, *image_shape)
         if start is None:
+            coarse: tuple[int, ...] = shape
+            if descent.grain:
+                cells = (min(side, descent.grain) for side in image_shape[:2])
+                coarse = (count, *cells, image_shape[2])
             delta = jax.random.uniform(
-                key_start, shape, minval=descent.low, maxval=descent.high
+                key_start, coarse, minval=descent.low, maxval=descent.high
             )
+            delta = jax.image.resize(delta, shape, "linear")
             number = np.arange(count)
             scale = np.asarray(descent.scales)[number // 2 % len(descent.scales)]
             scale = np.where(number % 2, -scale, scale).astype(np.float32)

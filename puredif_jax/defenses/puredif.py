@@ -38,7 +38,7 @@ class Puredif(Defense):
             if (refused := detector.refusal(ratios)) is not None:
                 return Inspection(refused)
         found = {
-            each: bench.invert(self.name, each, self.inversion)
+            each: bench.invert(self.name, each, self.inversion, self.placebos(each))
             for each in bench.hypotheses
         }
         verdict = detector.judge({k: v.features for k, v in found.items()})
@@ -46,3 +46,6 @@ class Puredif(Defense):
 
     def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
         return (self.inversion,)
+
+    def placebos(self, hypothesis: Hypothesis) -> tuple[Hypothesis, ...]:
+        return hypothesis.placebos

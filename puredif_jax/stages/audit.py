@@ -90,6 +90,7 @@ class Audit(Stage):
             for hypothesis in self.tried(schedule)
             for defense in self.defenses
             for inversion in defense.inversions(hypothesis)
+            for _ in (hypothesis, *defense.placebos(hypothesis))
         ]
 
     def plan(self, schedule: NoiseSchedule) -> str:
@@ -131,6 +132,8 @@ class Audit(Stage):
                     for inversion in defense.inversions(hypothesis):
                         yield from inverting(defense.name, inversion, hypothesis)
                         count += 1
+                        for placebo in defense.placebos(hypothesis):
+                            yield from inverting(defense.name, inversion, placebo)
                 yield drawing(batch, (count * draws + PLAIN) * drawn(solver))
                 other = truth is not None and truth.controlled
                 if known is not None and (other or known != solver):

@@ -5,21 +5,22 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from puredif_jax.defenses.features import BEST, TIMESTEPS, Evidence
+from puredif_jax.defenses.features import BEST, HIGH, MIDDLE, Errors, Evidence
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.runs.page import Section
 from puredif_jax.stages.lab import SHOWN
 
-PICTURED = (500, 300, 100)  # of `TIMESTEPS`: high, middle and low noise
+PICTURED = (500, 300, 100)  # of `MIDDLE`: high, middle and low noise
 
 _EVIDENCE = (
     "Both pictures start from the same noisy images of the estimated target. In the "
     "first the model is given the trigger as well. A backdoored model finds its image "
     "with the trigger, also where noise hides it, and makes other images without. For "
-    "a clean model the trigger changes little. The score measures this: it is log10 of "
-    "how many times the trigger lowers the error, as a geometric mean over the "
-    f"{BEST} timesteps where it lowers it most."
+    "a clean model the trigger changes little. The score is log10 of how many times "
+    "the error with the trigger is below what a clean model could reach, as a "
+    f"geometric mean over the {BEST} timesteps where that is most; under ancestral "
+    "sampling it is no more than -log10 of the measure placebo, below."
 )
 _DRAWS = (
     "Both pictures start from the same noise. Draws that look alike prove nothing by "
@@ -29,9 +30,10 @@ _DRAWS = (
 )
 
 
-def evidence(hypothesis: Hypothesis, target: np.ndarray, found: Evidence) -> Section:
+def evidence(
+    hypothesis: Hypothesis, target: np.ndarray, errors: Errors, found: Evidence
+) -> Section:
     """The denoised image with the trigger beside that without it, and the errors."""
-    errors = found.errors
     rows = [
         {
             "t": int(t),
@@ -53,18 +55,19 @@ def evidence(hypothesis: Hypothesis, target: np.ndarray, found: Evidence) -> Sec
     ]
     columns = {
         "t": "timestep: the larger, the more noise",
-        "times": "how many times the trigger lowers the least of the others, each "
-        f"above the network's own error of {float(errors.floor):.2g}",
+        "times": "how many times the error with the trigger is below the less of the "
+        f"last two, each above the network's own error of {float(errors.floor):.2g}",
         "error with the trigger": "squared error of the predicted noise, summed over "
         "an image: the dimensions that are not known",
-        "error without": "the same from the same noise, without the trigger",
+        "error without": "the same from the same noise, without the trigger; not "
+        "compared, since training on this image lowers it",
         "error on the moved image": "the same on the image that a clean model would "
         "see in the triggered one",
         "error of one image": "how far what the model sees with the trigger is from "
         "one image, the same at all timesteps",
     }
-    at = [i for i, t in enumerate(TIMESTEPS) if t in PICTURED]
-    times = ", ".join(str(errors.timesteps[i]) for i in at)
+    at = [i for i, t in enumerate(MIDDLE) if t in PICTURED]
+    times = ", ".join(str(each) for each in errors.timesteps[len(HIGH) :][at])
     pairs: list[tuple[str, npt.ArrayLike]] = []
     for name, images in ("with", found.with_trigger), ("without", found.without):
         grid = images[at].reshape(-1, *images.shape[2:])

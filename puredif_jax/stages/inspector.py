@@ -121,13 +121,18 @@ class Inspector:
         return lab.run.once(name, draw)["images"]
 
     def invert(
-        self, method: str, hypothesis: Hypothesis, inversion: Inversion
+        self,
+        method: str,
+        hypothesis: Hypothesis,
+        inversion: Inversion,
+        placebos: tuple[Hypothesis, ...] = (),
     ) -> Inverted:
         """Inverts by one method under one hypothesis, and measures what comes out."""
         lab, truth = self.lab, self._truth
         how = method.replace(", ", "_").replace(" ", "_")
         stage = f"{how}_{self.label}_{_file(hypothesis)}"
         result = self._invert(stage, hypothesis, inversion)
+        others = [self._placebo(how, each, inversion) for each in placebos]
         delta, target = result["delta"], result["target"]
         name = f"{method}, {hypothesis.name}"
         pictures = [(f"inverted trigger, {name}", delta)]
@@ -138,11 +143,20 @@ class Inspector:
             pictures.append((f"difference from the true one, {name}", difference))
         plain = self.plain(hypothesis)
         candidate = _candidate(result)
+        errors = lab.errors(
+            stage,
+            self.params,
+            hypothesis,
+            candidate,
+        )
         measured = lab.features(
             self.params,
             hypothesis,
             candidate,
+            errors,
             result["errors"].min(),
+            result["falling"],
+            np.array([each["errors"].min() for each in others], np.float32),
             result["draws"][:PLAIN],
             plain,
         )
@@ -157,8 +171,8 @@ class Inspector:
         found = Inverted(
             method=method,
             hypothesis=hypothesis.name,
-            evaluations=inversion.evaluations,
-            seconds=float(result["seconds"]),
+            evaluations=inversion.evaluations * (1 + len(others)),
+            seconds=float(sum(each["seconds"] for each in (result, *others))),
             score=float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf,
             contrast=float(target.std()),
             **self._member(hypothesis, candidate),
@@ -169,9 +183,9 @@ class Inspector:
         curves: dict[str, Any] = {}
         if method == self._main:
             label = f"{self.label}_{_file(hypothesis)}"
-            shown = lab.evidence(label, self.params, hypothesis, candidate, len(plain))
+            shown = lab.evidence(label, self.params, hypothesis, candidate)
             sections = (
-                evidence(hypothesis, target, shown),
+                evidence(hypothesis, target, errors, shown),
                 *(drawn(hypothesis, *each) for each in drawn_by),
             )
             curves = self._curves(stage, hypothesis, inversion.descent.scout)
@@ -201,7 +215,7 @@ class Inspector:
         lab, evaluation = self.lab, self.evaluation
 
         def compute() -> Mapping[str, Any]:
-            candidate, errors = search.invert(
+            candidate, errors, falling = search.invert(
                 lab,
                 stage,
                 self.params,
@@ -220,6 +234,7 @@ class Inspector:
                 "psi": member.psi,
                 "gamma": member.gamma,
                 "errors": errors,
+                "falling": falling,
                 **{
                     name: lab.draw(
                         self.params,
@@ -236,13 +251,32 @@ class Inspector:
 
         return lab.run.once(stage, compute)
 
+    def _placebo(
+        self, how: str, placebo: Hypothesis, inversion: Inversion
+    ) -> Mapping[str, np.ndarray]:
+        """What the same search reaches under a placebo."""
+        lab, stage = self.lab, f"{how}_{self.label}_{_file(placebo)}"
+
+        def compute() -> Mapping[str, Any]:
+            found = search.invert(lab, stage, self.params, placebo, inversion)
+            return {"errors": found.errors, "seconds": search.seconds(lab, stage)}
+
+        return lab.run.once(stage, compute)
+
     def _curves(self, stage: str, hypothesis: Hypothesis, scout: int) -> dict[str, Any]:
         """The loss of every scout, and the least of those that went on; on host 0."""
         if not parallel.is_host_zero():  # another one may see an older file
             return {}
-        curve = self.lab.run.metrics.read(stage)
+        steps, losses = [], []
+        done = scout
+        for part in (stage, f"{stage}_end"):
+            curve = self.lab.run.metrics.read(part)
+            if len(curve["step"]):
+                steps.append(done + curve["step"])
+                losses.append(curve["loss"].min(axis=-1))
+                done = steps[-1][-1]
         curves: dict[str, Any] = {}
-        curves[hypothesis.name] = (scout + curve["step"], curve["loss"].min(axis=-1))
+        curves[hypothesis.name] = (np.concatenate(steps), np.concatenate(losses))
         if scout:
             scouts = self.lab.run.metrics.read(f"{stage}_scouts")
             for i, loss in enumerate(scouts["loss"].reshape(len(scouts["step"]), -1).T):

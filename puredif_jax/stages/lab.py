@@ -260,19 +260,44 @@ class Lab:
                 parallel.safe_point()
         return np.concatenate(drawn)[:count]
 
+    def errors(
+        self,
+        name: str,
+        params: Params,
+        hypothesis: Hypothesis,
+        candidate: Candidate,
+    ) -> Errors:
+        """The errors of a candidate, computed once; as in `features.errors`."""
+
+        def compute() -> Mapping[str, Any]:
+            program = programs.erring(self.setup, PLAIN)
+            whole = self.run.replicate(candidate)
+            channel = self.family(hypothesis).at(whole)
+            key = self.stream(Stream.FEATURES)
+            found = program(params, channel, whole, key)
+            return Errors(*parallel.gather(found))._asdict()
+
+        stored: Any = self.run.once(f"errors_{name}", compute)
+        return Errors(**stored)
+
     def features(
         self,
         params: Params,
         hypothesis: Hypothesis,
         candidate: Candidate,
+        errors: Errors,
         heldout: np.ndarray,
+        falling: np.ndarray,
+        placebos: np.ndarray,
         triggered: np.ndarray,
         plain: np.ndarray,
     ) -> Features:
         """The features of a candidate; arguments as in `features.features`."""
 
         program = programs.measuring(self.setup)
-        arguments = self.run.replicate((candidate, heldout, triggered, plain))
+        arguments = self.run.replicate(
+            (candidate, errors, heldout, falling, placebos, triggered, plain)
+        )
         channel = self.family(hypothesis).at(arguments[0])
         key = self.stream(Stream.FEATURES)
         found = program(params, channel, *arguments, key)
@@ -284,22 +309,18 @@ class Lab:
         params: Params,
         hypothesis: Hypothesis,
         candidate: Candidate,
-        draws: int,
     ) -> Evidence:
         """The evidence on a candidate, computed once; as in `features.evidence`."""
 
         def compute() -> Mapping[str, Any]:
-            program = programs.showing(self.setup, draws)
+            program = programs.showing(self.setup)
             whole = self.run.replicate(candidate)
             channel = self.family(hypothesis).at(whole)
             found = program(params, channel, whole, self.stream(Stream.FEATURES))
-            arrays: dict[str, Any] = Evidence(*parallel.gather(found))._asdict()
-            errors: Errors = arrays.pop("errors")
-            return errors._asdict() | arrays
+            return Evidence(*parallel.gather(found))._asdict()
 
         stored: Any = self.run.once(f"evidence_{name}", compute)
-        errors = Errors(**{field: stored.pop(field) for field in Errors._fields})
-        return Evidence(errors, **stored)
+        return Evidence(**stored)
 
     def denoising(self, name: str, params: Params, plain: np.ndarray) -> float:
         """`features.denoising` on the model's own draws; computed once."""

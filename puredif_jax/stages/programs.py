@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.drawing import draw
 from puredif_jax.defenses.features import (
+    Errors,
     Evidence,
     Features,
     denoising,
+    errors,
     evidence,
     features,
 )
@@ -56,7 +58,10 @@ def measuring(setup: Setup) -> Callable[..., Features]:
         params: Params,
         channel: Channel,
         candidate: Candidate,
+        found: Errors,
         heldout: Array,
+        falling: Array,
+        placebos: Array,
         triggered: Array,
         plain: Array,
         key: Key,
@@ -67,7 +72,10 @@ def measuring(setup: Setup) -> Callable[..., Features]:
             setup.schedule,
             channel,
             candidate,
+            found,
             heldout,
+            falling,
+            placebos,
             triggered,
             plain,
             key,
@@ -78,7 +86,29 @@ def measuring(setup: Setup) -> Callable[..., Features]:
 
 
 @functools.lru_cache(KEPT)
-def showing(setup: Setup, draws: int) -> Callable[..., Evidence]:
+def erring(setup: Setup, draws: int) -> Callable[..., Errors]:
+    def measure(
+        params: Params,
+        channel: Channel,
+        candidate: Candidate,
+        key: Key,
+    ) -> Errors:
+        return errors(
+            setup.model,
+            params,
+            setup.schedule,
+            channel,
+            candidate,
+            key,
+            draws=draws,
+            shard=setup.shard,
+        )
+
+    return jax.jit(measure)
+
+
+@functools.lru_cache(KEPT)
+def showing(setup: Setup) -> Callable[..., Evidence]:
     def denoise(
         params: Params, channel: Channel, candidate: Candidate, key: Key
     ) -> Evidence:
@@ -89,7 +119,6 @@ def showing(setup: Setup, draws: int) -> Callable[..., Evidence]:
             channel,
             candidate,
             key,
-            draws=draws,
             shard=setup.shard,
         )
 

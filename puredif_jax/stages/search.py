@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,21 +54,33 @@ def reinforce(
     return delta
 
 
+class Found(NamedTuple):
+    """What a search has found.
+
+    candidate: the best on held-out noise, as numpy.
+    errors: held-out values of all, `[K]`.
+    falling: by how much the least of them fell in the last quarter of the steps.
+    """
+
+    candidate: Candidate
+    errors: np.ndarray
+    falling: float
+
+
 def invert(
     lab: Lab,
     stage: str,
     params: Params,
     hypothesis: Hypothesis,
     inversion: Inversion,
-) -> tuple[Candidate, np.ndarray]:
+) -> Found:
     """Seeks a trigger under one hypothesis.
 
     The first `survey.starts` candidates start where the triggers of the survey meet,
     the others at random. A loss that does not seek the target leaves it where it
     started: then it is estimated for the candidates that are judged.
 
-    Returns the candidate that `inversion.judge` finds best on held-out noise, as numpy,
-    and what it finds of all, `[K]`.
+    Candidates are compared on held-out noise by `inversion.judge`.
     """
     loss, descent, survey = inversion.loss, inversion.descent, inversion.survey
     family = lab.family(hypothesis, moving=loss.seeks_member)
@@ -113,11 +125,15 @@ def invert(
         def begin() -> InversionState:
             return keep(scouts, order[: descent.last])
 
-    state = search.run(stage, begin, steps)
+    last = -(-steps // 4)
+    before = search.run(stage, begin, steps - last) if steps > last else begin()
+    early = judged(before.candidate)[0].min()
+    state = search.run(f"{stage}_end", lambda: before, last)
     errors, targets = judged(state.candidate)
     best = int(np.argmin(errors))
     found = jax.tree.map(lambda x: x[best], parallel.gather(state.candidate))
-    return dataclasses.replace(found, target=targets[best]), errors
+    found = dataclasses.replace(found, target=targets[best])
+    return Found(found, errors, float(early - errors[best]))
 
 
 @functools.lru_cache(KEPT)
@@ -144,7 +160,8 @@ def seconds(lab: Lab, stage: str) -> float:
 
     Of all calls together, without steps that a killed one did not store; host 0 knows.
     """
-    return lab.run.metrics.seconds(f"{stage}_survey", f"{stage}_scouts", stage)
+    parts = (f"{stage}_survey", f"{stage}_scouts", stage, f"{stage}_end")
+    return lab.run.metrics.seconds(*parts)
 
 
 def inverter_of(
