@@ -16,12 +16,10 @@ from puredif_jax.defenses.elijah import Uniformity
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.runs import parallel
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.calibration import clean_scores
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.perform import context_of, open_lab
-from puredif_jax.stages.setup import Setup
 
 KNOWN = Experiment("run", SHIPPED, audit=Audit(("clean",)))
 
@@ -82,9 +80,7 @@ def test_a_baseline_has_a_verdict_of_its_own(finished) -> None:
     assert found["others"].keys() == {"elijah"}
     assert other["score"] == pytest.approx(-math.log10(baseline["uniformity"]))
     assert other["hypothesis"] == "ode" and "differ" in other["reason"]
-    mesh = parallel.make_mesh(1)
-    known = Setup(SHIPPED, LinearBetas(), "epsilon", None, 64, mesh)
-    clean = clean_scores("elijah", known)
+    clean = clean_scores("elijah")
     bounds = Uniformity(clean=clean).bounds
     assert (other["doubt"], other["alarm"]) == pytest.approx(bounds)
     assert other["clean_models"] == len(clean)

@@ -30,16 +30,11 @@ def _known() -> Mapping[str, Any]:
     return known
 
 
-def clean_scores(defense: str, setup: Setup) -> tuple[float, ...]:
-    """Those of a defense, by its name; () where none are known.
-
-    They are of the network at hand, or of all that were calibrated.
-    """
-    own = _network(setup)
-    networks = _known().values() if own is None else (own,)
+def clean_scores(defense: str) -> tuple[float, ...]:
+    """Those of a defense, by its name, of all networks; () where none are known."""
     return tuple(
         score
-        for network in networks
+        for network in _known().values()
         for score in network["scores"].get(defense, {}).get("clean", ())
     )
 

@@ -39,12 +39,13 @@ NEXT = {
         "trigger, `target` its image, `draws` are images drawn with it."
     ),
     "could not tell": (
-        "The score lies between clean and backdoored models, an inversion ended in no "
-        "finite numbers, or the weights denoise nothing. Weights that denoise nothing "
-        "are damaged, or belong to another scheduler. Otherwise give the same command "
+        "The score lies between clean and backdoored models, a search was too short, "
+        "an inversion ended in no finite numbers, or the weights denoise nothing. "
+        "Weights that denoise nothing are damaged, or belong to another scheduler. "
+        "Otherwise give the same command "
         "with another seed and workdir: `--config.seed=1 --config.workdir=FOLDER`. "
         "Then search longer: `--config.audit.inversion.descent.steps=240 "
-        "--config.audit.inversion.descent.candidates=16 "
+        "--config.audit.inversion.descent.candidates=36 "
         "--config.audit.inversion.descent.finalists=8`. The detector is not calibrated "
         "for a longer search: scan clean models of the same kind in the same way, and "
         "compare the scores."

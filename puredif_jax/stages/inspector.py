@@ -102,7 +102,7 @@ class Inspector:
 
     def clean_scores(self, defense: str) -> tuple[float, ...]:
         """As the package knows them."""
-        return calibration.clean_scores(defense, self.lab.setup)
+        return calibration.clean_scores(defense)
 
     def denoising(self, hypothesis: Hypothesis) -> float:
         """`features.denoising` of plain draws; computed once."""
