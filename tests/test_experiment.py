@@ -166,19 +166,19 @@ def test_an_audit_tries_what_applies_to_the_process() -> None:
         LinearBetas(): ["sde", "ode", "trojan"],
         VarianceExploding(): ["ve sde", "ve ode"],
     }
-    count = f"{3 * audit.inversion.evaluations:,} evaluations"
+    count = f"{5 * audit.inversion.evaluations:,} evaluations"  # two are placebos
     assert audit.plan(SCHEDULE) == (
         f"(under sde, ode and trojan, {count} of its network on an image)"
     )
     exploding = VarianceExploding().tables()
-    count = f"{2 * audit.inversion.evaluations:,} evaluations"
+    count = f"{4 * audit.inversion.evaluations:,} evaluations"
     assert audit.plan(exploding).startswith(f"(under ve sde and ve ode, {count} of")
     only = Audit(("clean",), hypotheses=(Exploding(),))
     with pytest.raises(ValueError, match=r"no hypothesis .*\(ve ode\) .* LinearBetas"):
         Experiment("run", TINY, audit=only)
     run = Experiment("run", TINY, audit=only, schedule=VarianceExploding())
     assert run.images == audit.inversion.images
-    assert audit.inversions(exploding) == 2 * [audit.inversion]
+    assert audit.inversions(exploding) == 4 * [audit.inversion]
 
 
 def test_hypotheses_are_told_apart_by_their_names() -> None:

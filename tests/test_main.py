@@ -118,7 +118,7 @@ def test_kill_9_changes_nothing(tmp_path, finished, one_device) -> None:
     seed = time.time_ns()
     print(f"moments drawn by {seed}")  # shown if it fails
     rng = random.Random(seed)
-    for stage, most in (("train", 11), ("reinforce_12", 5), ("puredif_trained_ode", 4)):
+    for stage, most in (("train", 11), ("reinforce_12", 5), ("puredif_trained_ode", 3)):
         step = rng.randint(1, most)
         process = subprocess.Popen(command, env=one_device, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 240
@@ -132,7 +132,7 @@ def test_kill_9_changes_nothing(tmp_path, finished, one_device) -> None:
     assert not (folder / "report.json").exists(), "the kills came too late to matter"
     subprocess.run(command, env=one_device, check=True, timeout=600)
     want, got = arrays(finished), arrays(folder)
-    want = {k: v for k, v in want.items() if not k.startswith("elijah")}
+    want = {k: v for k, v in want.items() if "elijah" not in k}
     assert want.keys() == got.keys()
     for name in want:
         np.testing.assert_array_equal(want[name], got[name], err_msg=name)

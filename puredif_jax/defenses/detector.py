@@ -36,7 +36,7 @@ class Scores(abc.ABC):
 
     clean: tuple[float, ...] = ()
     doubt: float = 3.0
-    alarm: float = 6.0
+    alarm: float = 4.0
     measure: ClassVar[str]
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ TIMESTEPS = HIGH + MIDDLE
 BEST = 3
 """Of them, those that `Features.gain` rests on."""
 
-LEAST = 0.1
+LEAST = 0.15
 """Dimensions below which an error says no more."""
 
 

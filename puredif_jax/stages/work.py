@@ -89,7 +89,8 @@ def inverting(
     else:
         yield descending(loss, channel, descent, descent.steps, name)
     judged = inversion.judge.evaluations
-    times = descent.candidates + (descent.last if descent.scout else 0)
+    # The scouts, and the others at three quarters of the steps and at their end.
+    times = 2 * descent.last + (descent.candidates if descent.scout else 0)
     yield drawing(judged, times * judged)
     if not loss.seeks_target:
         yield drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)
