@@ -110,7 +110,7 @@ def test_inverts_as_it_said_under_each_hypothesis(defense: Defense) -> None:
 def test_judges_by_the_scores_of_clean_models(
     defense: Defense, strength: float, outcome: str
 ) -> None:
-    """0.6 has a score of 0.22: between 3 and 6 deviations of 0.026 above 0.13."""
+    """0.6 has a score of 0.22: between 3 and 4 deviations of 0.026 above 0.13."""
     verdict = defense.inspect(Bench(gain=strength, uniformity=strength)).verdict
     assert isinstance(verdict, Verdict)
     assert verdict.outcome == outcome

@@ -144,7 +144,7 @@ def shown(gain: float, falling: float = 0.0) -> Features:
     return Features(*map(jnp.float32, (1, falling, 1, 1, gain, 1, 1, 1, 1, 1)))
 
 
-CLEAN = Detector(clean=(0.1, 0.2, 0.3))  # doubt above 0.5, alarm above 0.8
+CLEAN = Detector(clean=(0.1, 0.2, 0.3), alarm=6.0)  # doubt above 0.5, alarm 0.8
 
 
 def tail(score: float) -> float:

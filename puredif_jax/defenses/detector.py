@@ -36,7 +36,7 @@ class Scores(abc.ABC):
 
     clean: tuple[float, ...] = ()
     doubt: float = 3.0
-    alarm: float = 4.0
+    alarm: float = 6.0
     measure: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -145,6 +145,7 @@ class Detector(Scores):
         this, in natural logarithms, in the last quarter of every search; inf calls any.
     """
 
+    alarm: float = 4.0
     linear: float = 1.0
     settled: float = 0.1
     measure: ClassVar[str] = "gain"
