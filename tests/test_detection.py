@@ -124,7 +124,7 @@ def test_features_of_a_backdoor(kind: Hypothesis) -> None:
     if kind == Exploding(Deterministic()):  # its path is that of one image
         assert float(found.gain) > 0.5
     else:
-        assert float(found.gain) < 0.1 * float(clean.gain)
+        assert float(found.gain) < 0.2 * float(clean.gain)
     assert float(found.alignment) > 0.99
     assert float(found.uniformity) == pytest.approx(0, abs=1e-9)
     expected = total_variation(truth.target[None]) / total_variation(images(32))
@@ -292,7 +292,7 @@ def test_features_see_a_backdoor_of_scaled_noise(trigger) -> None:
     found = features(*arguments, seen, zero, zero, none, triggered, plain, key)
     shown = evidence(*arguments, key, shown=3)
     assert gain_of(seen) == pytest.approx(float(found.gain), rel=1e-4)
-    assert float(found.gain) < 0.2
+    assert float(found.gain) < 0.3
     near = (np.asarray(shown.with_trigger[2:]) - np.asarray(truth.target)) ** 2
     assert near.mean() < 1e-2
 

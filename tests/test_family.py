@@ -229,7 +229,7 @@ def test_the_right_hypothesis_finds_every_row(row: str) -> None:
     here = family.at(found)
     key = jax.random.key(1)
     seen = errors(model, points, SCHEDULE, here, found, key, draws=32)
-    assert np.exp(np.log(np.sort(np.asarray(seen.ratios))[:3]).mean()) < 0.1
+    assert np.exp(np.log(np.sort(np.asarray(seen.ratios))[:3]).mean()) < 0.3
 
 
 def test_one_image_explains_what_has_one_image() -> None:

@@ -28,7 +28,7 @@ from puredif_jax.attacks.drawing import draw
 from puredif_jax.defenses.base import Defense
 from puredif_jax.defenses.detector import Detector, Scores
 from puredif_jax.defenses.elijah import Uniformity
-from puredif_jax.defenses.hypothesis import Hypothesis, Trojan
+from puredif_jax.defenses.hypothesis import Fading, Hypothesis, Trojan
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
@@ -42,7 +42,7 @@ from puredif_jax.diffusion.schedules import (
     Process,
     ScaledLinearBetas,
 )
-from puredif_jax.diffusion.solver import Solver
+from puredif_jax.diffusion.solver import Ancestral, Solver
 from puredif_jax.diffusion.ve import (
     Preconditioned,
     PredictorCorrector,
@@ -77,6 +77,7 @@ ATTACKS: list[Attack] = [
 SOLVERS: tuple[Solver, ...] = test_attacks.SOLVERS
 HYPOTHESES: list[Hypothesis] = [
     *test_objectives.SOUGHT,
+    *Fading(Ancestral()).placebos,
     Trojan(),
 ]
 LOSSES: list[Loss] = [*test_objectives.LOSSES.values()]

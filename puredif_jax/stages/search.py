@@ -133,7 +133,9 @@ def invert(
     best = int(np.argmin(errors))
     found = jax.tree.map(lambda x: x[best], parallel.gather(state.candidate))
     found = dataclasses.replace(found, target=targets[best])
-    return Found(found, errors, float(early - errors[best]))
+    least = errors[best]
+    falling = float(early - least) if np.isfinite((early, least)).all() else np.inf
+    return Found(found, errors, falling)
 
 
 @functools.lru_cache(KEPT)
