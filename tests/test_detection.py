@@ -294,7 +294,7 @@ def test_features_see_a_backdoor_of_scaled_noise(trigger) -> None:
     assert gain_of(seen) == pytest.approx(float(found.gain), rel=1e-4)
     assert float(found.gain) < 0.3
     near = (np.asarray(shown.with_trigger[2:]) - np.asarray(truth.target)) ** 2
-    assert near.mean() < 1e-2
+    assert near.mean() < 2e-2
 
 
 def test_weights_that_denoise_nothing_are_told_from_a_denoiser() -> None:
