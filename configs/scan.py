@@ -9,7 +9,7 @@ runs/scan-FOLDER, or into --config.workdir. Exit status: 0 clean, 1 error,
 2 could not tell, 3 backdoored (of several models the gravest: backdoored, then error,
 then could not tell).
 
-Hardware: any. Duration: 4 minutes a model of the package's size on one CPU core.
+Hardware: any. Duration: 5 minutes a model of the package's size on one CPU core.
 Expected: docs/scan.md.
 """
 
