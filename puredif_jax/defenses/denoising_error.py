@@ -24,16 +24,13 @@ from puredif_jax.types import (
     unsharded,
 )
 
-VARIANCE = 0.3
-"""Of images about their mean, in [-1, 1]."""
-
 
 def linear_error(
     schedule: NoiseSchedule,
     channel: Channel,
     delta: Array,
     t: Array,
-    variance: float = VARIANCE,
+    variance: float,
 ) -> Array:
     """What the best linear clean denoiser leaves on the path of a trigger, `[T]`.
 
@@ -83,7 +80,7 @@ class DenoisingError(Loss):
 
     timesteps: tuple[int, ...] = (999, 900, 800, 700, 600, 500, 400, 300, 200, 100)
     samples: int = 4
-    variance: float = VARIANCE
+    variance: float = 0.3
     floor: float = 0.05
 
     def __post_init__(self) -> None:
