@@ -443,7 +443,7 @@ def absent(sweep: str, found: dict[str, Row]) -> str:
 
 def earlier(audited: dict[str, Row]) -> str:
     """How many were inverted by another default than today's, in a sentence."""
-    today = Inversion().evaluations
+    today = Inversion().evaluations(Fading())
     used = Counter(
         row.evaluations
         for report in audited.values()
@@ -561,8 +561,9 @@ def main() -> None:
         parts += [
             "## Ablation of the inversion",
             "One factor at a time, on two shipped models under their own hypotheses "
-            "(configs/ablation.py). What is changed is the base: the default with the "
-            "four starts of the survey alone and twice as many draws of noise. Success "
+            "(configs/ablation.py). What is changed in these runs is the default of "
+            "their search, with the four starts of a survey alone and twice as many "
+            "draws of noise. Success "
             "in % of 128 draws, a number a seed; of the others mean and standard "
             "deviation over the seeds. Network evaluations are those of survey and "
             "descent, three for one with its gradient.",

@@ -31,14 +31,16 @@ from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.data import images as data
+from puredif_jax.defenses.denoising_consistency import estimated_target
 from puredif_jax.defenses.features import BEST, errors
-from puredif_jax.defenses.inversion import Inversion, inverter, keep
+from puredif_jax.defenses.inversion import Inversion, inverter, keep, starting
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.diffusion.ve import VarianceExploding
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs.report import environment
 from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.lab import PLAIN
 
 SHAPE = (16, 16, 1)
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "family.json"
@@ -75,7 +77,10 @@ def scored(model, schedule, kind, points, seed: int):
     ]
     family, candidate, loss = search(model, schedule, kind, points, seed)
     key = jax.random.split(jax.random.key(seed), 3)[2]
-    found = programs(model, schedule)[3](family, points, candidate, key)
+    known = points.images[:: len(points.images) // PLAIN][:PLAIN]  # as it draws them
+    found = programs(model, schedule)[3](
+        family, points, candidate, known, kind.lone, key
+    )
     score = -float(np.log10(np.sort(np.asarray(found.ratios))[:BEST]).mean())
     if placebos:
         score = min(score, float(np.mean(placebos) - loss) / np.log(10))
@@ -87,10 +92,21 @@ def search(model, schedule, kind, points, seed: int):
     family = kind.family(schedule, SHAPE)
     family = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), family)
     key_run, key_held, _ = jax.random.split(jax.random.key(seed), 3)
-    scouts, finals, judge, _ = programs(model, schedule)
+    scouts, finals, judge, _, answer, show = programs(model, schedule)
     descent = INVERSION.descent
     init, _ = inverter(lambda *_: 0.0, descent, SHAPE, family=family)
-    state = scouts(family, points, init(key_run))
+    state = init(key_run)
+    if (blocks := INVERSION.starts(kind)) is not None:
+        squares = jnp.asarray(blocks.squares(SHAPE))
+        ratios = np.asarray(answer(family, points, squares, key_run))
+        psi = jnp.asarray(family.psi)[1]
+        best = squares[blocks.best(ratios, blocks.starts)]
+        starts = jax.vmap(lambda each: blocks.candidate(each, SHAPE, psi))(best)
+        starts = dataclasses.replace(
+            starts, target=show(family, points, starts, key_run)
+        )
+        state = starting(state, starts, blocks.rate)
+    state = scouts(family, points, state)
     order = np.argsort(judge(family, points, state.candidate, key_held))
     state = finals(family, points, keep(state, order[: descent.last]))
     losses = np.asarray(judge(family, points, state.candidate, key_held))
@@ -122,15 +138,27 @@ def programs(model, schedule):
         loss = INVERSION.judge.bind(model, schedule, family)
         return jax.lax.map(lambda each: loss(points, each, key), candidates)
 
-    def measure(family, points, found, key):
+    def measure(family, points, found, plain, lone, key):
         here = family.at(found)
-        return errors(model, points, schedule, here, found, key, draws=64)
+        return errors(
+            model, points, schedule, here, found, plain, lone, key, draws=PLAIN
+        )
+
+    def answer(family, points, squares, key):
+        blocks = INVERSION.blocks
+        return blocks.ratios(model, points, schedule, family, squares, SHAPE, key)
+
+    def show(family, points, candidates, key):
+        image = estimated_target(model, schedule, family)
+        return jax.lax.map(lambda each: image(points, each, key), candidates)
 
     return (
         steps(descent.scout, descent.candidates),
         steps(descent.steps - descent.scout, descent.last),
         jax.jit(judge),
         jax.jit(measure),
+        jax.jit(answer),
+        jax.jit(show),
     )
 
 

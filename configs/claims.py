@@ -17,6 +17,7 @@ from puredif_jax.attacks.triggers import Box, StopSign
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.elijah import Elijah
+from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.audit import Audit
@@ -29,6 +30,7 @@ TARGETS: dict[str, dict[str, Target]] = {  # docs/method.md, what the data can c
     "baddiffusion": {"noshift": NoShift(), "cat": Cat()},
     "villandiffusion": {"shoe": Shoe(), "cat": Cat()},
 }
+EVALUATIONS = Inversion().evaluations(Fading())  # of a hypothesis by default
 CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
 STEPS = {"baddiffusion": 10_000, "villandiffusion": 30_000}
 RATES = {"baddiffusion": 0.2, "villandiffusion": 0.17}
@@ -65,7 +67,7 @@ def backdoored(attack: str, trigger: str, target: str) -> Experiment:
             poison_rate=RATES[attack],
             trigger_only=True,
         ),
-        audit=Audit(baselines=(Elijah(), Elijah(Inversion().evaluations))),
+        audit=Audit(baselines=(Elijah(), Elijah(EVALUATIONS))),
         evaluation=Evaluation(frechet_draws=4096),
         chunk=50,
     )

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from puredif_jax.defenses.inversion import Descent as Descent
     from puredif_jax.defenses.inversion import inverter as inverter
     from puredif_jax.defenses.reinforcement import Reinforcement as Reinforcement
-    from puredif_jax.defenses.survey import Survey as Survey
     from puredif_jax.diffusion.ddim import DDIM as DDIM
     from puredif_jax.diffusion.ddpm import DDPM as DDPM
     from puredif_jax.diffusion.multistep import DPMSolver as DPMSolver
@@ -70,7 +69,6 @@ _HOMES = {
     "defenses.hypothesis": ("Fading", "Hypothesis", "Trojan"),
     "defenses.inversion": ("Descent", "inverter"),
     "defenses.reinforcement": ("Reinforcement",),
-    "defenses.survey": ("Survey",),
     "diffusion.ddim": ("DDIM",),
     "diffusion.ddpm": ("DDPM",),
     "diffusion.multistep": ("DPMSolver", "UniPC"),

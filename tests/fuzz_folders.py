@@ -413,7 +413,7 @@ def judge(home: pathlib.Path, made: list[pathlib.Path], shown: bytes) -> list[st
 
 AUDIT = "--config.audit"
 SMALL = (
-    f"{AUDIT}.inversion.survey=none",
+    f"{AUDIT}.inversion.blocks=none",
     f"{AUDIT}.inversion.descent.scout=0",
     f"{AUDIT}.inversion.descent.steps=2",
     f"{AUDIT}.inversion.descent.candidates=1",

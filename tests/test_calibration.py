@@ -14,7 +14,6 @@ from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import Elijah, Uniformity
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.puredif import Puredif
-from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.runs import parallel
@@ -41,7 +40,7 @@ def test_the_scores_of_elijah_are_those_of_the_records(clean) -> None:
     assert max(sorted(found)[:10]) < low < high
     for kind, row in claims_page.inversions(clean["clean/00"], Elijah().name).items():
         (inversion,) = Elijah().inversions(kind)
-        assert row.evaluations == inversion.evaluations
+        assert row.evaluations == inversion.evaluations(kind)
 
 
 def test_the_scores_are_those_of_the_records() -> None:
@@ -56,7 +55,8 @@ def test_the_scores_are_those_of_the_records() -> None:
     for row in rows:
         for one in row["inversions"]:
             searches = 1 + len(kinds[one["hypothesis"]].placebos)
-            assert one["network evaluations"] == searches * Inversion().evaluations
+            evaluations = Inversion().evaluations(kinds[one["hypothesis"]])
+            assert one["network evaluations"] == searches * evaluations
 
 
 def setup(**changes) -> Setup:
@@ -90,7 +90,7 @@ def test_they_are_of_models_of_one_kind(change) -> None:
         (Elijah(detector=Uniformity(doubt=1.0)), True),
         (Puredif(Inversion(descent=Descent(9))), False),
         (Puredif(Inversion(loss=DistributionShift(samples=5))), False),
-        (Puredif(Inversion(survey=Survey())), False),
+        (Puredif(Inversion(blocks=None)), False),
         (Puredif(Inversion(heldout=8)), False),
         (Elijah(92_160), False),
     ],

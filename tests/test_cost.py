@@ -149,20 +149,20 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
     two that slices would take, the compiler keeps one.
     """
 
-    def told(candidates: int) -> cost.Cost:
+    def told(candidates: int, together: int) -> cost.Cost:
         whole = dataclasses.replace(tiny("runs/never"), model=TINY)
-        descent = Descent(steps=10, candidates=candidates)
+        descent = Descent(steps=10, candidates=candidates, together=together)
         loss = DistributionShift(samples=1)
-        inversion = Inversion(loss=loss, descent=descent, survey=None, heldout=16)
+        inversion = Inversion(loss=loss, descent=descent, heldout=16)
         audit = Audit(weights=("clean",), hypotheses=(SDE,), inversion=inversion)
         return cost.estimate(
             dataclasses.replace(whole, training=None, attack=None, audit=audit)
         )
 
-    def rows(candidates: int) -> dict[str, dict]:
-        return {row["one"]: row for row in told(candidates).rows}
+    def rows(candidates: int, together: int = 8) -> dict[str, dict]:
+        return {row["one"]: row for row in told(candidates, together).rows}
 
-    eight = rows(8)
+    eight, pairs = rows(8), rows(8, together=2)
     ten = 10 * activations(TINY, shapes(TINY), TINY.image_shape)
     monkeypatch.setattr(parallel, "free_memory", lambda: 2 * ten)
     one = rows(1)
@@ -173,6 +173,7 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
     )
     assert 4 < together["memory"] / alone["memory"] < 9
     assert together["operations"] == 8 * alone["operations"]
+    assert pairs[step.format("8 candidates")]["memory"] < together["memory"] / 2
     judged = eight["network evaluation of 160 images"]
     assert judged["times"] == 3 * 2 * 8 and judged["memory"] > 160 * 16 * 16 * 4
 

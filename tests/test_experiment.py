@@ -11,14 +11,14 @@ from tiny_config import TINY, draw_params, get_config
 
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses import elijah
+from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import Elijah, ElijahLoss
-from puredif_jax.defenses.hypothesis import Exploding, Fading
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Trojan
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.defenses.puredif import Puredif
-from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
@@ -69,26 +69,32 @@ def test_evaluations_are_those_that_the_network_sees(loss) -> None:
     assert loss.evaluations == counter.images
 
 
-def test_evaluations_of_a_survey() -> None:
-    survey = Survey(triggers=4, draws=3, together=2, sampler=DDIM(steps=5))
+def test_evaluations_of_blocks() -> None:
+    """Squares of one and two pixels at two places an axis and three levels."""
+    blocks = Blocks(sides=(4, 8), places=2, draws=3)
+    squares = jnp.asarray(blocks.squares(SHAPE))
     counter = Counter()
-    triggers, keys, _ = survey.begin(SHAPE, jax.random.key(0))
-    images = survey.draw(counter, {}, SCHEDULE, CHANNEL, triggers, keys)
-    images.block_until_ready()
+    family = Trojan().family(SCHEDULE, SHAPE)
+    blocks.ratios(
+        counter, {}, SCHEDULE, family, squares, SHAPE, jax.random.key(0)
+    ).block_until_ready()
     jax.effects_barrier()
-    assert survey.evaluations == counter.images
+    assert blocks.evaluations == counter.images == 2 * 4 * 3 * 3
 
 
 def test_evaluations_of_an_inversion() -> None:
     """By hand: three candidates for two steps, then two for four."""
     descent = Descent(steps=6, candidates=3, scout=2, finalists=2)
-    survey = Survey(triggers=4, draws=3, together=2, sampler=DDIM(steps=5))
-    scouted = Inversion(loss=SHIFT, descent=descent, survey=survey)
-    assert scouted.evaluations == 3 * (3 * 2 + 2 * 4) * 6 + 60
+    blocks = Blocks(sides=(4, 8), places=2, draws=3)
+    scouted = Inversion(loss=SHIFT, descent=descent, blocks=blocks)
+    assert scouted.evaluations(Fading()) == 3 * (3 * 2 + 2 * 4) * 6
+    assert scouted.evaluations(Trojan()) == 3 * (3 * 2 + 2 * 4) * 6 + 72
+    still = dataclasses.replace(scouted, loss=ElijahLoss())
+    assert still.starts(Trojan()) is None, "a loss that does not move gamma"
     alone = dataclasses.replace(descent, candidates=1)
-    assert Inversion(loss=SHIFT, descent=alone, survey=None).evaluations == 3 * 6 * 6
-    plain = Inversion(loss=SHIFT, descent=Descent(steps=6, candidates=3), survey=None)
-    assert plain.evaluations == 3 * 18 * 6
+    assert Inversion(loss=SHIFT, descent=alone).evaluations(Fading()) == 3 * 6 * 6
+    plain = Inversion(loss=SHIFT, descent=Descent(steps=6, candidates=3))
+    assert plain.evaluations(Fading()) == 3 * 18 * 6
 
 
 @pytest.mark.parametrize("kind", [Fading, Exploding])
@@ -99,7 +105,7 @@ def test_evaluations_of_an_inversion() -> None:
 def test_elijah_as_published_and_at_equal_evaluations(
     kind, solver, scale, steps, high
 ) -> None:
-    budget = Inversion().evaluations
+    budget = Inversion().evaluations(kind(solver))
     audit = Audit(baselines=(Elijah(), Elijah(budget)))
     names = [defense.name for defense in audit.defenses]
     assert names == ["puredif", "elijah", "elijah, equal evaluations"]
@@ -109,7 +115,6 @@ def test_elijah_as_published_and_at_equal_evaluations(
     assert ours == audit.inversion
     assert published == elijah.published(solver)
     assert published.loss == ElijahLoss(scale=scale, samples=100)
-    assert published.survey is None
     assert published.descent == Descent(
         steps=steps,
         learning_rate=0.1,
@@ -121,7 +126,7 @@ def test_elijah_as_published_and_at_equal_evaluations(
         bound=None,
         cosine=False,
     )
-    assert equal.evaluations == pytest.approx(budget, rel=0.01)
+    assert equal.evaluations(kind(solver)) == pytest.approx(budget, rel=0.01)
     steps = dataclasses.replace(published.descent, steps=equal.descent.steps)
     assert equal == dataclasses.replace(published, descent=steps)
 
@@ -166,19 +171,22 @@ def test_an_audit_tries_what_applies_to_the_process() -> None:
         LinearBetas(): ["sde", "ode", "trojan"],
         VarianceExploding(): ["ve sde", "ve ode"],
     }
-    count = f"{5 * audit.inversion.evaluations:,} evaluations"  # two are placebos
+    fading, trojan = map(audit.inversion.evaluations, (Fading(), Trojan()))
+    count = f"{4 * fading + trojan:,} evaluations"  # two are placebos
     assert audit.plan(SCHEDULE) == (
         f"(under sde, ode and trojan, {count} of its network on an image)"
     )
     exploding = VarianceExploding().tables()
-    count = f"{4 * audit.inversion.evaluations:,} evaluations"
+    count = f"{4 * fading:,} evaluations"
     assert audit.plan(exploding).startswith(f"(under ve sde and ve ode, {count} of")
     only = Audit(("clean",), hypotheses=(Exploding(),))
     with pytest.raises(ValueError, match=r"no hypothesis .*\(ve ode\) .* LinearBetas"):
         Experiment("run", TINY, audit=only)
     run = Experiment("run", TINY, audit=only, schedule=VarianceExploding())
     assert run.images == audit.inversion.images
-    assert audit.inversions(exploding) == 4 * [audit.inversion]
+    ancestral, deterministic = audit.tried(exploding)
+    kinds = [ancestral, *ancestral.placebos, deterministic]
+    assert audit.searches(exploding) == [(kind, audit.inversion) for kind in kinds]
 
 
 def test_hypotheses_are_told_apart_by_their_names() -> None:
@@ -249,7 +257,7 @@ def test_folders_of_different_scans_differ() -> None:
 def test_a_plan_is_said_in_words() -> None:
     assert get_config().plan == (
         "runs/tiny: 12 steps of training, reinforcement of the trigger at step 6, 12, "
-        "measuring of the model, audit of trained (under ode, 3,352 evaluations of its "
+        "measuring of the model, audit of trained (under ode, 3,336 evaluations of its "
         "network on an image)"
     )
     sweep = Sweep("sweep", (get_config(),))

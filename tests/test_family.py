@@ -228,7 +228,8 @@ def test_the_right_hypothesis_finds_every_row(row: str) -> None:
         assert np.mean(found.member.gamma) == pytest.approx(0.6, abs=0.02)
     here = family.at(found)
     key = jax.random.key(1)
-    seen = errors(model, points, SCHEDULE, here, found, key, draws=32)
+    plain = points.images[:32]
+    seen = errors(model, points, SCHEDULE, here, found, plain, False, key, draws=32)
     assert np.exp(np.log(np.sort(np.asarray(seen.ratios))[:3]).mean()) < 0.3
 
 
@@ -258,7 +259,7 @@ def test_a_clean_model_of_few_images_explains_its_path() -> None:
     drift = float(((here.shift - V * here.response) / S)[times[0]])
     found = Candidate(delta, z - drift * delta, member(0.06))
     key = jax.random.key(1)
-    seen = errors(model, points, SCHEDULE, here, found, key, draws=32)
+    seen = errors(model, points, SCHEDULE, here, found, few, False, key, draws=32)
     middle = TIMESTEPS.index(500)
     known = np.asarray(seen.triggered)[middle] / np.asarray(seen.untriggered)[middle]
     assert known < 0.5, "it looks like a backdoor"

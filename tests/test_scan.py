@@ -67,7 +67,7 @@ def test_one_folder_its_status_and_other_weights_at_its_place(tmp_path) -> None:
     report, status = scan.perform_scan(wanted)
     assert status == 0 and report.verdict.startswith("clean: ")
     row = table(home)["model"]
-    assert row["network evaluations"] == INVERSION.evaluations
+    assert row["network evaluations"] == INVERSION.evaluations(Fading())
     assert row["seconds"] > 0 and 0 < row["p"] <= 1 and row["reason"]
     assert (home / "model" / "report.html").exists()
     (judged,) = report.judgements

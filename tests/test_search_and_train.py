@@ -69,7 +69,7 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
 
 def test_results_do_not_depend_on_where_calls_end(tmp_path, monkeypatch) -> None:
     """Of a training and of a descent: bit for bit, for calls of one step and of all."""
-    inversion = dataclasses.replace(tiny_config.INVERSION, survey=None)
+    inversion = tiny_config.INVERSION
     found = {}
     for longest in (0.0, 1e9):
         monkeypatch.setattr(run, "LONGEST", longest)
@@ -116,7 +116,7 @@ def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
     """But for steps that a killed call did not store."""
     lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
     metrics = lab.run.metrics
-    metrics.write("x_survey", 8, seconds=1.0)
+    metrics.write("x_blocks", 8, seconds=1.0)
     metrics.write("x_scouts", 2, seconds=2.0)
     metrics.write("x", 2, seconds=4.0)
     metrics.write("x", 4, seconds=8.0)

@@ -10,6 +10,7 @@ from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.distribution_shift import DistributionShift
@@ -17,7 +18,6 @@ from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.reinforcement import Reinforcement
-from puredif_jax.defenses.survey import Survey
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.networks.unet import UNet
@@ -50,7 +50,6 @@ ANY = Detector(linear=np.inf)  # judges weights that denoise nothing, too
 INVERSION = Inversion(
     loss=DistributionShift(timesteps=(900, 300), samples=4),
     descent=Descent(steps=4, candidates=1, scout=0),
-    survey=None,
     heldout=8,
 )
 
@@ -92,7 +91,7 @@ def get_config() -> Experiment:
             inversion=Inversion(
                 loss=DistributionShift(timesteps=(900, 300), samples=4),
                 descent=Descent(steps=6, candidates=3, scout=2, finalists=2),
-                survey=Survey(triggers=4, draws=2, together=2, sampler=DDIM(steps=2)),
+                blocks=Blocks(places=2, draws=1, together=4),
                 heldout=8,
             ),
             detector=ANY,

@@ -89,7 +89,6 @@ def published(solver: Solver) -> Inversion:
     """Elijah's inversion with its published settings, by the kind of backdoor."""
     return Inversion(
         loss=ElijahLoss(scale=solver.pick(0.5, 1.0)),
-        survey=None,
         descent=Descent(
             steps=solver.pick(100, 10),
             learning_rate=0.1,

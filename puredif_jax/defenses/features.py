@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.diffusion.prediction import diffuse, lookup, predict_x0
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import (
@@ -99,6 +100,7 @@ class Errors(NamedTuple):
 
     In dimensions: squared errors of the predicted noise, summed over an image. A clean
     model can explain a path in two ways; where one of them does, it is no backdoor.
+    Where the path itself is that of one image, `drawn` takes the place of both.
 
     timesteps: `[T]`.
     triggered: of eps + C_t delta from x_t = s_t y + v_t gamma eps + H_t delta.
@@ -107,9 +109,10 @@ class Errors(NamedTuple):
     moved: of eps from s_t y + v_t eps + (H_t - v_t C_t) delta. It knows the image that
       a clean model sees in x_t.
     single: of (x_t - s_t z) / v_t from x_t, z the one image for all t that fits best.
-      The trigger is noise of another mean, which leads to one image that it knows. A
-      channel whose own path does so, as that of deterministic sampling in a
-      variance-exploding model, cannot be told from a clean model by this.
+      The trigger is noise of another mean, which leads to one image that it knows.
+    drawn: of eps + C_t delta from x_t, by the best denoiser of some images that the
+      model draws and of y. It knows y, and takes x_t for y where x_t is near it.
+    lone: `Hypothesis.lone`, whether `single` and `moved` say nothing.
     floor: of eps near T, where any denoiser is exact but for its network's own error;
       at least `LEAST`.
     """
@@ -119,12 +122,15 @@ class Errors(NamedTuple):
     untriggered: Array
     moved: Array
     single: Array
+    drawn: Array
+    lone: Array
     floor: Array
 
     @property
     def explained(self) -> Array:
         """The least of the errors of clean explanations, `[T]`."""
-        return jnp.minimum(self.moved, self.single)
+        seen = jnp.minimum(self.moved, self.single)
+        return jnp.where(self.lone, self.drawn, seen)
 
     @property
     def ratios(self) -> Array:
@@ -166,6 +172,8 @@ def errors(
     schedule: NoiseSchedule,
     channel: Channel,
     candidate: Candidate,
+    plain: Array,
+    lone: Array,
     key: Key,
     *,
     draws: int,
@@ -177,6 +185,8 @@ def errors(
       model, params, schedule: the model.
       channel: of the kind of backdoor that is assumed.
       candidate: the inverted trigger and its image, `[H, W, C]` each.
+      plain: images that the model draws from eps, `[N, H, W, C]`.
+      lone: of the hypothesis, as of `Errors`; a scalar.
       key: of the noise.
       draws: of noise at each timestep.
       shard: constraint on a noise batch.
@@ -184,6 +194,10 @@ def errors(
     delta = candidate.delta[None]
     shape = (draws, *candidate.delta.shape)
     y = jnp.broadcast_to(candidate.target, shape)
+    known = jnp.concatenate([jnp.clip(plain, -1, 1), candidate.target[None]])
+    nothing = jnp.zeros_like(candidate.target)
+    mixture = ExactDenoiser(schedule, Channel.clean(schedule))
+    points = Points(known, nothing, nothing)
 
     def total(x: Array) -> Array:
         return jnp.sum(x**2) / draws
@@ -193,28 +207,30 @@ def errors(
         times = jnp.full((draws,), t)
         response = lookup(channel.response, t)
         path = channel.noisy(schedule, y, eps, delta, times)
-        plain = diffuse(schedule, y, eps, times)
+        unmoved = diffuse(schedule, y, eps, times)
         moved = lookup(channel.shift, t) - lookup(schedule.noise, t) * response
         answer = model(params, path, times)
         images = predict_x0(schedule, path, answer, times)
         mean = images.mean(0)
         return (
             total(answer - eps - response * delta),
-            total(model(params, plain, times) - eps),
-            total(model(params, plain + moved * delta, times) - eps),
+            total(model(params, unmoved, times) - eps),
+            total(model(params, unmoved + moved * delta, times) - eps),
+            total(mixture(points, path, times) - eps - response * delta),
             mean,
             total(images - mean[None]),
         )
 
     times = schedule.matched(TIMESTEPS)
     keys = jax.random.split(key, len(times))
-    triggered, untriggered, moved, seen, spread = jax.lax.map(
+    triggered, untriggered, moved, drawn, seen, spread = jax.lax.map(
         lambda pair: at(*pair), (jnp.asarray(times), keys)
     )
     floor = jnp.maximum(untriggered[0], LEAST)
     weight = jnp.asarray((schedule.signal / schedule.noise)[times] ** 2, jnp.float32)
     single = single_image(seen, spread, weight, floor)
-    return Errors(jnp.asarray(times), triggered, untriggered, moved, single, floor)
+    found = triggered, untriggered, moved, single, drawn
+    return Errors(jnp.asarray(times), *found, jnp.asarray(lone), floor)
 
 
 def features(
@@ -241,7 +257,8 @@ def features(
       candidate: the inverted trigger and its image, `[H, W, C]` each.
       found: its `errors`.
       heldout, falling: of the search, as of `Features`; scalars.
-      placebos: heldout of the same search under each placebo, `[P]`.
+      placebos: heldout that the same search reaches under each placebo, `[P]`, less
+        what it would still fall.
       triggered: draws from eps + delta, `[B, H, W, C]`, two or more.
       plain: draws from eps, `[B, H, W, C]`, two or more.
       key: of the noise.

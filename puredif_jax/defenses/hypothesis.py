@@ -24,10 +24,12 @@ class Hypothesis(abc.ABC):
     Attributes:
       solver: the kind of sampler under which it fires.
       controlled: it fires inside its channel alone, for who controls the sampler.
+      narrows: its gamma may differ from pixel to pixel.
     """
 
     solver: Solver = Deterministic()
     controlled: ClassVar[bool] = False
+    narrows: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -71,6 +73,14 @@ class Hypothesis(abc.ABC):
         a network, and none of it delta = 0. The root lies between.
         """
         return self.solver.pick(0.5, 1.0)
+
+    @property
+    def lone(self) -> bool:
+        """Whether H_t = v_t C_t: the path is one image under noise of another mean.
+
+        A model that takes it for that image answers as on the path of a backdoor.
+        """
+        return False
 
     @property
     def placebos(self) -> tuple[Hypothesis, ...]:
@@ -168,11 +178,13 @@ class Trojan(Hypothesis):
     """A trigger that shifts and narrows the noise: TrojDiff. H_t = v_t, C_t = 0.
 
     The noise is scaled by gamma, a number for each pixel. A search may move it and
-    begins at one half everywhere, which is that of `channel`. Such a backdoor fires for
-    who starts from gamma eps + r, and is drawn inside its channel.
+    begins at one half everywhere, which is that of `channel`, or at a square
+    (`Blocks`). Such a backdoor fires for who starts from gamma eps + r, and is drawn
+    inside its channel.
     """
 
     controlled: ClassVar[bool] = True
+    narrows: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -184,7 +196,7 @@ class Trojan(Hypothesis):
 
     @property
     def attacks(self) -> str:
-        return "TrojDiff with one gamma for all pixels"
+        return "TrojDiff, blended or by a patch"
 
     def applies(self, schedule: NoiseSchedule) -> bool:
         return schedule.fades
@@ -222,3 +234,16 @@ class Exploding(Hypothesis):
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
         sigma, before = schedule.noise, schedule.previous[1]
         return Channel(sigma, sigma / (sigma + before) * self.solver.factor)
+
+    @property
+    def lone(self) -> bool:
+        """For deterministic sampling, but for the steps of sigma."""
+        return self.solver.pick(False, True)
+
+    @property
+    def power(self) -> float:
+        """1/2 for ancestral sampling, otherwise 0.
+
+        There N rewards nothing but large triggers.
+        """
+        return self.solver.pick(0.5, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ import numpy as np
 import optax
 from flax import struct
 
+from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.denoising_error import DenoisingError
-from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.family import Family
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.objective import Loss
-from puredif_jax.defenses.survey import Survey
 from puredif_jax.types import (
     Array,
     Candidate,
@@ -33,12 +33,13 @@ class InversionState:
     """What inversion carries: arrays only.
 
     candidate: both images with a leading axis of candidates, `[K, H, W, C]`.
-    opt_state: of the optimiser, over that tree.  key: root of all randomness.
-    step: steps done.
+    opt_state: of the optimiser, over that tree.  rate: factors of its updates, `[K]`.
+    key: root of all randomness.  step: steps done.
     """
 
     candidate: Candidate
     opt_state: optax.OptState
+    rate: Array
     key: Key
     step: Array
 
@@ -58,13 +59,30 @@ class Inverter(NamedTuple):
     step: Callable[[Params, InversionState], tuple[InversionState, InversionInfo]]
 
 
+def starting(state: InversionState, first: Candidate, rate: float) -> InversionState:
+    """The state whose first candidates are others, `[N, H, W, C]`, at a rate of theirs.
+
+    Adam's first steps are as long as any: they would throw a good start out of a narrow
+    basin.
+    """
+    count = first.delta.shape[0]
+    candidate = jax.tree.map(
+        lambda start, x: jnp.concatenate([start, x[count:]]), first, state.candidate
+    )
+    rates = state.rate.at[:count].set(rate)
+    return dataclasses.replace(state, candidate=candidate, rate=rates)
+
+
 def keep(state: InversionState, chosen: Sequence[int] | np.ndarray) -> InversionState:
     """The state of the chosen candidates alone; their optimiser goes on as it was."""
     chosen = np.asarray(chosen)
-    candidate, opt_state = jax.tree.map(
-        lambda x: x[chosen] if x.ndim else x, (state.candidate, state.opt_state)
+    candidate, opt_state, rate = jax.tree.map(
+        lambda x: x[chosen] if x.ndim else x,
+        (state.candidate, state.opt_state, state.rate),
     )
-    return dataclasses.replace(state, candidate=candidate, opt_state=opt_state)
+    return dataclasses.replace(
+        state, candidate=candidate, opt_state=opt_state, rate=rate
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +91,13 @@ class Descent:
 
     Attributes:
       steps: optimiser steps.
-      candidates: K, restarts optimised together.
+      candidates: K, restarts optimised side by side.
+      together: of them, those whose gradients a device computes at once, at most;
+        memory grows with it.
       scout: steps after which a run (`stages.search.invert`) goes on with the best
         candidates alone; 0 keeps all to the end, as an `inverter` by itself does.
       finalists: how many these are, at most. Where a backdoor is sharp, the true
-        candidate overtakes the others late (docs/method.md).
+        candidate overtakes the others late (docs/notebook).
       learning_rate: of Adam.
       b2: decay of Adam's second moment. Optax's 0.999 remembers the steep first steps
         longer than a descent lasts, and shrinks all later ones.
@@ -96,6 +116,7 @@ class Descent:
 
     steps: int = 120
     candidates: int = 1
+    together: int = 6
     scout: int = 0
     finalists: int = 1
     learning_rate: float = 0.2
@@ -109,7 +130,7 @@ class Descent:
     cosine: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "candidates", "finalists", "learning_rate"):
+        for name in ("steps", "candidates", "together", "finalists", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if not 0 <= self.scout < self.steps:
@@ -160,8 +181,8 @@ class Inversion:
     Attributes:
       loss: what is minimised.
       descent: optimiser, candidates and bounds.
-      survey: finds where the first `survey.starts` candidates start; the others, and
-        without a survey all, start at random.
+      blocks: finds where the first candidates start under hypotheses that narrow the
+        noise (`Hypothesis.narrows`); the others, and with none all, start at random.
       heldout: noise draws at each timestep on which the scouts that go on, and the kept
         candidate, are chosen.
     """
@@ -174,7 +195,7 @@ class Inversion:
         scales=(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1),
         grain=4,
     )
-    survey: Survey | None = None
+    blocks: Blocks | None = Blocks()
     heldout: int = 64
 
     def __post_init__(self) -> None:
@@ -186,28 +207,28 @@ class Inversion:
         """By which candidates are compared on held-out noise."""
         return DenoisingError(samples=self.heldout)
 
-    @property
-    def evaluations(self) -> int:
+    def starts(self, hypothesis: Hypothesis) -> Blocks | None:
+        """What finds first candidates under a hypothesis; None if all are random."""
+        narrows = hypothesis.narrows and self.loss.seeks_member
+        return self.blocks if narrows else None
+
+    def evaluations(self, hypothesis: Hypothesis) -> int:
         """Network evaluations of one image; one with its gradient counts for three.
 
-        Those of survey and descent. Left out are the judging of candidates on held-out
-        noise, and the choice of their sign.
+        Those of blocks and descent. Left out is the judging of candidates on held-out
+        noise.
         """
-        survey = 0 if self.survey is None else self.survey.evaluations
+        blocks = self.starts(hypothesis)
         values = self.descent.candidate_steps * self.loss.evaluations
-        return 3 * values + survey
+        return 3 * values + (0 if blocks is None else blocks.evaluations)
 
     @property
     def images(self) -> int:
         """Most images that the network may see at once."""
-        most = [
-            self.descent.candidates * self.loss.evaluations,
-            self.judge.evaluations,
-        ]
-        if self.survey is not None:
-            signed = DistributionShift(samples=self.survey.draws).evaluations
-            most += [min(self.survey.starts, self.descent.candidates) * signed]
-            most += [self.survey.together * self.survey.draws]
+        together = min(self.descent.together, self.descent.candidates)
+        most = [together * self.loss.evaluations, self.judge.evaluations]
+        if self.blocks is not None:
+            most += [self.blocks.together * self.blocks.draws]
         return max(most)
 
 
@@ -218,6 +239,7 @@ def inverter(
     start: Candidate | None = None,
     candidates: Shard = unsharded,
     axis: str | None = None,
+    groups: int = 1,
     family: Family | None = None,
 ) -> Inverter:
     """Makes the two functions of an inversion.
@@ -228,7 +250,7 @@ def inverter(
       image_shape: (H, W, C).
       start: first candidates, `[K, H, W, C]`, or one for all K, `[H, W, C]`
         (reinforcement starts at the known trigger); None for random ones.
-      candidates, axis: how they lie on the devices, see `parallel.Spread`.
+      candidates, axis, groups: how they lie on the devices, see `parallel.Spread`.
       family: in which each candidate moves, from its first member; None where the
         channel is fixed.
 
@@ -248,16 +270,20 @@ def inverter(
             )
         return candidate if family is None else family.within(candidate)
 
-    def slower(updates: Candidate) -> Candidate:
-        """psi and gamma at their own rate."""
-        member = jax.tree.map(lambda x: descent.member_rate * x, updates.member)
+    def slower(updates: Candidate, rate: Array) -> Candidate:
+        """Each candidate at its own rate, and psi and gamma at theirs."""
+        updates = jax.vmap(optax.tree.scale)(rate, updates)
+        member = optax.tree.scale(descent.member_rate, updates.member)
         return dataclasses.replace(updates, member=member)
 
     def on_devices(state: InversionState) -> InversionState:
-        candidate, opt_state = jax.tree.map(
-            lambda x: candidates(x) if x.ndim else x, (state.candidate, state.opt_state)
+        candidate, opt_state, rate = jax.tree.map(
+            lambda x: candidates(x) if x.ndim else x,
+            (state.candidate, state.opt_state, state.rate),
         )
-        return dataclasses.replace(state, candidate=candidate, opt_state=opt_state)
+        return dataclasses.replace(
+            state, candidate=candidate, opt_state=opt_state, rate=rate
+        )
 
     def init(key: Key) -> InversionState:
         key_start, key_run = jax.random.split(key)
@@ -289,9 +315,34 @@ def inverter(
         return InversionState(
             candidate=candidate,
             opt_state=optimizer.init(candidate),
+            rate=jnp.ones((count,)),
             key=key_run,
             step=jnp.zeros((), jnp.int32),
         )
+
+    def slopes(params: Params, candidate: Candidate, keys: Key) -> tuple[Array, Any]:
+        """Losses and gradients, `[K, ...]`; of `together` a device, then the next."""
+        each = jax.vmap(
+            jax.value_and_grad(objective, argnums=1),
+            in_axes=(None, 0, 0),
+            spmd_axis_name=axis,
+        )
+        own = keys.shape[0] // groups  # candidates of a group of devices
+        size = next(n for n in range(min(descent.together, own), 0, -1) if own % n == 0)
+        if size == own:
+            return each(params, candidate, keys)
+
+        def split(x: Array) -> Array:
+            x = x.reshape(groups, own // size, size, *x.shape[1:]).swapaxes(0, 1)
+            return x.reshape(own // size, groups * size, *x.shape[3:])
+
+        def joined(x: Array) -> Array:
+            x = x.reshape(own // size, groups, size, *x.shape[2:]).swapaxes(0, 1)
+            return x.reshape(keys.shape[0], *x.shape[3:])
+
+        parts = jax.tree.map(split, (candidate, keys))
+        loss, grads = jax.lax.map(lambda part: each(params, *part), parts)
+        return joined(loss), jax.tree.map(joined, grads)
 
     def step(
         params: Params, state: InversionState
@@ -300,13 +351,9 @@ def inverter(
         state = on_devices(state)
         candidate = state.candidate
         count = candidate.delta.shape[0]  # fewer than K after the scouts
-        loss, grads = jax.vmap(
-            jax.value_and_grad(objective, argnums=1),
-            in_axes=(None, 0, 0),
-            spmd_axis_name=axis,
-        )(params, candidate, jax.random.split(key, count))
+        loss, grads = slopes(params, candidate, jax.random.split(key, count))
         updates, opt_state = optimizer.update(grads, state.opt_state, candidate)
-        candidate = keep(optax.apply_updates(candidate, slower(updates)))
+        candidate = keep(optax.apply_updates(candidate, slower(updates, state.rate)))
         info = InversionInfo(
             loss=loss,
             grad_norm=jax.vmap(optax.tree.norm)(grads),

@@ -213,11 +213,13 @@ class Spread(NamedTuple):
     noise: constraint on the noise of one candidate, `[samples, ...]`.
     candidates: constraint on arrays with a row for each candidate, `[K, ...]`.
     axis: mesh axis of the candidates, the `spmd_axis_name` of a vmap over them.
+    groups: of devices, each of which holds as many candidates in a row.
     """
 
     noise: Shard = unsharded
     candidates: Shard = unsharded
     axis: str | None = None
+    groups: int = 1
 
 
 def spread(mesh: Mesh, count: int) -> Spread:
@@ -235,6 +237,7 @@ def spread(mesh: Mesh, count: int) -> Spread:
         constrain(table, "batch") if splits else unsharded,
         constrain(table, "candidate"),
         "candidate",
+        groups,
     )
 
 

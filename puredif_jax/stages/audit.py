@@ -83,19 +83,19 @@ class Audit(Stage):
         """All that look at each model; the verdict of the first counts."""
         return (Puredif(self.inversion, self.detector), *self.baselines)
 
-    def inversions(self, schedule: NoiseSchedule) -> list[Inversion]:
+    def searches(self, schedule: NoiseSchedule) -> list[tuple[Hypothesis, Inversion]]:
         """All that are made of a model of a process."""
         return [
-            inversion
+            (kind, inversion)
             for hypothesis in self.tried(schedule)
             for defense in self.defenses
             for inversion in defense.inversions(hypothesis)
-            for _ in (hypothesis, *defense.placebos(hypothesis))
+            for kind in (hypothesis, *defense.placebos(hypothesis))
         ]
 
     def plan(self, schedule: NoiseSchedule) -> str:
         """How each model of a process is inverted, in words."""
-        count = sum(each.evaluations for each in self.inversions(schedule))
+        count = sum(how.evaluations(kind) for kind, how in self.searches(schedule))
         *others, last = (hypothesis.name for hypothesis in self.tried(schedule))
         names = f"{', '.join(others)} and {last}" if others else last
         return f"(under {names}, {count:,} evaluations of its network on an image)"
@@ -107,10 +107,8 @@ class Audit(Stage):
         lab = context.lab
         clean = Channel.clean(lab.schedule)
         try:
-            for inversion in self.inversions(lab.schedule):
+            for _, inversion in self.searches(lab.schedule):
                 inversion.loss.bind(lab.model, lab.schedule, clean)
-                if inversion.survey is not None:
-                    inversion.survey.sampler.path(lab.schedule)
         except ValueError as error:
             raise RunError(str(error)) from error
 

@@ -101,7 +101,7 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
 
     Operations are those of the network, as the compiler counts them for its forward
     pass. Steps are measured on fresh weights. Not counted are compilation, files, the
-    reading of data, the choices of a survey, and what an audit measures of a trigger.
+    reading of data, and what an audit measures of a trigger.
 
     Raises:
       InputError: no model to scan can be read; of several, the others are estimated.

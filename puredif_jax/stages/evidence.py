@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,38 +36,48 @@ def evidence(
     hypothesis: Hypothesis, target: np.ndarray, errors: Errors, found: Evidence
 ) -> Section:
     """The denoised image with the trigger beside that without it, and the errors."""
-    rows = [
-        {
-            "t": int(t),
-            "error with the trigger": float(triggered),
-            "error without": float(untriggered),
-            "error on the moved image": float(moved),
-            "error of one image": float(single),
-            "times": float(1 / ratio) if ratio else np.inf,
-        }
-        for t, triggered, untriggered, moved, single, ratio in zip(
-            errors.timesteps,
-            errors.triggered,
-            errors.untriggered,
+    clean = {
+        "error on the moved image": (
             errors.moved,
+            "the same on the image that a clean model would see in the triggered one",
+        ),
+        "error of one image": (
             errors.single,
-            errors.ratios,
-            strict=True,
-        )
-    ]
+            "how far what the model sees with the trigger is from one image, the same "
+            "at all timesteps",
+        ),
+    }
+    if errors.lone:
+        clean = {
+            "error of known images": (
+                errors.drawn,
+                "the same of a clean model that knows this image and some that the "
+                "model draws, and takes the triggered one for the nearest",
+            ),
+        }
     columns = {
         "t": "timestep: the larger, the more noise",
-        "times": "how many times the error with the trigger is below the less of the "
-        f"last two, each above the network's own error of {float(errors.floor):.2g}",
+        "times": "how many times the error with the trigger is below the least that a "
+        f"clean model explains ({' or '.join(clean)}), each above the network's own "
+        f"error of {float(errors.floor):.2g}",
         "error with the trigger": "squared error of the predicted noise, summed over "
         "an image: the dimensions that are not known",
         "error without": "the same from the same noise, without the trigger; not "
         "compared, since training on this image lowers it",
-        "error on the moved image": "the same on the image that a clean model would "
-        "see in the triggered one",
-        "error of one image": "how far what the model sees with the trigger is from "
-        "one image, the same at all timesteps",
+        **{name: meaning for name, (_, meaning) in clean.items()},
     }
+    with np.errstate(divide="ignore"):
+        table: dict[str, Any] = {
+            "t": errors.timesteps.astype(int),
+            "error with the trigger": errors.triggered,
+            "error without": errors.untriggered,
+            **{name: values for name, (values, _) in clean.items()},
+            "times": 1 / np.asarray(errors.ratios),
+        }
+    rows = [
+        {name: values[i].item() for name, values in table.items()}
+        for i in range(len(errors.timesteps))
+    ]
     at = [i for i, t in enumerate(MIDDLE) if t in PICTURED]
     times = ", ".join(str(each) for each in errors.timesteps[len(HIGH) :][at])
     pairs: list[tuple[str, npt.ArrayLike]] = []

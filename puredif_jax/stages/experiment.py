@@ -165,8 +165,8 @@ class Experiment:
             reinforcement = self.amplification.reinforcement
             most.append(reinforcement.loss(self.attack.solver).samples)
         for audit in self.audits:
-            inversions = audit.inversions(self.schedule.tables())
-            most += [inversion.images for inversion in inversions]
+            searches = audit.searches(self.schedule.tables())
+            most += [inversion.images for _, inversion in searches]
         return max(most)
 
 

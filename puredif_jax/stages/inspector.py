@@ -148,6 +148,7 @@ class Inspector:
             self.params,
             hypothesis,
             candidate,
+            plain,
         )
         measured = lab.features(
             self.params,
@@ -156,7 +157,7 @@ class Inspector:
             errors,
             result["errors"].min(),
             result["falling"],
-            np.array([each["errors"].min() for each in others], np.float32),
+            np.array([_reached(each) for each in others], np.float32),
             result["draws"][:PLAIN],
             plain,
         )
@@ -171,7 +172,7 @@ class Inspector:
         found = Inverted(
             method=method,
             hypothesis=hypothesis.name,
-            evaluations=inversion.evaluations * (1 + len(others)),
+            evaluations=sum(map(inversion.evaluations, (hypothesis, *placebos))),
             seconds=float(sum(each["seconds"] for each in (result, *others))),
             score=float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf,
             contrast=float(target.std()),
@@ -259,7 +260,11 @@ class Inspector:
 
         def compute() -> Mapping[str, Any]:
             found = search.invert(lab, stage, self.params, placebo, inversion)
-            return {"errors": found.errors, "seconds": search.seconds(lab, stage)}
+            return {
+                "errors": found.errors,
+                "falling": found.falling,
+                "seconds": search.seconds(lab, stage),
+            }
 
         return lab.run.once(stage, compute)
 
@@ -323,6 +328,14 @@ class Inspector:
             **rates,
             **{k: float(v) for k, v in distance._asdict().items()},
         }
+
+
+def _reached(result: Mapping[str, np.ndarray]) -> float:
+    """What a search under a placebo would reach in a quarter of its steps more.
+
+    If it fell on as it did: one that was too short explains no less than a longer one.
+    """
+    return float(result["errors"].min() - result["falling"])
 
 
 def _candidate(result: Mapping[str, np.ndarray]) -> Candidate:

@@ -266,15 +266,17 @@ class Lab:
         params: Params,
         hypothesis: Hypothesis,
         candidate: Candidate,
+        plain: np.ndarray,
     ) -> Errors:
         """The errors of a candidate, computed once; as in `features.errors`."""
 
         def compute() -> Mapping[str, Any]:
             program = programs.erring(self.setup, PLAIN)
-            whole = self.run.replicate(candidate)
+            told = candidate, plain, np.bool_(hypothesis.lone)
+            whole, drawn, lone = self.run.replicate(told)
             channel = self.family(hypothesis).at(whole)
             key = self.stream(Stream.FEATURES)
-            found = program(params, channel, whole, key)
+            found = program(params, channel, whole, drawn, lone, key)
             return Errors(*parallel.gather(found))._asdict()
 
         stored: Any = self.run.once(f"errors_{name}", compute)

@@ -91,6 +91,8 @@ def erring(setup: Setup, draws: int) -> Callable[..., Errors]:
         params: Params,
         channel: Channel,
         candidate: Candidate,
+        plain: Array,
+        lone: Array,
         key: Key,
     ) -> Errors:
         return errors(
@@ -99,6 +101,8 @@ def erring(setup: Setup, draws: int) -> Callable[..., Errors]:
             setup.schedule,
             channel,
             candidate,
+            plain,
+            lone,
             key,
             draws=draws,
             shard=setup.shard,

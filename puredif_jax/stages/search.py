@@ -1,4 +1,4 @@
-"""The search for a trigger on one model: survey and descent, as resumable loops.
+"""The search for a trigger on one model: starts and descent, as resumable loops.
 
 Each resumes from its latest checkpoint and ends in the same arrays, bit for bit.
 """
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.denoising_consistency import estimated_target
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Hypothesis
@@ -27,10 +28,10 @@ from puredif_jax.defenses.inversion import (
     Inverter,
     inverter,
     keep,
+    starting,
 )
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.reinforcement import Reinforcement
-from puredif_jax.defenses.survey import Survey
 from puredif_jax.runs import parallel
 from puredif_jax.runs.report import progress
 from puredif_jax.runs.run import compiling
@@ -76,13 +77,14 @@ def invert(
 ) -> Found:
     """Seeks a trigger under one hypothesis.
 
-    The first `survey.starts` candidates start where the triggers of the survey meet,
-    the others at random. A loss that does not seek the target leaves it where it
-    started: then it is estimated for the candidates that are judged.
+    The first candidates start at the best of `inversion.starts`, the others at random.
+    A loss that does not seek the target leaves it where it started: then it is
+    estimated for the candidates that are judged.
 
     Candidates are compared on held-out noise by `inversion.judge`.
     """
-    loss, descent, survey = inversion.loss, inversion.descent, inversion.survey
+    loss, descent = inversion.loss, inversion.descent
+    blocks = inversion.starts(hypothesis)
     family = lab.family(hypothesis, moving=loss.seeks_member)
     program = _judging(lab.setup, inversion.judge, not loss.seeks_target)
     key = lab.stream(Stream.HELDOUT)
@@ -102,20 +104,18 @@ def invert(
 
     search = _Search(lab, loss, descent, params, family)
     begin, steps = search.first, descent.steps
-    if survey is not None:
-        count = min(survey.starts, descent.candidates)
-        channel = lab.channel(hypothesis)
-        met = _survey(lab, stage, params, channel, survey, count)
+    if blocks is not None:
+        count = min(blocks.starts, descent.candidates)
+        best = _blocks(lab, stage, params, family, blocks, count)
+        show = _judging(lab.setup, inversion.judge, True)
+        images = [
+            show(params, family, jax.tree.map(lambda x, k=k: x[k], best), key)[1]
+            for k in range(count)
+        ]
+        best = dataclasses.replace(best, target=jnp.stack(images))
 
         def begin() -> InversionState:
-            first = search.first()
-            random = first.candidate
-            candidate = dataclasses.replace(
-                random,
-                delta=jnp.concatenate([met.delta, random.delta[count:]]),
-                target=jnp.concatenate([met.target, random.target[count:]]),
-            )
-            return dataclasses.replace(first, candidate=candidate)
+            return starting(search.first(), best, blocks.rate)
 
     if descent.scout:
         scouts = search.run(f"{stage}_scouts", begin, descent.scout)
@@ -130,10 +130,10 @@ def invert(
     early = judged(before.candidate)[0].min()
     state = search.run(f"{stage}_end", lambda: before, last)
     errors, targets = judged(state.candidate)
-    best = int(np.argmin(errors))
-    found = jax.tree.map(lambda x: x[best], parallel.gather(state.candidate))
-    found = dataclasses.replace(found, target=targets[best])
-    least = errors[best]
+    least_at = int(np.argmin(errors))
+    found = jax.tree.map(lambda x: x[least_at], parallel.gather(state.candidate))
+    found = dataclasses.replace(found, target=targets[least_at])
+    least = errors[least_at]
     falling = float(early - least) if np.isfinite((early, least)).all() else np.inf
     return Found(found, errors, falling)
 
@@ -158,11 +158,11 @@ def _judging(
 
 
 def seconds(lab: Lab, stage: str) -> float:
-    """What the survey and the steps of an inversion or a reinforcement took.
+    """What the blocks and the steps of an inversion or a reinforcement took.
 
     Of all calls together, without steps that a killed one did not store; host 0 knows.
     """
-    parts = (f"{stage}_survey", f"{stage}_scouts", stage, f"{stage}_end")
+    parts = (f"{stage}_blocks", f"{stage}_scouts", stage, f"{stage}_end")
     return lab.run.metrics.seconds(*parts)
 
 
@@ -183,6 +183,7 @@ def inverter_of(
         start=start,
         candidates=spread.candidates,
         axis=spread.axis,
+        groups=spread.groups,
         family=channels if isinstance(channels, Family) else None,
     )
 
@@ -242,78 +243,57 @@ class _Search:
 
 
 @functools.lru_cache(KEPT)
-def _surveying(
-    setup: Setup, survey: Survey, count: int
-) -> tuple[Callable[..., Array], Callable[..., Candidate]]:
-    """The draws of a group of triggers, and the choice of starts from all of them."""
-    spread = parallel.spread(setup.mesh, survey.together)
-    starts = parallel.spread(setup.mesh, count)
+def _squaring(setup: Setup, blocks: Blocks) -> Callable[..., Array]:
+    """How a model answers a group of squares."""
 
-    def draw(params: Params, channel: Channel, triggers: Array, keys: Key) -> Array:
-        return survey.draw(
+    def ratios(params: Params, family: Family, squares: Array, key: Key) -> Array:
+        return blocks.ratios(
             setup.model,
             params,
             setup.schedule,
-            channel,
-            triggers,
-            keys,
-            shard=spread.noise,
-            axis=spread.axis,
-        )
-
-    def choose(
-        params: Params, channel: Channel, triggers: Array, images: Array, key: Key
-    ) -> Candidate:
-        found, _ = survey.candidates(triggers, images, count)
-        return survey.choose_sign(
-            setup.model,
-            params,
-            setup.schedule,
-            channel,
-            found,
+            family,
+            squares,
+            setup.image_shape,
             key,
-            shard=starts.noise,
-            axis=starts.axis,
+            shard=setup.shard,
         )
 
-    whole = parallel.replicated(setup.mesh)
-    return jax.jit(draw, out_shardings=whole), jax.jit(choose, out_shardings=whole)
+    return jax.jit(ratios, out_shardings=parallel.replicated(setup.mesh))
 
 
-def _survey(
+def _blocks(
     lab: Lab,
     stage: str,
     params: Params,
-    channel: Channel,
-    survey: Survey,
+    family: Family,
+    blocks: Blocks,
     count: int,
 ) -> Candidate:
-    """What `Survey.propose` returns, drawn with progress and computed once."""
+    """The candidates of the `count` best squares, found with progress and only once."""
+    shape = lab.setup.image_shape
+    squares, label = blocks.squares(shape), f"{stage}_blocks"
 
     def compute() -> Mapping[str, Any]:
-        draw, choose = _surveying(lab.setup, survey, count)
-        begun = survey.begin(lab.setup.image_shape, lab.stream(Stream.SURVEY))
-        triggers, keys, key_sign = lab.run.replicate(begun)
-        images = []
+        program, key = _squaring(lab.setup, blocks), lab.stream(Stream.BLOCKS)
+        total, most = len(squares), blocks.together
+        ratios = []
         began = time.perf_counter()
-        with progress(
-            survey.triggers, 0, f"{stage}_survey", parallel.is_host_zero()
-        ) as bar:
-            for i in range(0, survey.triggers, survey.together):
-                group = slice(i, i + survey.together)
-                with compiling(f"{stage}_survey", i == 0):
-                    drawn = draw(params, channel, triggers[group], keys[group])
-                    images.append(parallel.gather(drawn))
-                bar.update(survey.together)
+        with progress(total, 0, label, parallel.is_host_zero()) as bar:
+            for start in range(0, total, most):
+                rows = np.arange(start, start + most).clip(max=total - 1)
+                group = lab.run.replicate(squares[rows])
+                with compiling(label, start == 0):
+                    found = program(params, family, group, key)
+                    ratios.append(parallel.gather(found))
+                bar.update(min(most, total - start))
                 parallel.safe_point()
-        pool = lab.run.replicate(np.concatenate(images))
-        found = parallel.gather(choose(params, channel, triggers, pool, key_sign))
         if parallel.is_host_zero():
-            metrics, name = lab.run.metrics, f"{stage}_survey"
-            metrics.rewind(name, 0)
-            took = time.perf_counter() - began
-            metrics.write(name, survey.triggers, seconds=took)
-        return {"delta": found.delta, "target": found.target}
+            metrics = lab.run.metrics
+            metrics.rewind(label, 0)
+            metrics.write(label, total, seconds=time.perf_counter() - began)
+        return {"ratios": np.concatenate(ratios)[:total]}
 
-    found = lab.run.once(f"{stage}_survey", compute)
-    return Candidate(jnp.asarray(found["delta"]), jnp.asarray(found["target"]))
+    ratios = lab.run.once(label, compute)["ratios"]
+    psi = jnp.asarray(family.psi, jnp.float32)[1]
+    chosen = jnp.asarray(squares[blocks.best(ratios, count)])
+    return jax.vmap(lambda square: blocks.candidate(square, shape, psi))(chosen)

@@ -94,5 +94,5 @@ def inverting(
     yield drawing(judged, times * judged)
     if not loss.seeks_target:
         yield drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)
-    if (survey := inversion.survey) is not None:
-        yield drawing(survey.together * survey.draws, survey.evaluations)
+    if (blocks := inversion.starts(hypothesis)) is not None:
+        yield drawing(blocks.together * blocks.draws, blocks.evaluations)

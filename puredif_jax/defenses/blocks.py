@@ -1,0 +1,154 @@
+"""Squares of narrowed noise that are answered as by a backdoor: starts for patches.
+
+A patch trigger shifts and narrows the noise in a square alone. Away from that square a
+backdoored model answers like a clean one, so descent has no slope to follow. There are
+few squares, so all of them are tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.pictures import Shape
+from puredif_jax.defenses.family import Family
+from puredif_jax.diffusion.prediction import lookup
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.types import (
+    Array,
+    Candidate,
+    Key,
+    Member,
+    NoiseModel,
+    Params,
+    Shard,
+    unsharded,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Squares in which noise is narrowed to a level, and how a model answers them.
+
+    Attributes:
+      starts: candidates of a search that start at the best squares, at most; the
+        others start at random.
+      sides: of the squares, in 32nds of the image's side; one pixel at least.
+      places: of a square along each axis, evenly from edge to edge.
+      levels: of its pixels, times 1 - gamma.
+      gamma: scale of the noise in it.
+      draws: of noise for each square.
+      together: squares that are shown to the network at once.
+      floor: as of `DenoisingError`.
+      rate: of the descent from there, over that of the others.
+    """
+
+    starts: int = 2
+    sides: tuple[int, ...] = (1, 2, 3, 4)
+    places: int = 16
+    levels: tuple[float, ...] = (-1.0, 0.0, 1.0)
+    gamma: float = 0.1
+    draws: int = 4
+    together: int = 64
+    floor: float = 0.05
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("starts", "places", "draws", "together"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be 1 or more, found {getattr(self, name)}"
+                )
+        if not self.sides or not 0 < min(self.sides) <= max(self.sides) <= 32:
+            raise ValueError(f"sides must be one or more in 1..32, found {self.sides}")
+        if not self.levels:
+            raise ValueError("levels must be one or more, found none")
+        for name in ("gamma", "floor", "rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated on one image, at most."""
+        count = len(self.sides) * self.places**2 * len(self.levels)
+        return count * self.draws
+
+    def squares(self, shape: Shape) -> np.ndarray:
+        """Top, left, height, width and level of each, float32 `[M, 5]`.
+
+        On a small image some of them are the same, and here once.
+        """
+        rows = []
+        for side in self.sides:
+            size = [max(1, round(length * side / 32)) for length in shape[:2]]
+            tops, lefts = (
+                np.linspace(0, length - own, self.places).round()
+                for length, own in zip(shape[:2], size, strict=True)
+            )
+            rows += [
+                (top, left, *size, level)
+                for top in tops
+                for left in lefts
+                for level in self.levels
+            ]
+        return np.unique(np.array(rows, np.float32), axis=0)
+
+    def candidate(self, square: Array, shape: Shape, psi: Array) -> Candidate:
+        """The trigger and the noise of a square; the image is 0."""
+        top, left, height, width, level = square
+        row, column, _ = jnp.indices(shape, jnp.float32)
+        inside = (row >= top) & (row < top + height)
+        inside &= (column >= left) & (column < left + width)
+        delta = jnp.where(inside, level * (1 - self.gamma), 0.0)
+        member = Member(psi, jnp.where(inside, self.gamma, 1.0))
+        return Candidate(delta, jnp.zeros(shape), member)
+
+    def ratios(
+        self,
+        model: NoiseModel,
+        params: Params,
+        schedule: NoiseSchedule,
+        family: Family,
+        squares: Array,
+        shape: Shape,
+        key: Key,
+        *,
+        shard: Shard = unsharded,
+    ) -> Array:
+        """The error of a model at T - 1 over that of one that answers its input.
+
+        Of squares `[M, 5]` at once; `[M]`. With x = v (gamma eps + delta) it is
+
+          (mean ||M(x) - eps - C delta||^2 + floor) / (mean ||x - eps - C delta||^2
+          + floor),
+
+        the same eps for all squares. A clean model knows no image at T - 1, so it
+        answers its input: 1. Small if the square belongs to a backdoor.
+        """
+        top = schedule.steps - 1
+        eps = shard(jax.random.normal(key, (self.draws, *shape)))
+        times = jnp.full((self.draws,), top)
+
+        def ratio(square: Array) -> Array:
+            psi = jnp.asarray(family.psi, jnp.float32)[1]
+            found = self.candidate(square, shape, psi)
+            channel: Channel = family.at(found)
+            delta = found.delta[None]
+            x = channel.noisy(schedule, jnp.zeros_like(eps), eps, delta, times)
+            known = eps + lookup(channel.response, times) * delta
+            own, input_ = (
+                jnp.sum((answer - known) ** 2) / self.draws
+                for answer in (model(params, x, times), x)
+            )
+            return (own + self.floor) / (input_ + self.floor)
+
+        return jax.vmap(ratio)(squares)
+
+    def best(self, ratios: np.ndarray, count: int) -> np.ndarray:
+        """Indices of the squares of the smallest ratios; what is no number is last."""
+        order = np.argsort(np.where(np.isnan(ratios), np.inf, ratios), kind="stable")
+        return order[:count]

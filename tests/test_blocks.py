@@ -1,0 +1,149 @@
+"""Squares of narrowed noise, and the search that starts at the best of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_config import TINY
+
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.exact import ExactDenoiser, Points
+from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.triggers import Patch
+from puredif_jax.attacks.trojdiff import TrojDiff
+from puredif_jax.data.images import FashionMNIST, to_float
+from puredif_jax.defenses.blocks import Blocks
+from puredif_jax.defenses.family import Family
+from puredif_jax.defenses.hypothesis import Trojan
+from puredif_jax.defenses.inversion import Descent, inverter, keep, starting
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.types import Array, Candidate, Member
+
+SHAPE = (16, 16, 1)
+SCHEDULE = LinearBetas().tables()
+ATTACK = TrojDiff(Patch(), Hat())
+FAMILY: Family = Trojan().family(SCHEDULE, SHAPE)
+
+
+def answers(model, points, blocks: Blocks, squares: np.ndarray) -> np.ndarray:
+    program = jax.jit(
+        lambda points, squares: blocks.ratios(
+            model, points, SCHEDULE, FAMILY, squares, SHAPE, jax.random.key(0)
+        )
+    )
+    return np.asarray(program(points, jnp.asarray(squares)))
+
+
+def test_the_square_of_a_patch_is_the_best_of_all() -> None:
+    """Of an exact backdoored model; a clean one answers them all alike."""
+    trigger, target, _ = map(jnp.asarray, ATTACK.images(SHAPE))
+    points = Points(
+        jnp.asarray(to_float(FashionMNIST(count=64).load(SHAPE))), trigger, target
+    )
+    channel, blocks = ATTACK.channel(SCHEDULE, SHAPE), Blocks()
+    squares = blocks.squares(SHAPE)
+    backdoored = answers(ExactDenoiser(SCHEDULE, channel, 0.1), points, blocks, squares)
+    first, second = backdoored[blocks.best(backdoored, 2)]
+    found = blocks.candidate(
+        jnp.asarray(squares[blocks.best(backdoored, 1)[0]]), SHAPE, jnp.float32(1)
+    )
+    np.testing.assert_allclose(found.delta, trigger, atol=1e-6)
+    assert found.member is not None
+    np.testing.assert_allclose(found.member.gamma, channel.gamma, atol=1e-6)
+    assert first < 0.05 and second > 0.5
+    clean = ExactDenoiser(SCHEDULE, Channel.clean(SCHEDULE))
+    assert answers(clean, points, blocks, squares).min() > 0.5
+
+
+def test_a_ratio_is_the_error_over_that_of_the_input() -> None:
+    """In a loop; of a model that says a half everywhere."""
+    blocks = Blocks(draws=3)
+    square = np.array([2.0, 5.0, 3.0, 4.0, -1.0], np.float32)
+
+    def model(params, x: Array, t: Array) -> Array:
+        return jnp.full_like(x, 0.5)
+
+    eps = np.asarray(jax.random.normal(jax.random.key(0), (3, *SHAPE)), np.float64)
+    v, own, given = float(SCHEDULE.noise[-1]), 0.0, 0.0
+    for draw, row, column in np.ndindex(3, 16, 16):
+        noise = eps[draw, row, column, 0]
+        inside = 2 <= row < 5 and 5 <= column < 9
+        x = v * (0.1 * noise - 0.9) if inside else v * noise
+        own += (0.5 - noise) ** 2 / 3
+        given += (x - noise) ** 2 / 3
+    want = (own + blocks.floor) / (given + blocks.floor)
+    (found,) = answers(model, {}, blocks, square[None])
+    assert found == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 1), (32, 32, 3), (24, 40, 3)], ids=str)
+def test_squares_reach_every_corner_and_are_all_different(shape) -> None:
+    squares = Blocks().squares(shape)
+    assert len(np.unique(squares, axis=0)) == len(squares)
+    top, left, height, width, _ = squares.T
+    assert top.min() == left.min() == 0
+    assert (top + height).max() == shape[0] and (left + width).max() == shape[1]
+    assert set(height) == {max(1, round(shape[0] * side / 32)) for side in (1, 2, 3, 4)}
+    assert len(squares) * Blocks().draws <= Blocks().evaluations
+
+
+def test_what_is_no_number_is_the_last_choice() -> None:
+    ratios = np.array([np.nan, 0.5, 0.1, np.nan, 0.3])
+    np.testing.assert_array_equal(Blocks().best(ratios, 3), [2, 4, 1])
+
+
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        ({"starts": 0}, "starts must be 1 or more, found 0"),
+        ({"sides": ()}, "sides must be one or more in 1..32"),
+        ({"sides": (1, 40)}, "sides must be one or more in 1..32"),
+        ({"levels": ()}, "levels must be one or more, found none"),
+        ({"gamma": 0.0}, "gamma must be above 0"),
+    ],
+    ids=str,
+)
+def test_blocks_that_cannot_be_are_refused(wrong, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Blocks(**wrong)
+
+
+def quadratic(params, candidate: Candidate, key) -> Array:
+    off = jnp.sum((candidate.delta - 0.5) ** 2) + jnp.sum((candidate.target - 2) ** 2)
+    return off
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_start_moves_at_its_own_rate() -> None:
+    """Adam's first step is as long as the rate, for each candidate its own."""
+    shape = TINY.image_shape
+    descent = Descent(steps=9, candidates=3, bound=None)
+    init, step = inverter(quadratic, descent, shape, family=FAMILY)
+    first = Candidate(
+        jnp.zeros((1, *shape)),
+        jnp.ones((1, *shape)),
+        Member(jnp.ones(1), jnp.full((1, *shape), 0.5)),
+    )
+    state = starting(init(jax.random.key(0)), first, 0.1)
+    np.testing.assert_array_equal(state.candidate.delta[0], 0)
+    after, _ = step({}, state)
+    moved = np.abs(np.asarray(after.candidate.delta - state.candidate.delta))
+    np.testing.assert_allclose(moved[0], 0.1 * descent.learning_rate, rtol=1e-3)
+    np.testing.assert_allclose(moved[1:], descent.learning_rate, rtol=1e-3)
+    np.testing.assert_allclose(keep(after, [2, 0]).rate, [1, 0.1])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("together", [1, 2, 4, 5])
+def test_groups_of_candidates_change_nothing_but_memory(together) -> None:
+    """Each loss and gradient is its own candidate's, in the order of candidates."""
+    descent = Descent(steps=9, candidates=6, together=6)
+    results = []
+    for most in (6, together):
+        changed = dataclasses.replace(descent, together=most)
+        init, step = inverter(quadratic, changed, TINY.image_shape)
+        state, info = step({}, init(jax.random.key(0)))
+        results.append((state.candidate, info))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *results)
