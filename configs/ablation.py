@@ -62,7 +62,7 @@ CHANGES = {
     "variance: 0.1": loss(variance=0.1),
     "starts: each pixel by itself": descent(grain=0),
     "starts: one scale": descent(scales=(1.0,)),
-    "candidates: 6": descent(candidates=6),
+    "candidates: 6": descent(candidates=6, scales=(1.0, 0.1)),
     "finalists: 1": descent(finalists=1),
     "bound: none": descent(bound=None),
     "Adam: b2 0.999": descent(b2=0.999),

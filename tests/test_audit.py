@@ -8,18 +8,25 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
+from tiny_config import ANY, get_config
 
 from puredif_jax.defenses.base import Inverted
+from puredif_jax.defenses.blocks import Blocks
+from puredif_jax.defenses.denoising_error import DenoisingError
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.elijah import Uniformity
+from puredif_jax.defenses.hypothesis import Fading, Trojan
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
+from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.calibration import clean_scores
 from puredif_jax.stages.experiment import Experiment
-from puredif_jax.stages.perform import context_of, open_lab
+from puredif_jax.stages.inspector import _reached
+from puredif_jax.stages.perform import context_of, open_lab, perform
 
 KNOWN = Experiment("run", SHIPPED, audit=Audit(("clean",)))
 
@@ -121,3 +128,50 @@ def test_what_argues_for_a_verdict_is_side_by_side(finished) -> None:
         "draws from plain noise, ode, unclipped",
     ]
     assert "prove nothing" in page and "What to do next" in page
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_placebos_and_squares_are_part_of_an_audit(tmp_path) -> None:
+    """Stored each by itself; what is stored is not sought again."""
+    inversion = Inversion(
+        DenoisingError(samples=1),
+        Descent(steps=4, candidates=4, scout=2, finalists=2),
+        Blocks(places=2, draws=1),
+        heldout=2,
+    )
+    kinds = (Fading(Ancestral()), Trojan())
+    run = dataclasses.replace(
+        get_config(),
+        workdir=str(tmp_path),
+        training=None,
+        attack=None,
+        amplification=None,
+        audit=Audit(("clean",), kinds, inversion, ANY),
+        model=SHIPPED,
+    )
+    first = perform(run)
+    (judged,) = first.judgements
+    results = tmp_path / "results"
+    names = {path.stem for path in results.glob("puredif_clean_*")}
+    assert names == {
+        "puredif_clean_sde",
+        "puredif_clean_sde_placebo_0.7",
+        "puredif_clean_sde_placebo_1.4",
+        "puredif_clean_trojan",
+        "puredif_clean_trojan_blocks",
+    }
+    (results / "puredif_clean_sde_placebo_0.7.npz").unlink()
+    (tmp_path / "report.json").unlink()
+    again = perform(run)
+    assert again.judgements[0].score == judged.score
+    assert (results / "puredif_clean_sde_placebo_0.7.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "errors,falling,reached",
+    [((0.5, 0.2), 0.1, 0.1), ((0.5, 0.2), -0.3, 0.2), ((0.5, 0.2), np.inf, -np.inf)],
+)
+def test_a_placebo_reaches_no_less_than_it_did(errors, falling, reached) -> None:
+    """One that gets worse in its last quarter has reached what it has."""
+    result = {"errors": np.array(errors), "falling": np.array(falling)}
+    assert _reached(result) == pytest.approx(reached)

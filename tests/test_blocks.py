@@ -60,7 +60,7 @@ def test_the_square_of_a_patch_is_the_best_of_all() -> None:
 def test_a_ratio_is_the_error_over_that_of_the_input() -> None:
     """In a loop; of a model that says a half everywhere."""
     blocks = Blocks(draws=3)
-    square = np.array([2.0, 5.0, 3.0, 4.0, -1.0], np.float32)
+    square = np.array([2.0, 5.0, 3.0, -1.0], np.float32)
 
     def model(params, x: Array, t: Array) -> Array:
         return jnp.full_like(x, 0.5)
@@ -69,7 +69,7 @@ def test_a_ratio_is_the_error_over_that_of_the_input() -> None:
     v, own, given = float(SCHEDULE.noise[-1]), 0.0, 0.0
     for draw, row, column in np.ndindex(3, 16, 16):
         noise = eps[draw, row, column, 0]
-        inside = 2 <= row < 5 and 5 <= column < 9
+        inside = 2 <= row < 5 and 5 <= column < 8
         x = v * (0.1 * noise - 0.9) if inside else v * noise
         own += (0.5 - noise) ** 2 / 3
         given += (x - noise) ** 2 / 3
@@ -78,15 +78,20 @@ def test_a_ratio_is_the_error_over_that_of_the_input() -> None:
     assert found == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(16, 16, 1), (32, 32, 3), (24, 40, 3)], ids=str)
-def test_squares_reach_every_corner_and_are_all_different(shape) -> None:
-    squares = Blocks().squares(shape)
-    assert len(np.unique(squares, axis=0)) == len(squares)
-    top, left, height, width, _ = squares.T
-    assert top.min() == left.min() == 0
-    assert (top + height).max() == shape[0] and (left + width).max() == shape[1]
-    assert set(height) == {max(1, round(shape[0] * side / 32)) for side in (1, 2, 3, 4)}
-    assert len(squares) * Blocks().draws <= Blocks().evaluations
+@pytest.mark.parametrize(
+    "shape", [(8, 8, 1), (16, 16, 1), (32, 32, 3), (48, 48, 3), (24, 40, 3)], ids=str
+)
+@pytest.mark.parametrize("side", [1, 2, 3, 4])
+def test_a_patch_in_a_corner_is_among_the_squares(side, shape) -> None:
+    """As `Patch` draws it, for any size of image."""
+    patch, blocks = Patch(size=side), Blocks()
+    squares = blocks.squares(shape)
+    row, column, _ = np.nonzero(patch.image(shape))
+    wanted = (row.min(), column.min(), row.max() - row.min() + 1, 1.0)
+    (index,) = np.nonzero((squares == np.array(wanted, np.float32)).all(1))
+    found = blocks.candidate(jnp.asarray(squares[index[0]]), shape, jnp.float32(1))
+    np.testing.assert_allclose(found.delta, patch.image(shape), atol=1e-6)
+    assert len(squares) * blocks.draws <= blocks.evaluations
 
 
 def test_what_is_no_number_is_the_last_choice() -> None:
@@ -101,7 +106,9 @@ def test_what_is_no_number_is_the_last_choice() -> None:
         ({"sides": ()}, "sides must be one or more in 1..32"),
         ({"sides": (1, 40)}, "sides must be one or more in 1..32"),
         ({"levels": ()}, "levels must be one or more, found none"),
-        ({"gamma": 0.0}, "gamma must be above 0"),
+        ({"gamma": 0.0}, "gamma must lie in"),
+        ({"gamma": 1.0}, "gamma must lie in"),
+        ({"rate": 0.0}, "rate must be above 0"),
     ],
     ids=str,
 )
@@ -110,9 +117,11 @@ def test_blocks_that_cannot_be_are_refused(wrong, message) -> None:
         Blocks(**wrong)
 
 
-def quadratic(params, candidate: Candidate, key) -> Array:
-    off = jnp.sum((candidate.delta - 0.5) ** 2) + jnp.sum((candidate.target - 2) ** 2)
-    return off
+def noisy(params, candidate: Candidate, key) -> Array:
+    """Each candidate's own by its key, also."""
+    aim = jax.random.normal(key, candidate.delta.shape)
+    off = jnp.sum((candidate.delta - aim) ** 2) + jnp.sum((candidate.target - 2) ** 2)
+    return params * off
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -120,7 +129,7 @@ def test_a_start_moves_at_its_own_rate() -> None:
     """Adam's first step is as long as the rate, for each candidate its own."""
     shape = TINY.image_shape
     descent = Descent(steps=9, candidates=3, bound=None)
-    init, step = inverter(quadratic, descent, shape, family=FAMILY)
+    init, step = inverter(noisy, descent, shape, family=FAMILY)
     first = Candidate(
         jnp.zeros((1, *shape)),
         jnp.ones((1, *shape)),
@@ -128,8 +137,8 @@ def test_a_start_moves_at_its_own_rate() -> None:
     )
     state = starting(init(jax.random.key(0)), first, 0.1)
     np.testing.assert_array_equal(state.candidate.delta[0], 0)
-    after, _ = step({}, state)
-    moved = np.abs(np.asarray(after.candidate.delta - state.candidate.delta))
+    after, _ = step(1.0, state)
+    moved = np.abs(np.asarray(after.candidate.target - state.candidate.target))
     np.testing.assert_allclose(moved[0], 0.1 * descent.learning_rate, rtol=1e-3)
     np.testing.assert_allclose(moved[1:], descent.learning_rate, rtol=1e-3)
     np.testing.assert_allclose(keep(after, [2, 0]).rate, [1, 0.1])
@@ -137,13 +146,14 @@ def test_a_start_moves_at_its_own_rate() -> None:
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("together", [1, 2, 4, 5])
-def test_groups_of_candidates_change_nothing_but_memory(together) -> None:
-    """Each loss and gradient is its own candidate's, in the order of candidates."""
-    descent = Descent(steps=9, candidates=6, together=6)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_of_candidates_change_nothing_but_memory(together, groups) -> None:
+    """Each loss and gradient is its own candidate's, by its own key."""
+    descent = Descent(steps=9, candidates=12, together=12)
     results = []
-    for most in (6, together):
+    for most, devices in ((12, 1), (together, groups)):
         changed = dataclasses.replace(descent, together=most)
-        init, step = inverter(quadratic, changed, TINY.image_shape)
-        state, info = step({}, init(jax.random.key(0)))
+        init, step = inverter(noisy, changed, TINY.image_shape, groups=devices)
+        state, info = step(1.0, init(jax.random.key(0)))
         results.append((state.candidate, info))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *results)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *results)

@@ -89,6 +89,8 @@ def test_evaluations_of_an_inversion() -> None:
     scouted = Inversion(loss=SHIFT, descent=descent, blocks=blocks)
     assert scouted.evaluations(Fading()) == 3 * (3 * 2 + 2 * 4) * 6
     assert scouted.evaluations(Trojan()) == 3 * (3 * 2 + 2 * 4) * 6 + 72
+    single = dataclasses.replace(descent, candidates=1)
+    assert dataclasses.replace(scouted, descent=single).starts(Trojan()) is None
     still = dataclasses.replace(scouted, loss=ElijahLoss())
     assert still.starts(Trojan()) is None, "a loss that does not move gamma"
     alone = dataclasses.replace(descent, candidates=1)

@@ -32,7 +32,7 @@ from puredif_jax.defenses.denoising_consistency import (
 )
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.hypothesis import Fading
+from puredif_jax.defenses.hypothesis import Fading, Trojan
 from puredif_jax.defenses.inversion import Descent, Inversion, inverter
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
@@ -126,6 +126,27 @@ def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, kind) -> None:
     (wrong,) = ATTACKS.keys() - {kind}
     assert distances[kind].cosine > 0.95 and distances[kind].relative_l2 < 0.3
     assert gains[kind] < 0.3 < gains[wrong]
+
+
+def test_a_patch_is_found_from_the_best_squares(tmp_path) -> None:
+    """By a short search. Without them it is missed; a stored scan is not made again."""
+    attack = TrojDiff(Patch(), Hat())
+    lab, points = exact_lab(tmp_path, attack)
+    truth = Truth.of(attack, SCHEDULE, TINY.image_shape)
+    descent = dataclasses.replace(INVERSION.descent, candidates=4, scout=10, steps=40)
+    wanted = dataclasses.replace(INVERSION, descent=descent)
+    random = dataclasses.replace(wanted, blocks=None)
+    cosines = []
+    for name, inversion in {"squares": wanted, "random": random}.items():
+        found, _, _ = search.invert(lab, name, points, Trojan(), inversion)
+        distance = metrics.trigger_distance(found.delta, truth.trigger)
+        cosines.append(float(distance.cosine))
+    assert cosines[0] > 0.99 > 0.5 > cosines[1]
+    results = lab.run.folder / "results"
+    assert [path.name for path in results.iterdir()] == ["squares_blocks.npz"]
+    before = search._squaring.cache_info()
+    search.invert(lab, "squares", points, Trojan(), wanted)
+    assert search._squaring.cache_info() == before
 
 
 def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None:
@@ -261,6 +282,7 @@ MAKERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "judging": (search._judging, (8, False)),
     "descent": (search._descending, (LOSS, DESCENT, 20)),
     "blocks": (search._squaring, (Blocks(),)),
+    "starts": (search._showing, ()),
     "training": (train._training, (TRAINING, ATTACKS[ODE], 20)),
 }
 OTHERS: dict[str, tuple[Any, ...]] = {

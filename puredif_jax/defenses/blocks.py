@@ -1,8 +1,10 @@
 """Squares of narrowed noise that are answered as by a backdoor: starts for patches.
 
 A patch trigger shifts and narrows the noise in a square alone. Away from that square a
-backdoored model answers like a clean one, so descent has no slope to follow. There are
-few squares, so all of them are tried.
+backdoored model answers like a clean one, so descent has no slope to follow. Squares
+are few: at 16x16 all places are tried, on larger images a grid of them that has every
+edge and corner. Not tried are patches whose level differs by channel, and levels and
+gamma far from those that are named.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.pictures import Shape
+from puredif_jax.attacks.pictures import Shape, pixels
 from puredif_jax.defenses.family import Family
 from puredif_jax.diffusion.prediction import lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
@@ -35,9 +37,9 @@ class Blocks:
     """Squares in which noise is narrowed to a level, and how a model answers them.
 
     Attributes:
-      starts: candidates of a search that start at the best squares, at most; the
-        others start at random.
-      sides: of the squares, in 32nds of the image's side; one pixel at least.
+      starts: candidates of a search that start at the best squares, at most, and at
+        most half of all; the others start at random.
+      sides: of the squares, in pixels of a 32x32 image, as of `Patch`.
       places: of a square along each axis, evenly from edge to edge.
       levels: of its pixels, times 1 - gamma.
       gamma: scale of the noise in it.
@@ -67,7 +69,9 @@ class Blocks:
             raise ValueError(f"sides must be one or more in 1..32, found {self.sides}")
         if not self.levels:
             raise ValueError("levels must be one or more, found none")
-        for name in ("gamma", "floor", "rate"):
+        if not 0.05 <= self.gamma < 1:  # as a search bounds it
+            raise ValueError(f"gamma must lie in [0.05, 1), found {self.gamma}")
+        for name in ("floor", "rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
 
@@ -78,19 +82,19 @@ class Blocks:
         return count * self.draws
 
     def squares(self, shape: Shape) -> np.ndarray:
-        """Top, left, height, width and level of each, float32 `[M, 5]`.
+        """Top, left, side and level of each, float32 `[M, 4]`.
 
         On a small image some of them are the same, and here once.
         """
         rows = []
         for side in self.sides:
-            size = [max(1, round(length * side / 32)) for length in shape[:2]]
+            own = pixels(side, shape)
             tops, lefts = (
                 np.linspace(0, length - own, self.places).round()
-                for length, own in zip(shape[:2], size, strict=True)
+                for length in shape[:2]
             )
             rows += [
-                (top, left, *size, level)
+                (top, left, own, level)
                 for top in tops
                 for left in lefts
                 for level in self.levels
@@ -99,10 +103,10 @@ class Blocks:
 
     def candidate(self, square: Array, shape: Shape, psi: Array) -> Candidate:
         """The trigger and the noise of a square; the image is 0."""
-        top, left, height, width, level = square
+        top, left, side, level = square
         row, column, _ = jnp.indices(shape, jnp.float32)
-        inside = (row >= top) & (row < top + height)
-        inside &= (column >= left) & (column < left + width)
+        inside = (row >= top) & (row < top + side)
+        inside &= (column >= left) & (column < left + side)
         delta = jnp.where(inside, level * (1 - self.gamma), 0.0)
         member = Member(psi, jnp.where(inside, self.gamma, 1.0))
         return Candidate(delta, jnp.zeros(shape), member)
@@ -121,7 +125,7 @@ class Blocks:
     ) -> Array:
         """The error of a model at T - 1 over that of one that answers its input.
 
-        Of squares `[M, 5]` at once; `[M]`. With x = v (gamma eps + delta) it is
+        Of squares `[M, 4]` at once; `[M]`. With x = v (gamma eps + delta) it is
 
           (mean ||M(x) - eps - C delta||^2 + floor) / (mean ||x - eps - C delta||^2
           + floor),
@@ -130,23 +134,25 @@ class Blocks:
         answers its input: 1. Small if the square belongs to a backdoor.
         """
         top = schedule.steps - 1
-        eps = shard(jax.random.normal(key, (self.draws, *shape)))
-        times = jnp.full((self.draws,), top)
+        eps = jax.random.normal(key, (self.draws, *shape))
+        psi = jnp.asarray(family.psi, jnp.float32)[1]
 
-        def ratio(square: Array) -> Array:
-            psi = jnp.asarray(family.psi, jnp.float32)[1]
+        def shown(square: Array) -> tuple[Array, Array]:
+            """Noisy images of a square, and what a backdoored model answers."""
             found = self.candidate(square, shape, psi)
             channel: Channel = family.at(found)
-            delta = found.delta[None]
+            delta, times = found.delta[None], jnp.full((self.draws,), top)
             x = channel.noisy(schedule, jnp.zeros_like(eps), eps, delta, times)
-            known = eps + lookup(channel.response, times) * delta
-            own, input_ = (
-                jnp.sum((answer - known) ** 2) / self.draws
-                for answer in (model(params, x, times), x)
-            )
-            return (own + self.floor) / (input_ + self.floor)
+            return x, eps + lookup(channel.response, times) * delta
 
-        return jax.vmap(ratio)(squares)
+        x, known = jax.vmap(shown)(squares)
+        flat = shard(x.reshape(-1, *shape))
+        answer = model(params, flat, jnp.full((len(flat),), top)).reshape(x.shape)
+        own, given = (
+            jnp.sum((each - known) ** 2, (1, 2, 3, 4)) / self.draws
+            for each in (answer, x)
+        )
+        return (own + self.floor) / (given + self.floor)
 
     def best(self, ratios: np.ndarray, count: int) -> np.ndarray:
         """Indices of the squares of the smallest ratios; what is no number is last."""

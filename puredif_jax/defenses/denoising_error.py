@@ -32,10 +32,11 @@ def linear_error(
     t: Array,
     variance: float,
 ) -> Array:
-    """What the best linear clean denoiser leaves on the path of a trigger, `[T]`.
+    """What the best linear clean denoiser leaves on the path of a flat image, `[T]`.
 
     N_t = (lambda_t H_t - C_t)^2 ||delta||^2 + sum (1 - lambda_t v_t gamma)^2: it
-    answers lambda_t x, lambda_t = v_t / (s_t^2 variance + v_t^2).
+    answers lambda_t x, lambda_t = v_t / (s_t^2 variance + v_t^2). The image is taken
+    to be 0, so that no image is rewarded for being hard to denoise.
 
     Args:
       schedule, channel: the process, and the path.
@@ -67,8 +68,9 @@ class DenoisingError(Loss):
     The samples are not averaged before the square, so the noise does not favour large
     triggers. The logarithm makes each timestep count by its ratio: without it, a few
     high ones decide. N_t follows the trigger, so delta = 0 is no solution, also where
-    C = 0. Where a clean model, too, solves the equations, as near T for deterministic
-    sampling, both are below the floor, and the timestep has no say.
+    C = 0 (but for a power of 0). Where a clean model, too, solves the equations, as
+    near T for deterministic sampling, both are below the floor, and the timestep has no
+    say.
 
     Attributes:
       timesteps: the set of t, as `NoiseSchedule.matched` reads it.

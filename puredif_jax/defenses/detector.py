@@ -142,7 +142,8 @@ class Detector(Scores):
       linear: a model is not judged unless its `denoising` is below this; inf judges
         any.
       settled: a model is not called clean unless the held-out loss fell by less than
-        this, in natural logarithms, in the last quarter of every search; inf calls any.
+        this, in natural logarithms, in the last quarter of each search (`Features`);
+        inf calls any.
     """
 
     alarm: float = 4.0
@@ -158,8 +159,9 @@ class Detector(Scores):
 
     def judge(self, found: Mapping[Hypothesis, Features]) -> Verdict:
         verdict = super().judge(found)
-        worst = max(found, key=lambda kind: float(found[kind].falling))
-        falling = float(found[worst].falling)
+        fell = {kind: float(features.falling) for kind, features in found.items()}
+        worst = max(fell, key=lambda kind: (np.isnan(fell[kind]), fell[kind]))
+        falling = fell[worst]
         if verdict.outcome != "clean" or falling < self.settled:
             return verdict
         reason = (

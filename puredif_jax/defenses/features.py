@@ -44,12 +44,12 @@ class Features(NamedTuple):
 
     heldout: value of `DenoisingError` on held-out noise. Small where the model answers
       delta as a backdoor would.
-    falling: by how much that fell in the last quarter of the search. Large where the
-      search was too short to say that there is nothing.
-    placebo: exp of heldout, less the mean of what the same search reaches in channels
-      of no attack (`Hypothesis.placebos`); 0 without any. Far from its data a clean
-      network bends, so that a large shift of the noise brings some image under many
-      channels: then it is near 1. Small if backdoored.
+    falling: by how much that fell in the last quarter of the finalists' steps. Large
+      where the search was too short to say that there is nothing.
+    placebo: exp of heldout, less the mean of what the same search would reach in
+      channels of no attack (`Hypothesis.placebos`) if it went on; 0 without any. Far
+      from its data a clean network bends, so that a large shift of the noise brings
+      some image under many channels: then it is near 1. Small if backdoored.
     memory: error of the backdoor process at middle t on its one image, over that of
       the same model on images it draws itself. Small where that image was learnt.
     gain: the larger of placebo and of the error of the backdoor process over the least
@@ -100,7 +100,7 @@ class Errors(NamedTuple):
 
     In dimensions: squared errors of the predicted noise, summed over an image. A clean
     model can explain a path in two ways; where one of them does, it is no backdoor.
-    Where the path itself is that of one image, `drawn` takes the place of both.
+    Where the path itself is that of one image, `known` takes the place of both.
 
     timesteps: `[T]`.
     triggered: of eps + C_t delta from x_t = s_t y + v_t gamma eps + H_t delta.
@@ -110,11 +110,11 @@ class Errors(NamedTuple):
       a clean model sees in x_t.
     single: of (x_t - s_t z) / v_t from x_t, z the one image for all t that fits best.
       The trigger is noise of another mean, which leads to one image that it knows.
-    drawn: of eps + C_t delta from x_t, by the best denoiser of some images that the
+    known: of eps + C_t delta from x_t, by the best denoiser of some images that the
       model draws and of y. It knows y, and takes x_t for y where x_t is near it.
     lone: `Hypothesis.lone`, whether `single` and `moved` say nothing.
-    floor: of eps near T, where any denoiser is exact but for its network's own error;
-      at least `LEAST`.
+    floor: the least of `untriggered` at `HIGH`, where any denoiser is exact but for its
+      network's own error; at least `LEAST`.
     """
 
     timesteps: Array
@@ -122,7 +122,7 @@ class Errors(NamedTuple):
     untriggered: Array
     moved: Array
     single: Array
-    drawn: Array
+    known: Array
     lone: Array
     floor: Array
 
@@ -130,7 +130,7 @@ class Errors(NamedTuple):
     def explained(self) -> Array:
         """The least of the errors of clean explanations, `[T]`."""
         seen = jnp.minimum(self.moved, self.single)
-        return jnp.where(self.lone, self.drawn, seen)
+        return jnp.where(self.lone, self.known, seen)
 
     @property
     def ratios(self) -> Array:
@@ -194,10 +194,10 @@ def errors(
     delta = candidate.delta[None]
     shape = (draws, *candidate.delta.shape)
     y = jnp.broadcast_to(candidate.target, shape)
-    known = jnp.concatenate([jnp.clip(plain, -1, 1), candidate.target[None]])
+    images = jnp.concatenate([jnp.clip(plain, -1, 1), candidate.target[None]])
     nothing = jnp.zeros_like(candidate.target)
     mixture = ExactDenoiser(schedule, Channel.clean(schedule))
-    points = Points(known, nothing, nothing)
+    points = Points(images, nothing, nothing)
 
     def total(x: Array) -> Array:
         return jnp.sum(x**2) / draws
@@ -210,26 +210,26 @@ def errors(
         unmoved = diffuse(schedule, y, eps, times)
         moved = lookup(channel.shift, t) - lookup(schedule.noise, t) * response
         answer = model(params, path, times)
-        images = predict_x0(schedule, path, answer, times)
-        mean = images.mean(0)
+        estimates = predict_x0(schedule, path, answer, times)
+        mean = estimates.mean(0)
         return (
             total(answer - eps - response * delta),
             total(model(params, unmoved, times) - eps),
             total(model(params, unmoved + moved * delta, times) - eps),
             total(mixture(points, path, times) - eps - response * delta),
             mean,
-            total(images - mean[None]),
+            total(estimates - mean[None]),
         )
 
     times = schedule.matched(TIMESTEPS)
     keys = jax.random.split(key, len(times))
-    triggered, untriggered, moved, drawn, seen, spread = jax.lax.map(
+    triggered, untriggered, moved, known, seen, spread = jax.lax.map(
         lambda pair: at(*pair), (jnp.asarray(times), keys)
     )
-    floor = jnp.maximum(untriggered[0], LEAST)
+    floor = jnp.maximum(untriggered[: len(HIGH)].min(), LEAST)
     weight = jnp.asarray((schedule.signal / schedule.noise)[times] ** 2, jnp.float32)
     single = single_image(seen, spread, weight, floor)
-    found = triggered, untriggered, moved, single, drawn
+    found = triggered, untriggered, moved, single, known
     return Errors(jnp.asarray(times), *found, jnp.asarray(lone), floor)
 
 

@@ -115,6 +115,14 @@ class Placebo(Hypothesis):
         return f"{self.of.title}, with {self.factor:.2g} times the response"
 
     @property
+    def lone(self) -> bool:
+        return self.of.lone
+
+    @property
+    def power(self) -> float:
+        return self.of.power
+
+    @property
     def placebos(self) -> tuple[Hypothesis, ...]:
         return ()
 
@@ -185,6 +193,16 @@ class Trojan(Hypothesis):
 
     controlled: ClassVar[bool] = True
     narrows: ClassVar[bool] = True
+
+    @property
+    def power(self) -> float:
+        """1: N is large at all t."""
+        return 1.0
+
+    @property
+    def placebos(self) -> tuple[Hypothesis, ...]:
+        """None: there is no response to change."""
+        return ()
 
     @property
     def name(self) -> str:

@@ -92,8 +92,8 @@ class Descent:
     Attributes:
       steps: optimiser steps.
       candidates: K, restarts optimised side by side.
-      together: of them, those whose gradients a device computes at once, at most;
-        memory grows with it.
+      together: of them, those whose gradients a device computes at once, at most: the
+        largest divisor of its candidates. Memory grows with it.
       scout: steps after which a run (`stages.search.invert`) goes on with the best
         candidates alone; 0 keeps all to the end, as an `inverter` by itself does.
       finalists: how many these are, at most. Where a backdoor is sharp, the true
@@ -108,7 +108,7 @@ class Descent:
         to a constant wins some losses. None leaves them free.
       member_rate: rate of psi and gamma, where these may move, over that of the images.
       scales: candidates start at the random trigger times one of these, in turn by
-        pairs. Low-norm triggers are reached from small ones.
+        pairs, as psi is (`Family.first`). Small ones reach low-norm triggers.
       grain: cells along a side of the random trigger, interpolated between; 0 draws
         each pixel by itself. Triggers are images, and nearer to smooth ones.
       cosine: the rate decays to a tenth by a cosine; False holds it.
@@ -116,7 +116,7 @@ class Descent:
 
     steps: int = 120
     candidates: int = 1
-    together: int = 6
+    together: int = 8
     scout: int = 0
     finalists: int = 1
     learning_rate: float = 0.2
@@ -189,10 +189,10 @@ class Inversion:
 
     loss: Loss = DenoisingError()
     descent: Descent = Descent(
-        candidates=18,
+        candidates=16,
         scout=30,
         finalists=4,
-        scales=(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1),
+        scales=(1.0, 1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1),
         grain=4,
     )
     blocks: Blocks | None = Blocks()
@@ -209,8 +209,8 @@ class Inversion:
 
     def starts(self, hypothesis: Hypothesis) -> Blocks | None:
         """What finds first candidates under a hypothesis; None if all are random."""
-        narrows = hypothesis.narrows and self.loss.seeks_member
-        return self.blocks if narrows else None
+        some = self.descent.candidates > 1 and self.loss.seeks_member
+        return self.blocks if some and hypothesis.narrows else None
 
     def evaluations(self, hypothesis: Hypothesis) -> int:
         """Network evaluations of one image; one with its gradient counts for three.

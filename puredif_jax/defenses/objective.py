@@ -105,6 +105,10 @@ class Sum(Loss):
     def seeks_target(self) -> bool:
         return self.first.seeks_target or self.second.seeks_target
 
+    @property
+    def seeks_member(self) -> bool:
+        return self.first.seeks_member or self.second.seeks_member
+
     def bind(
         self,
         model: NoiseModel,

@@ -64,6 +64,15 @@ def _network(setup: Setup) -> Mapping[str, Any] | None:
 
 
 def search_of(defense: Defense) -> dict[str, Any]:
-    """The settings of a defense without its detector, as the asset has them."""
-    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(defense)))
+    """The settings of a defense without its detector, as the asset has them.
+
+    Nor those by which memory is spared (`together`).
+    """
+
+    def without(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {k: without(v) for k, v in tree.items() if k != "together"}
+
+    plain: dict[str, Any] = without(json.loads(json.dumps(config.to_dict(defense))))
     return {name: value for name, value in plain.items() if name != "detector"}

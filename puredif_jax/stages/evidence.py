@@ -50,7 +50,7 @@ def evidence(
     if errors.lone:
         clean = {
             "error of known images": (
-                errors.drawn,
+                errors.known,
                 "the same of a clean model that knows this image and some that the "
                 "model draws, and takes the triggered one for the nearest",
             ),

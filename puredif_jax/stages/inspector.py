@@ -199,7 +199,7 @@ class Inspector:
         return {
             name: float(np.mean(getattr(candidate.member, name)))
             for name in ("psi", "gamma")
-            if np.ptp(getattr(family, name)[:2])
+            if np.ptp(getattr(family, name)[:2], axis=0).any()
         }
 
     def with_truth(self, found: Inverted) -> Inverted:
@@ -281,9 +281,10 @@ class Inspector:
                 losses.append(curve["loss"].min(axis=-1))
                 done = steps[-1][-1]
         curves: dict[str, Any] = {}
-        curves[hypothesis.name] = (np.concatenate(steps), np.concatenate(losses))
-        if scout:
-            scouts = self.lab.run.metrics.read(f"{stage}_scouts")
+        if steps:
+            curves[hypothesis.name] = (np.concatenate(steps), np.concatenate(losses))
+        scouts = self.lab.run.metrics.read(f"{stage}_scouts") if scout else {}
+        if len(scouts.get("step", ())):
             for i, loss in enumerate(scouts["loss"].reshape(len(scouts["step"]), -1).T):
                 curves[f"{hypothesis.name}, scout {i + 1}"] = (scouts["step"], loss)
         return curves
@@ -309,8 +310,8 @@ class Inspector:
             return found.rate
 
         delta = result["delta"]
-        kinds = hypothesis.controlled or truth.controlled
-        same = hypothesis.solver == truth.solver and not kinds
+        inside = hypothesis.controlled or truth.controlled
+        same = hypothesis.solver == truth.solver and not inside
         rates = {}
         for by, end in ((sampler, ""), (unclipped(sampler), "_unclipped")):
             if by is None:
@@ -331,11 +332,12 @@ class Inspector:
 
 
 def _reached(result: Mapping[str, np.ndarray]) -> float:
-    """What a search under a placebo would reach in a quarter of its steps more.
+    """What a search under a placebo would reach if it fell on for another quarter.
 
-    If it fell on as it did: one that was too short explains no less than a longer one.
+    So one that was too short explains no less than a longer one. One that ended in no
+    finite numbers leaves no score.
     """
-    return float(result["errors"].min() - result["falling"])
+    return float(result["errors"].min() - np.maximum(result["falling"], 0))
 
 
 def _candidate(result: Mapping[str, np.ndarray]) -> Candidate:

@@ -211,7 +211,8 @@ class Lab:
         shape = self.unet.image_shape
         if moving:
             return self.place(hypothesis.family(self.schedule, shape))
-        return self.place(Family.only(hypothesis.channel(self.schedule, shape)))
+        still = Family.only(hypothesis.channel(self.schedule, shape))
+        return self.place(dataclasses.replace(still, power=hypothesis.power))
 
     def place(self, channels: _Tree) -> _Tree:
         """A channel, or a family of them, in float32 on all devices."""

@@ -105,14 +105,8 @@ def invert(
     search = _Search(lab, loss, descent, params, family)
     begin, steps = search.first, descent.steps
     if blocks is not None:
-        count = min(blocks.starts, descent.candidates)
+        count = min(blocks.starts, descent.candidates // 2)
         best = _blocks(lab, stage, params, family, blocks, count)
-        show = _judging(lab.setup, inversion.judge, True)
-        images = [
-            show(params, family, jax.tree.map(lambda x, k=k: x[k], best), key)[1]
-            for k in range(count)
-        ]
-        best = dataclasses.replace(best, target=jnp.stack(images))
 
         def begin() -> InversionState:
             return starting(search.first(), best, blocks.rate)
@@ -269,7 +263,10 @@ def _blocks(
     blocks: Blocks,
     count: int,
 ) -> Candidate:
-    """The candidates of the `count` best squares, found with progress and only once."""
+    """The candidates of the `count` best squares, with the images they lead to.
+
+    Found with progress, and stored; a call that is interrupted tries all again.
+    """
     shape = lab.setup.image_shape
     squares, label = blocks.squares(shape), f"{stage}_blocks"
 
@@ -296,4 +293,18 @@ def _blocks(
     ratios = lab.run.once(label, compute)["ratios"]
     psi = jnp.asarray(family.psi, jnp.float32)[1]
     chosen = jnp.asarray(squares[blocks.best(ratios, count)])
-    return jax.vmap(lambda square: blocks.candidate(square, shape, psi))(chosen)
+    found = jax.vmap(lambda square: blocks.candidate(square, shape, psi))(chosen)
+    images = _showing(lab.setup)(params, family, found, lab.stream(Stream.HELDOUT))
+    return dataclasses.replace(found, target=images)
+
+
+@functools.lru_cache(KEPT)
+def _showing(setup: Setup) -> Callable[..., Array]:
+    """The images to which candidates lead, one after another."""
+
+    def show(params: Params, family: Family, found: Candidate, key: Key) -> Array:
+        image = estimated_target(setup.model, setup.schedule, family, setup.shard)
+        images: Array = jax.lax.map(lambda each: image(params, each, key), found)
+        return images
+
+    return jax.jit(show, out_shardings=parallel.replicated(setup.mesh))
