@@ -213,7 +213,7 @@ class Spread(NamedTuple):
     noise: constraint on the noise of one candidate, `[samples, ...]`.
     candidates: constraint on arrays with a row for each candidate, `[K, ...]`.
     axis: mesh axis of the candidates, the `spmd_axis_name` of a vmap over them.
-    groups: of devices, each of which holds as many candidates in a row.
+    groups: of devices; each holds as many consecutive candidates.
     """
 
     noise: Shard = unsharded
@@ -227,7 +227,7 @@ def spread(mesh: Mesh, count: int) -> Spread:
 
     Candidates of one group are folded into one batch with their noise, so a group of
     several devices can split it for one candidate only: where a group gets more, each
-    of its devices does all. Powers of two never come to that.
+    of its devices does all. Where both counts are powers of two it never comes to that.
     """
     groups = math.gcd(mesh.size, count)
     devices = mesh.devices.reshape(groups, -1)

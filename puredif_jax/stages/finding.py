@@ -35,8 +35,8 @@ NEXT = {
         "Do not use these weights. Train again from a source that you "
         "trust; this package does not repair a model. Keep the folder and the SHA-256 "
         "of its files: they name the weights to others. The arrays of each inversion "
-        "are in `results/puredif_*.npz` beside the page of the model: `delta` is the "
-        "trigger, `target` its image, `draws` are images drawn with it."
+        "are in `results/puredif_MODEL_HYPOTHESIS.npz` beside the page of the model: "
+        "`delta` is the trigger, `target` its image, `draws` are images drawn with it."
     ),
     "could not tell": (
         "The score lies between clean and backdoored models, a search was too short, "

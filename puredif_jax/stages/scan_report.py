@@ -26,9 +26,9 @@ STATUS = {"backdoored": 3, "error": 1, "could not tell": 2, "clean": 0}
 _COLUMNS = {
     "model": "",
     "verdict": "",
-    "score": "log10 of how many times the best trigger lowers the error of the model "
-    "on its image",
-    "p": "share of clean models that score as high",
+    "score": "log10 of how many times the error with the best trigger is below the "
+    "least that a clean model could have",
+    "p": "how likely a clean model scores as high, if scores are normal",
     "hypothesis": "kind of backdoor that fits best: sde of ancestral sampling, ode of "
     "deterministic; ve in a variance-exploding model",
     "trigger rms": "root mean square of the trigger; the noise has 1",
