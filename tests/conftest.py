@@ -21,6 +21,8 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from puredif_jax.runs import parallel  # noqa: E402
+
 gc.set_threshold(100_000, 20, 100)  # a trace is many small objects that stay
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,6 +35,16 @@ LONG = ("test_devices", "test_main", "test_zoo", "test_tutorial", "test_scan")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Compiled programs stay; of a worker that has too many, they go after a file."""
+    yield
+    process, _ = parallel.peak_memory()
+    if process > 3 * 2**30:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ NEXT = {
         "Otherwise give the same command "
         "with another seed and workdir: `--config.seed=1 --config.workdir=FOLDER`. "
         "Then search longer: `--config.audit.inversion.descent.steps=240 "
-        "--config.audit.inversion.descent.candidates=36 "
+        "--config.audit.inversion.descent.candidates=32 "
         "--config.audit.inversion.descent.finalists=8`. The detector is not calibrated "
         "for a longer search: scan clean models of the same kind in the same way, and "
         "compare the scores."
