@@ -31,7 +31,7 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.data import images as data
 from puredif_jax.diffusion.multistep import DPMSolver
-from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.schedules import LinearBetas, Process
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
 from puredif_jax.networks.unet import SHIPPED
@@ -52,14 +52,12 @@ FADING = LinearBetas()
 EXPLODING = VarianceExploding(
     sigma_min=0.02, sigma_max=100.0, values=(-1.0, 1.0), given_sigma=False
 )
-DRAWN = {
-    FADING: Evaluation(draws=64),
-    EXPLODING: Evaluation(
-        draws=64,
-        ancestral=PredictorCorrector(100, corrections=0),
-        deterministic=DPMSolver(steps=30),
-    ),
-}
+DRAWN = Evaluation(draws=64)
+DRAWN_VE = Evaluation(
+    draws=64,
+    ancestral=PredictorCorrector(100, corrections=0),
+    deterministic=DPMSolver(steps=30),
+)
 SOLVERS = (Ancestral(), Deterministic())
 SHOWN = ("psi", "gamma", "cosine", "relative_l2", "success", "true_success", "falling")
 ATTACKS = {
@@ -96,8 +94,44 @@ class Network:
         return self.model(params, x, t)
 
 
+def judged(process: Process, network, params, truth: Truth | None, seed: int):
+    """What the program says of a model: its verdict, and a row of figures."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        evaluation = DRAWN if process.tables().fades else DRAWN_VE
+        experiment = Experiment(
+            folder, SHIPPED, schedule=process, seed=seed, evaluation=evaluation
+        )
+        lab = open_lab(experiment)
+        lab.setup = dataclasses.replace(lab.setup, network=network)
+        bench = Inspector(
+            lab,
+            experiment.evaluation,
+            "model",
+            lab.run.replicate(params),
+            AUDIT.tried(lab.schedule),
+            "puredif",
+            truth,
+            "true",
+        )
+        verdict, found = AUDIT.defenses[0].inspect(bench)
+        found = tuple(map(bench.with_truth, found))
+    assert verdict is not None
+    best = max(found, key=lambda each: each.score)
+    return {
+        "seed": seed,
+        "verdict": verdict.outcome,
+        "p": verdict.p_value,
+        "hypothesis": best.hypothesis,
+        "score": best.score,
+        "scores": {each.hypothesis: each.score for each in found},
+        **{each: getattr(best, each) for each in SHOWN},
+        "seconds": time.perf_counter() - began,
+    }
+
+
 def row(name: str, seed: int, images: np.ndarray) -> dict[str, object]:
-    """What the program says of one model."""
+    """What the program says of one exact denoiser."""
     attack = ATTACKS[name]
     process = EXPLODING if "VE" in name else FADING
     schedule = process.tables()
@@ -108,38 +142,7 @@ def row(name: str, seed: int, images: np.ndarray) -> dict[str, object]:
         model = ExactDenoiser(schedule, attack.channel(schedule, SHAPE), 0.1)
         truth = Truth.of(attack, schedule, SHAPE)
     points = Points(*map(jnp.asarray, (images, trigger, target)))
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        experiment = Experiment(
-            folder, SHIPPED, schedule=process, seed=seed, evaluation=DRAWN[process]
-        )
-        lab = open_lab(experiment)
-        lab.setup = dataclasses.replace(lab.setup, network=Network(model))
-        bench = Inspector(
-            lab,
-            experiment.evaluation,
-            "model",
-            lab.run.replicate(points),
-            AUDIT.tried(schedule),
-            "puredif",
-            truth,
-            "true",
-        )
-        verdict, found = AUDIT.defenses[0].inspect(bench)
-        found = tuple(map(bench.with_truth, found))
-    assert verdict is not None
-    best = max(found, key=lambda each: each.score)
-    return {
-        "model": name,
-        "seed": seed,
-        "verdict": verdict.outcome,
-        "p": verdict.p_value,
-        "hypothesis": best.hypothesis,
-        "score": best.score,
-        "scores": {each.hypothesis: each.score for each in found},
-        **{each: getattr(best, each) for each in SHOWN},
-        "seconds": time.perf_counter() - began,
-    }
+    return {"model": name} | judged(process, Network(model), points, truth, seed)
 
 
 def main() -> None:
