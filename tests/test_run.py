@@ -137,6 +137,19 @@ def test_a_result_that_is_damaged_is_named_and_made_again(tmp_path, caplog) -> N
     np.testing.assert_array_equal(here.once("one", dict)["x"], np.arange(4))
 
 
+def test_a_result_of_another_version_is_named_and_kept(tmp_path) -> None:
+    """What it lacks is said; what is stored is not lost."""
+    here = Run(str(tmp_path), {}, parallel.make_mesh(1), 0.0)
+    here.once("found", lambda: {"x": np.zeros(2)})
+    path = here.folder / "results" / "found.npz"
+    with pytest.raises(RunError, match="has no y: it is of another version"):
+        here.once("found", lambda: {"x": np.ones(2), "y": np.ones(1)}, ("x", "y"))
+    assert path.exists()
+    path.unlink()
+    found = here.once("found", lambda: {"x": np.ones(2), "y": np.ones(1)}, ("x", "y"))
+    assert set(found) == {"x", "y"} and found["x"].sum() == 2
+
+
 def test_scalars_that_are_damaged_are_named_and_left_out(tmp_path, caplog) -> None:
     metrics = run.Metrics(tmp_path)
     for step in (1, 2, 3):

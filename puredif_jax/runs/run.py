@@ -146,14 +146,23 @@ class Run:
         return state
 
     def once(
-        self, name: str, compute: Callable[[], Mapping[str, Any]]
+        self,
+        name: str,
+        compute: Callable[[], Mapping[str, Any]],
+        fields: tuple[str, ...] = (),
     ) -> dict[str, np.ndarray]:
         """The arrays of `compute`, or those it gave in an earlier, interrupted call.
 
         A file of them that is damaged is named in the log and made again.
 
+        Args:
+          name: of the file.
+          compute: what it holds.
+          fields: arrays that it must hold.
+
         Raises:
-          RunError: process 0 sees those and this one does not, for a minute.
+          RunError: process 0 sees those and this one does not, for a minute; or they
+            are of a version of the program that had other fields.
           WriteError: they cannot be written.
         """
         path = self.folder / "results" / f"{name}.npz"
@@ -167,7 +176,12 @@ class Run:
             if parallel.agreed(found is not None):
                 if found is None:
                     raise RunError(f"{why}, but not for process 0")
-                return found
+                if missing := [field for field in fields if field not in found]:
+                    raise RunError(
+                        f"{path} has no {' and no '.join(missing)}: it is of another "
+                        "version of the program. Remove it, and it is made again"
+                    )
+                return {name: found[name] for name in fields or found}
             logging.warning("%s: it is computed again", why or path)
         arrays = {k: np.asarray(v) for k, v in compute().items()}
         if parallel.is_host_zero():

@@ -266,7 +266,7 @@ class Inspector:
                 "seconds": search.seconds(lab, stage),
             }
 
-        return lab.run.once(stage, compute)
+        return lab.run.once(stage, compute, ("errors", "falling", "seconds"))
 
     def _curves(self, stage: str, hypothesis: Hypothesis, scout: int) -> dict[str, Any]:
         """The loss of every scout, and the least of those that went on; on host 0."""

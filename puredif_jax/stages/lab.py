@@ -280,7 +280,7 @@ class Lab:
             found = program(params, channel, whole, drawn, lone, key)
             return Errors(*parallel.gather(found))._asdict()
 
-        stored: Any = self.run.once(f"errors_{name}", compute)
+        stored: Any = self.run.once(f"errors_{name}", compute, Errors._fields)
         return Errors(**stored)
 
     def features(
@@ -322,7 +322,7 @@ class Lab:
             found = program(params, channel, whole, self.stream(Stream.FEATURES))
             return Evidence(*parallel.gather(found))._asdict()
 
-        stored: Any = self.run.once(f"evidence_{name}", compute)
+        stored: Any = self.run.once(f"evidence_{name}", compute, Evidence._fields)
         return Evidence(**stored)
 
     def denoising(self, name: str, params: Params, plain: np.ndarray) -> float:
