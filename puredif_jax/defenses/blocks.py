@@ -81,6 +81,10 @@ class Blocks:
         count = len(self.sides) * self.places**2 * len(self.levels)
         return count * self.draws
 
+    def led(self, candidates: int) -> int:
+        """How many of so many candidates start here."""
+        return min(self.starts, candidates // 2)
+
     def squares(self, shape: Shape) -> np.ndarray:
         """Top, left, side and level of each, float32 `[M, 4]`.
 

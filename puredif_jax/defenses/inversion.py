@@ -209,8 +209,10 @@ class Inversion:
 
     def starts(self, hypothesis: Hypothesis) -> Blocks | None:
         """What finds first candidates under a hypothesis; None if all are random."""
-        some = self.descent.candidates > 1 and self.loss.seeks_member
-        return self.blocks if some and hypothesis.narrows else None
+        blocks = self.blocks if self.loss.seeks_member else None
+        if blocks is None or not hypothesis.narrows:
+            return None
+        return blocks if blocks.led(self.descent.candidates) else None
 
     def evaluations(self, hypothesis: Hypothesis) -> int:
         """Network evaluations of one image; one with its gradient counts for three.

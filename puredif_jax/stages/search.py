@@ -105,7 +105,7 @@ def invert(
     search = _Search(lab, loss, descent, params, family)
     begin, steps = search.first, descent.steps
     if blocks is not None:
-        count = min(blocks.starts, descent.candidates // 2)
+        count = blocks.led(descent.candidates)
         best = _blocks(lab, stage, params, family, blocks, count)
 
         def begin() -> InversionState:

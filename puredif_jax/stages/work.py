@@ -96,5 +96,5 @@ def inverting(
         yield drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)
     if (blocks := inversion.starts(hypothesis)) is not None:
         yield drawing(blocks.together * blocks.draws, blocks.evaluations)
-        count = min(blocks.starts, descent.candidates // 2)
+        count = blocks.led(descent.candidates)
         yield drawing(ESTIMATE.samples, count * ESTIMATE.evaluations)
