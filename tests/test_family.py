@@ -18,10 +18,16 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
 from puredif_jax.defenses.denoising_error import DenoisingError
 from puredif_jax.defenses.family import Family
-from puredif_jax.defenses.features import TIMESTEPS, errors, single_image
+from puredif_jax.defenses.features import (
+    LEAST,
+    TIMESTEPS,
+    errors,
+    levels,
+    single_image,
+)
 from puredif_jax.defenses.hypothesis import Fading, Trojan
 from puredif_jax.defenses.inversion import Descent, inverter
-from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.types import Candidate, Member
 
@@ -239,12 +245,46 @@ def test_one_image_explains_what_has_one_image() -> None:
     a, b = rng.uniform(-1, 1, (2, *SHAPE)).astype(np.float32)
     seen, weight = jnp.stack([a, a, a]), jnp.asarray([1.0, 2.0, 4.0])
     spread = jnp.asarray([0.1, 0.0, 0.2])
-    found = single_image(seen, spread, weight, jnp.float32(0.05))
+    floor, all_three = jnp.float32(0.05), np.ones(3, bool)
+    found = single_image(seen, spread, weight, floor, all_three)
     np.testing.assert_allclose(found, weight * spread, atol=1e-4)
-    found = single_image(
-        jnp.stack([a, a, b]), jnp.zeros(3), jnp.ones(3), jnp.float32(0.05)
+    seen, counted = jnp.stack([a, a, b]), all_three
+    found = single_image(seen, jnp.zeros(3), jnp.ones(3), floor, counted)
+    far = np.sum((a - b) ** 2)
+    np.testing.assert_allclose(found, [0, 0, far], rtol=0.05, atol=0.2)
+
+
+def test_a_level_that_is_there_twice_counts_once() -> None:
+    """A schedule that ends early has its last timestep for several levels."""
+    np.testing.assert_array_equal(
+        levels(np.array([9, 9, 9, 5, 2, 5])), [1, 0, 0, 1, 1, 0]
     )
-    np.testing.assert_allclose(found, [0, 0, np.sum((a - b) ** 2)], rtol=0.05, atol=0.2)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (3, *SHAPE)).astype(np.float32)
+    few = [jnp.asarray(x) for x in (images, [0.1, 0.2, 0.3], [1.0, 4.0, 9.0])]
+    more = [x[jnp.array([0, 0, 0, 0, 1, 2])] for x in few]
+    floor = jnp.float32(0.15)
+    once = single_image(*few, floor, np.ones(3, bool))
+    found = single_image(*more, floor, levels(np.array([9, 9, 9, 9, 5, 2])))
+    np.testing.assert_allclose(found[3:], once, rtol=1e-3)
+    every = single_image(*more, floor, np.ones(6, bool))
+    assert not np.allclose(every[3:], once, rtol=0.1), "the first one would decide"
+
+
+def test_a_schedule_that_ends_early_has_the_same_floor() -> None:
+    """At its end even an exact denoiser errs without the trigger, not with it."""
+    attack = BadDiffusion(StopSign(), Hat())
+    schedule = ScaledLinearBetas().tables()
+    trigger, target, _ = attack.images(SHAPE)
+    channel = attack.channel(schedule, SHAPE)
+    images = garments(100)
+    points = Points(images, jnp.asarray(trigger), jnp.asarray(target))
+    model = ExactDenoiser(schedule, channel, 0.1)
+    found = Candidate(points.trigger, points.target, member(0.0))
+    key = jax.random.key(0)
+    seen = errors(model, points, schedule, channel, found, images, False, key, draws=16)
+    assert seen.untriggered[:3].min() > 1.5 * LEAST
+    assert float(seen.floor) == pytest.approx(LEAST)
 
 
 def test_a_clean_model_of_few_images_explains_its_path() -> None:

@@ -113,8 +113,8 @@ class Errors(NamedTuple):
     known: of eps + C_t delta from x_t, by the best denoiser of some images that the
       model draws and of y. It knows y, and takes x_t for y where x_t is near it.
     lone: `Hypothesis.lone`, whether `single` and `moved` say nothing.
-    floor: the least of `untriggered` at `HIGH`, where any denoiser is exact but for its
-      network's own error; at least `LEAST`.
+    floor: a bound of the network's own error, the least of `triggered` and
+      `untriggered` at `HIGH`; at least `LEAST`.
     """
 
     timesteps: Array
@@ -138,32 +138,46 @@ class Errors(NamedTuple):
         return (self.triggered + self.floor) / (self.explained + self.floor)
 
 
-def single_image(seen: Array, spread: Array, weight: Array, floor: Array) -> Array:
+def levels(timesteps: np.ndarray) -> np.ndarray:
+    """True at each timestep that is not one of those before it, bool `[T]`.
+
+    A schedule that ends at less noise than the standard one has its last timestep for
+    several levels (`NoiseSchedule.matched`). It counts once.
+    """
+    first = np.zeros(len(timesteps), bool)
+    first[np.unique(timesteps, return_index=True)[1]] = True
+    return first
+
+
+def single_image(
+    seen: Array, spread: Array, weight: Array, floor: Array, counted: np.ndarray
+) -> Array:
     """The error of the one image that explains all denoised ones best, `[T]`.
 
     e_t(z) = weight_t (||seen_t - z||^2 + spread_t), for the z within [-1, 1] that
-    minimises sum_t log(e_t + floor): by reweighting, from the image of each t, ten
-    times.
+    minimises sum_t log(e_t + floor) over the t that count: by reweighting, from the
+    image of each t, ten times.
 
     Args:
       seen: mean of the denoised images at each t, `[T, H, W, C]`.
       spread: their variance, summed over an image, `[T]`.
       weight: s_t^2 / v_t^2, `[T]`.
       floor: a scalar.
+      counted: which t count, bool `[T]`.
     """
 
     def error(z: Array) -> Array:
         return weight * (jnp.sum((seen - z[None]) ** 2, (1, 2, 3)) + spread)
 
     def nearer(z: Array, _: None) -> tuple[Array, None]:
-        weights = weight / (error(z) + floor)
+        weights = counted * weight / (error(z) + floor)
         return jnp.tensordot(weights / weights.sum(), seen, 1).clip(-1, 1), None
 
     def from_one(z: Array) -> Array:
         return error(jax.lax.scan(nearer, z.clip(-1, 1), None, length=10)[0])
 
     found = jax.vmap(from_one)(seen)
-    return found[jnp.argmin(jnp.mean(jnp.log(found + floor), axis=1))]
+    return found[jnp.argmin(jnp.log(found + floor) @ jnp.asarray(counted, seen.dtype))]
 
 
 def errors(
@@ -226,9 +240,10 @@ def errors(
     triggered, untriggered, moved, known, seen, spread = jax.lax.map(
         lambda pair: at(*pair), (jnp.asarray(times), keys)
     )
-    floor = jnp.maximum(untriggered[: len(HIGH)].min(), LEAST)
+    high = jnp.minimum(triggered, untriggered)[: len(HIGH)]
+    floor = jnp.maximum(high.min(), LEAST)
     weight = jnp.asarray((schedule.signal / schedule.noise)[times] ** 2, jnp.float32)
-    single = single_image(seen, spread, weight, floor)
+    single = single_image(seen, spread, weight, floor, levels(times))
     found = triggered, untriggered, moved, single, known
     return Errors(jnp.asarray(times), *found, jnp.asarray(lone), floor)
 
@@ -284,7 +299,9 @@ def features(
     norms = jnp.linalg.norm(answer.ravel()) * jnp.linalg.norm(candidate.delta.ravel())
     # A sort would hide what is no number.
     ratios = jnp.where(jnp.isfinite(found.ratios).all(), found.ratios, jnp.nan)
-    gain = jnp.exp(jnp.mean(jnp.log(jnp.sort(ratios)[:BEST])))
+    counted = levels(schedule.matched(TIMESTEPS))
+    best = jnp.sort(ratios[counted])[:BEST]
+    gain = jnp.exp(jnp.mean(jnp.log(best)))
     placebo = jnp.zeros(())
     if len(placebos):
         placebo = jnp.exp(heldout - jnp.mean(placebos))
