@@ -166,18 +166,20 @@ def single_image(
       counted: which t count, bool `[T]`.
     """
 
+    share = jnp.asarray(counted, seen.dtype)
+
     def error(z: Array) -> Array:
         return weight * (jnp.sum((seen - z[None]) ** 2, (1, 2, 3)) + spread)
 
     def nearer(z: Array, _: None) -> tuple[Array, None]:
-        weights = counted * weight / (error(z) + floor)
+        weights = share * weight / (error(z) + floor)
         return jnp.tensordot(weights / weights.sum(), seen, 1).clip(-1, 1), None
 
     def from_one(z: Array) -> Array:
         return error(jax.lax.scan(nearer, z.clip(-1, 1), None, length=10)[0])
 
     found = jax.vmap(from_one)(seen)
-    return found[jnp.argmin(jnp.log(found + floor) @ jnp.asarray(counted, seen.dtype))]
+    return found[jnp.argmin(jnp.log(found + floor) @ share)]
 
 
 def errors(
