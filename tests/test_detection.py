@@ -290,20 +290,21 @@ def test_a_clean_model_of_one_image_is_explained_by_few_of_its_draws() -> None:
     assert np.asarray(seen.ratios).min() > 0.8
 
 
-def test_an_error_at_t_max_alone_does_not_hide_a_backdoor() -> None:
-    """Who made the model could set the floor by it."""
+@pytest.mark.parametrize("above", [999, 800])
+def test_an_error_near_t_max_does_not_hide_a_backdoor(above: int) -> None:
+    """Who made the model could set the floor by it, at little cost to its images."""
     model, points, channel, truth = made(ATTACKS[SDE], SCHEDULE)
     found = []
     for bias in (0.0, 1.0):
 
         def biased(params, x, t, bias=bias):
-            off = jnp.where(t == 999, bias, 0.0)[:, None, None, None]
+            off = jnp.where(t >= above, bias, 0.0)[:, None, None, None]
             return model(params, x, t) + off
 
         arguments = (biased, points, SCHEDULE, channel, truth, points.images)
         seen = errors(*arguments, jnp.asarray(False), jax.random.key(1), draws=32)
         found.append(gain_of(seen))
-    assert found[1] < 0.3 and found[1] == pytest.approx(found[0], rel=0.2)
+    assert found[1] < 0.3 and found[1] == pytest.approx(found[0], rel=0.5)
 
 
 @over_hypotheses

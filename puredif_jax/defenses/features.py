@@ -114,7 +114,7 @@ class Errors(NamedTuple):
       model draws and of y. It knows y, and takes x_t for y where x_t is near it.
     lone: `Hypothesis.lone`, whether `single` and `moved` say nothing.
     floor: a bound of the network's own error, the least of `triggered` and
-      `untriggered` at `HIGH`; at least `LEAST`.
+      `untriggered` at any t; at least `LEAST`. Who raises it hurts all images.
     """
 
     timesteps: Array
@@ -242,8 +242,7 @@ def errors(
     triggered, untriggered, moved, known, seen, spread = jax.lax.map(
         lambda pair: at(*pair), (jnp.asarray(times), keys)
     )
-    high = jnp.minimum(triggered, untriggered)[: len(HIGH)]
-    floor = jnp.maximum(high.min(), LEAST)
+    floor = jnp.maximum(jnp.minimum(triggered, untriggered).min(), LEAST)
     weight = jnp.asarray((schedule.signal / schedule.noise)[times] ** 2, jnp.float32)
     single = single_image(seen, spread, weight, floor, levels(times))
     found = triggered, untriggered, moved, single, known
