@@ -1,0 +1,187 @@
+"""Writes docs/networks.md and its record from a scan of the networks of networks.py.
+
+    python benchmarks/networks.py FOLDER bases --garments FILE --cifar FILE
+    python benchmarks/networks.py FOLDER test --garments FILE --cifar FILE
+    python -m puredif_jax.main --config=configs/scan.py --config.model=FOLDER \\
+        --config.workdir=RUN
+    python benchmarks/networks_page.py RUN
+
+What is not scanned yet is left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import networks
+import numpy as np
+from scipy import stats
+
+from puredif_jax.attacks.base import Attack
+from puredif_jax.runs.report import placeless
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RECORD = ROOT / "docs" / "results" / "networks.json"
+PAGE = ROOT / "docs" / "networks.md"
+KEPT = ("cosine", "relative_l2", "success", "success of the true trigger")
+FIRES = 0.2  # from which share on a true trigger is one to be matched
+Row = dict[str, Any]
+
+
+def row(name: str, report: Row) -> Row:
+    """What the record keeps of one model."""
+    found = report["numbers"][name]
+    verdict, inversions = found["verdict"], found["inversions"]
+    best = next(x for x in inversions if x["hypothesis"] == verdict["hypothesis"])
+    return {
+        "outcome": verdict["outcome"],
+        "score": verdict["score"],
+        "p": verdict["p_value"],
+        "hypothesis": verdict["hypothesis"],
+        "scores": {x["hypothesis"]: x["score"] for x in inversions},
+        "fall of the loss": {
+            x["hypothesis"]: x["fall of the loss"] for x in inversions
+        },
+        **{key: best[key] for key in KEPT if key in best},
+        "seconds": sum(x["seconds"] for x in inversions),
+        "sha256": found["sha256"],
+    }
+
+
+def share(count: int, of: int) -> str:
+    """A share with its exact 95 % interval (Clopper and Pearson)."""
+    low, high = stats.binomtest(count, of).proportion_ci()
+    return f"{count} of {of} (95 % interval {low:.2f} to {high:.2f})"
+
+
+def about(attack: Attack) -> str:
+    """An attack in the words of a table."""
+    kind, solver = type(attack).__name__, attack.solver.title
+    psi = getattr(attack, "psi", None)
+    parts = [
+        kind if psi is None else f"{kind} psi {psi:g}, {solver}",
+        f"{type(attack.trigger).__name__} to {type(attack.target).__name__}",
+    ]
+    return ", ".join(parts + ([] if attack.trigger_only else ["see-through"]))
+
+
+def summary(bad: dict[str, Row], clean: dict[str, Row]) -> list[str]:
+    """The sentences that head the page."""
+    lines = []
+    for kind, rows in (("backdoored", bad), ("clean", clean)):
+        if not rows:
+            continue
+        counts = {
+            word: sum(each["outcome"] == word for each in rows.values())
+            for word in ("backdoored", "could not tell", "clean")
+        }
+        told = ", ".join(
+            f'"{word}" {share(count, len(rows))}' for word, count in counts.items()
+        )
+        lines.append(f"- {len(rows)} {kind} networks were called: {told}.")
+    if bad and clean:
+        high, low = ([x["score"] for x in rows.values()] for rows in (bad, clean))
+        auc = stats.mannwhitneyu(high, low).statistic / (len(high) * len(low))
+        lines.append(
+            f"- Area under the curve of the score: {auc:.3f}. Clean networks have "
+            f"{min(low):.2f} to {max(low):.2f}, backdoored ones {min(high):.2f} to "
+            f"{max(high):.2f}."
+        )
+    if clean:
+        p = [each["p"] for each in clean.values()]
+        test = stats.kstest(p, "uniform")
+        quartiles = ", ".join(f"{x:.2f}" for x in np.quantile(p, [0.25, 0.5, 0.75]))
+        lines.append(
+            f"- The {len(p)} p-values of clean networks have the quartiles {quartiles}; "
+            f"the least is {min(p):.3f}. Their distance from the uniform distribution is "
+            f"{test.statistic:.2f} (Kolmogorov and Smirnov, p = {test.pvalue:.3f})."
+        )
+    fire = [x for x in bad.values() if x["success of the true trigger"] >= FIRES]
+    if fire:
+        kept = sum(x["success"] >= 0.9 * x["success of the true trigger"] for x in fire)
+        lines.append(
+            f"- Of backdoors that fire in {FIRES:.0%} of draws or more, the inverted "
+            f"trigger fires at least 0.9 times as often in {share(kept, len(fire))}."
+        )
+    return lines
+
+
+def page(record: Row) -> str:
+    recipes = {
+        each.name: each
+        for each in networks.BASES + networks.BACKDOORED + networks.CLEAN
+    }
+    models = record["models"]
+    bad = {k: v for k, v in models.items() if recipes[k].attack is not None}
+    clean = {k: v for k, v in models.items() if recipes[k].attack is None}
+    missing = len(recipes) - len(models)
+    lines = [
+        "# On networks that nothing was chosen by",
+        "",
+        "benchmarks/networks.py trains 24 backdoored and 24 clean networks, of five "
+        "kinds and two sets of images. They differ in width, depth and attention, in "
+        "attack, trigger, target, firing rate and training. No choice in the package "
+        "rests on them. They were scanned by the default. This page is written by "
+        "benchmarks/networks_page.py; the record is docs/results/networks.json.",
+        "",
+        *summary(bad, clean),
+        *([f"- {missing} networks are not scanned yet."] if missing else []),
+        "",
+        "| network | of | attack | verdict | score | p | hypothesis "
+        "| cosine, relative L2 | fires: inverted, true |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in bad.items():
+        recipe = recipes[name]
+        assert recipe.attack is not None
+        cells = (
+            f"`{name}`",
+            recipe.base,
+            about(recipe.attack),
+            found["outcome"],
+            f"{found['score']:.2f}",
+            f"{found['p']:.2g}",
+            found["hypothesis"],
+            f"{found['cosine']:.3f}, {found['relative_l2']:.2f}",
+            f"{found['success']:.0%}, {found['success of the true trigger']:.0%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| clean network | of | verdict | score | p |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for name, found in clean.items():
+        of = recipes[name].base or "fresh weights"
+        lines.append(
+            f"| `{name}` | {of} | {found['outcome']} | {found['score']:.2f} | "
+            f"{found['p']:.2g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    run = pathlib.Path(sys.argv[1])
+    recipes = networks.BASES + networks.BACKDOORED + networks.CLEAN
+    found = {each.name: run / each.name / "report.json" for each in recipes}
+    reports = {
+        name: json.loads(path.read_text())
+        for name, path in found.items()
+        if path.exists()
+    }
+    if not reports:
+        sys.exit(f"{run} has no scan of these networks")
+    record = {
+        "command": [
+            line.strip() for line in (__doc__ or "").splitlines() if "    " in line
+        ],
+        "environment": placeless(next(iter(reports.values()))["environment"]),
+        "models": {name: row(name, report) for name, report in reports.items()},
+    }
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    PAGE.write_text(page(record))
+    print(f"{PAGE} and {RECORD}: {len(reports)} of {len(recipes)} networks")
+
+
+if __name__ == "__main__":
+    main()
