@@ -95,9 +95,9 @@ def summary(bad: dict[str, Row], clean: dict[str, Row]) -> list[str]:
         test = stats.kstest(p, "uniform")
         quartiles = ", ".join(f"{x:.2f}" for x in np.quantile(p, [0.25, 0.5, 0.75]))
         lines.append(
-            f"- The {len(p)} p-values of clean networks have the quartiles {quartiles}; "
-            f"the least is {min(p):.3f}. Their distance from the uniform distribution is "
-            f"{test.statistic:.2f} (Kolmogorov and Smirnov, p = {test.pvalue:.3f})."
+            f"- The {len(p)} p-values of clean networks have the quartiles "
+            f"{quartiles}; the least is {min(p):.3f}. Their distance from the uniform "
+            f"distribution is {test.statistic:.2f} (Kolmogorov and Smirnov, p = {test.pvalue:.3f})."
         )
     fire = [x for x in bad.values() if x["success of the true trigger"] >= FIRES]
     if fire:
