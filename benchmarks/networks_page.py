@@ -97,7 +97,8 @@ def summary(bad: dict[str, Row], clean: dict[str, Row]) -> list[str]:
         lines.append(
             f"- The {len(p)} p-values of clean networks have the quartiles "
             f"{quartiles}; the least is {min(p):.3f}. Their distance from the uniform "
-            f"distribution is {test.statistic:.2f} (Kolmogorov and Smirnov, p = {test.pvalue:.3f})."
+            f"distribution is {test.statistic:.2f} (Kolmogorov and Smirnov, "
+            f"p = {test.pvalue:.3f})."
         )
     fire = [x for x in bad.values() if x["success of the true trigger"] >= FIRES]
     if fire:
