@@ -19,6 +19,7 @@ from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.elijah import Uniformity
 from puredif_jax.defenses.hypothesis import Fading, Trojan
 from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.spectrum import Spectrum
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.networks.unet import SHIPPED
@@ -137,6 +138,7 @@ def test_placebos_and_squares_are_part_of_an_audit(tmp_path) -> None:
         DenoisingError(samples=1),
         Descent(steps=4, candidates=4, scout=2, finalists=2),
         Blocks(places=2, draws=1),
+        Spectrum(draws=4),
         heldout=2,
     )
     kinds = (Fading(Ancestral()), Trojan())
@@ -157,7 +159,10 @@ def test_placebos_and_squares_are_part_of_an_audit(tmp_path) -> None:
         "puredif_clean_sde_placebo_0.7",
         "puredif_clean_sde_placebo_1.4",
         "puredif_clean_trojan",
-        "puredif_clean_trojan_blocks",
+        "puredif_clean_trojan_starts",
+        "puredif_clean_sde_starts",
+        "puredif_clean_sde_placebo_0.7_starts",
+        "puredif_clean_sde_placebo_1.4_starts",
     }
     (results / "puredif_clean_sde_placebo_0.7.npz").unlink()
     (tmp_path / "report.json").unlink()

@@ -27,13 +27,16 @@ ATTACK = TrojDiff(Patch(), Hat())
 FAMILY: Family = Trojan().family(SCHEDULE, SHAPE)
 
 
-def answers(model, points, blocks: Blocks, squares: np.ndarray) -> np.ndarray:
+KEY = jax.random.key(0)
+
+
+def answers(model, points, blocks: Blocks, numbers: np.ndarray) -> jax.Array:
     program = jax.jit(
-        lambda points, squares: blocks.ratios(
-            model, points, SCHEDULE, FAMILY, squares, SHAPE, jax.random.key(0)
+        lambda points, numbers: blocks.answers(
+            model, points, SCHEDULE, FAMILY, numbers, SHAPE, KEY
         )
     )
-    return np.asarray(program(points, jnp.asarray(squares)))
+    return program(points, jnp.asarray(numbers))
 
 
 def test_the_square_of_a_patch_is_the_best_of_all() -> None:
@@ -43,24 +46,24 @@ def test_the_square_of_a_patch_is_the_best_of_all() -> None:
         jnp.asarray(to_float(FashionMNIST(count=64).load(SHAPE))), trigger, target
     )
     channel, blocks = ATTACK.channel(SCHEDULE, SHAPE), Blocks()
-    squares = blocks.squares(SHAPE)
-    backdoored = answers(ExactDenoiser(SCHEDULE, channel, 0.1), points, blocks, squares)
-    first, second = backdoored[blocks.best(backdoored, 2)]
-    found = blocks.candidate(
-        jnp.asarray(squares[blocks.best(backdoored, 1)[0]]), SHAPE, jnp.float32(1)
-    )
-    np.testing.assert_allclose(found.delta, trigger, atol=1e-6)
+    every = np.arange(blocks.count(SHAPE))
+    backdoored = answers(ExactDenoiser(SCHEDULE, channel, 0.1), points, blocks, every)
+    first, second = np.sort(backdoored)[:2]
+    leads = blocks.leads(backdoored, 2, SHAPE, KEY)
+    found = blocks.candidates(leads, 2, FAMILY, SHAPE)
+    np.testing.assert_allclose(found.delta[0], trigger, atol=1e-6)
     assert found.member is not None
-    np.testing.assert_allclose(found.member.gamma, channel.gamma, atol=1e-6)
+    np.testing.assert_allclose(found.member.gamma[0], channel.gamma, atol=1e-6)
     assert first < 0.05 and second > 0.5
     clean = ExactDenoiser(SCHEDULE, Channel.clean(SCHEDULE))
-    assert answers(clean, points, blocks, squares).min() > 0.5
+    assert answers(clean, points, blocks, every).min() > 0.5
 
 
 def test_a_ratio_is_the_error_over_that_of_the_input() -> None:
     """In a loop; of a model that says a half everywhere."""
-    blocks = Blocks(draws=3)
-    square = np.array([2.0, 5.0, 3.0, -1.0], np.float32)
+    blocks = Blocks(sides=(6,), draws=3, levels=(-1.0,))
+    squares = blocks.squares(SHAPE)
+    (number,) = np.nonzero((squares == np.array([2.0, 5.0, 3.0, -1.0])).all(1))[0]
 
     def model(params, x: Array, t: Array) -> Array:
         return jnp.full_like(x, 0.5)
@@ -74,7 +77,7 @@ def test_a_ratio_is_the_error_over_that_of_the_input() -> None:
         own += (0.5 - noise) ** 2 / 3
         given += (x - noise) ** 2 / 3
     want = (own + blocks.floor) / (given + blocks.floor)
-    (found,) = answers(model, {}, blocks, square[None])
+    (found,) = answers(model, {}, blocks, np.array([number]))
     assert found == pytest.approx(want, rel=1e-4)
 
 
@@ -95,8 +98,11 @@ def test_a_patch_in_a_corner_is_among_the_squares(side, shape) -> None:
 
 
 def test_what_is_no_number_is_the_last_choice() -> None:
-    ratios = np.array([np.nan, 0.5, 0.1, np.nan, 0.3])
-    np.testing.assert_array_equal(Blocks().best(ratios, 3), [2, 4, 1])
+    blocks = Blocks()
+    ratios = np.full(blocks.count(SHAPE), np.nan, np.float32)
+    ratios[[7, 2, 4]] = 0.5, 0.1, 0.3
+    chosen = blocks.leads(jnp.asarray(ratios), 3, SHAPE, KEY)
+    np.testing.assert_array_equal(chosen, blocks.squares(SHAPE)[[2, 4, 7]])
 
 
 @pytest.mark.parametrize(

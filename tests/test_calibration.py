@@ -91,6 +91,7 @@ def test_they_are_of_models_of_one_kind(change) -> None:
         (Puredif(Inversion(descent=Descent(9))), False),
         (Puredif(Inversion(loss=DistributionShift(samples=5))), False),
         (Puredif(Inversion(blocks=None)), False),
+        (Puredif(Inversion(spectrum=None)), False),
         (Puredif(Inversion(heldout=8)), False),
         (Elijah(92_160), False),
     ],

@@ -140,7 +140,7 @@ def test_alignment_of_a_clean_model_tells_nothing() -> None:
 
 
 def shown(gain: float, falling: float = 0.0) -> Features:
-    return Features(*map(jnp.float32, (1, falling, 1, 1, gain, 1, 1, 1, 1, 1)))
+    return Features(*map(jnp.float32, (1, falling, 1, 1, 1, gain, 1, 1, 1, 1, 1)))
 
 
 CLEAN = Detector(clean=(0.1, 0.2, 0.3), alarm=6.0)  # doubt above 0.5, alarm 0.8
@@ -250,9 +250,24 @@ def test_what_placebos_reach_explains_a_path() -> None:
     near = jnp.array([0.25 - np.log(0.5), 0.25 - np.log(0.8)])
     found, _, _ = measured(SDE, poisoned=True, placebos=near)
     assert float(found.placebo) == pytest.approx(np.sqrt(0.4), rel=1e-5)
-    assert float(found.gain) == float(found.placebo)
+    both = np.sqrt(float(found.placebo) * float(found.recall))
+    assert float(found.gain) == pytest.approx(both, rel=1e-5) and both < 0.5
     found, _, _ = measured(SDE, poisoned=True, placebos=near + 20)
     assert float(found.gain) == float(free.gain)
+
+
+def test_recall_is_memory_for_the_variation_of_the_image() -> None:
+    """By loops. The errors stay; of a flatter image they say less."""
+    found, truth, _ = measured(SDE, poisoned=True)
+    _, points, _, _ = made(ATTACKS[SDE], SCHEDULE)
+
+    def variation(image: np.ndarray) -> float:
+        down, right = np.abs(np.diff(image, axis=0)), np.abs(np.diff(image, axis=1))
+        return float(down.mean() + right.mean())
+
+    own = np.mean([variation(np.clip(x, -1, 1)) for x in np.asarray(points.images)])
+    ratio = own / variation(np.asarray(truth.target))
+    assert float(found.recall) == pytest.approx(float(found.memory) * ratio, rel=1e-4)
 
 
 def test_a_path_of_one_image_is_compared_with_a_clean_denoiser() -> None:

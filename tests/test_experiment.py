@@ -15,10 +15,12 @@ from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import Elijah, ElijahLoss
-from puredif_jax.defenses.hypothesis import Exploding, Fading, Trojan
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis, Trojan
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.defenses.puredif import Puredif
+from puredif_jax.defenses.spectrum import Spectrum
+from puredif_jax.defenses.starts import Starts
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
@@ -72,22 +74,32 @@ def test_evaluations_are_those_that_the_network_sees(loss) -> None:
 def test_evaluations_of_blocks() -> None:
     """Squares of one and two pixels at two places an axis and three levels."""
     blocks = Blocks(sides=(4, 8), places=2, draws=3)
-    squares = jnp.asarray(blocks.squares(SHAPE))
-    counter = Counter()
-    family = Trojan().family(SCHEDULE, SHAPE)
-    blocks.ratios(
-        counter, {}, SCHEDULE, family, squares, SHAPE, jax.random.key(0)
+    assert seen(blocks, Trojan()) == blocks.evaluations == 2 * 4 * 3 * 3
+
+
+def test_evaluations_of_a_spectrum() -> None:
+    spectrum = Spectrum(draws=12, at_once=5)
+    assert seen(spectrum, Fading()) == spectrum.evaluations == 12
+
+
+def seen(starts: Starts, hypothesis: Hypothesis) -> int:
+    """Images that the network sees when it answers to all inputs."""
+    counter, family = Counter(), hypothesis.family(SCHEDULE, SHAPE)
+    every = jnp.arange(starts.count(SHAPE))
+    starts.answers(
+        counter, {}, SCHEDULE, family, every, SHAPE, jax.random.key(0)
     ).block_until_ready()
     jax.effects_barrier()
-    assert blocks.evaluations == counter.images == 2 * 4 * 3 * 3
+    return counter.images
 
 
 def test_evaluations_of_an_inversion() -> None:
     """By hand: three candidates for two steps, then two for four."""
     descent = Descent(steps=6, candidates=3, scout=2, finalists=2)
     blocks = Blocks(sides=(4, 8), places=2, draws=3)
-    scouted = Inversion(loss=SHIFT, descent=descent, blocks=blocks)
-    assert scouted.evaluations(Fading()) == 3 * (3 * 2 + 2 * 4) * 6
+    spectrum = Spectrum(draws=11)
+    scouted = Inversion(SHIFT, descent, blocks, spectrum)
+    assert scouted.evaluations(Fading()) == 3 * (3 * 2 + 2 * 4) * 6 + 11
     assert scouted.evaluations(Trojan()) == 3 * (3 * 2 + 2 * 4) * 6 + 72
     single = dataclasses.replace(descent, candidates=1)
     assert dataclasses.replace(scouted, descent=single).starts(Trojan()) is None
@@ -95,7 +107,7 @@ def test_evaluations_of_an_inversion() -> None:
     assert still.starts(Trojan()) is None, "a loss that does not move gamma"
     alone = dataclasses.replace(descent, candidates=1)
     assert Inversion(loss=SHIFT, descent=alone).evaluations(Fading()) == 3 * 6 * 6
-    plain = Inversion(loss=SHIFT, descent=Descent(steps=6, candidates=3))
+    plain = Inversion(SHIFT, Descent(steps=6, candidates=3), spectrum=None)
     assert plain.evaluations(Fading()) == 3 * 18 * 6
 
 
@@ -259,7 +271,7 @@ def test_folders_of_different_scans_differ() -> None:
 def test_a_plan_is_said_in_words() -> None:
     assert get_config().plan == (
         "runs/tiny: 12 steps of training, reinforcement of the trigger at step 6, 12, "
-        "measuring of the model, audit of trained (under ode, 3,336 evaluations of its "
+        "measuring of the model, audit of trained (under ode, 3,344 evaluations of its "
         "network on an image)"
     )
     sweep = Sweep("sweep", (get_config(),))

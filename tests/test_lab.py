@@ -35,6 +35,7 @@ from puredif_jax.defenses.elijah import ElijahLoss
 from puredif_jax.defenses.hypothesis import Fading, Trojan
 from puredif_jax.defenses.inversion import Descent, Inversion, inverter
 from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.defenses.spectrum import Spectrum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
@@ -143,10 +144,10 @@ def test_a_patch_is_found_from_the_best_squares(tmp_path) -> None:
         cosines.append(float(distance.cosine))
     assert cosines[0] > 0.99 > 0.5 > cosines[1]
     results = lab.run.folder / "results"
-    assert [path.name for path in results.iterdir()] == ["squares_blocks.npz"]
-    before = search._squaring.cache_info()
+    assert [path.name for path in results.iterdir()] == ["squares_starts.npz"]
+    before = search._answering.cache_info()
     search.invert(lab, "squares", points, Trojan(), wanted)
-    assert search._squaring.cache_info() == before
+    assert search._answering.cache_info() == before
 
 
 def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None:
@@ -159,7 +160,7 @@ def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None
         "elijah",
         points,
         SDE,
-        Inversion(ElijahLoss(samples=4), descent, None, heldout=4),
+        Inversion(ElijahLoss(samples=4), descent, None, None, heldout=4),
     )
     show = estimated_target(lab.model, lab.schedule, lab.channel(SDE))
     key = jax.random.fold_in(lab.stream(Stream.HELDOUT), 1)
@@ -281,7 +282,8 @@ MAKERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "denoising": (programs.judging_denoiser, ()),
     "judging": (search._judging, (8, False)),
     "descent": (search._descending, (LOSS, DESCENT, 20)),
-    "blocks": (search._squaring, (Blocks(),)),
+    "answers": (search._answering, (Blocks(),)),
+    "leads": (search._leading, (Spectrum(), 2)),
     "starts": (search._showing, ()),
     "training": (train._training, (TRAINING, ATTACKS[ODE], 20)),
 }
@@ -290,7 +292,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "errors": (9,),
     "judging": (9, True),
     "descent": (ElijahLoss(), Descent(steps=3), 21),
-    "blocks": (Blocks(draws=3),),
+    "answers": (Spectrum(),),
+    "leads": (Blocks(), 4),
     "training": (Training(8, warmup=1), None, 21),
 }
 """Another value of each argument beside the setup."""

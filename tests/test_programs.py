@@ -142,7 +142,7 @@ def test_a_lab_shares_candidates_or_their_noise(lab, candidates) -> None:
     params = draw_params(TINY)
     text, looped, _ = traffic(
         lambda: search.invert(
-            lab, "x", params, Fading(), Inversion(loss, descent, None, 8)
+            lab, "x", params, Fading(), Inversion(loss, descent, None, heldout=8)
         )
     )
     assert convolved(text) == {2 * 8 * candidates // 8}

@@ -116,7 +116,7 @@ def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
     """But for steps that a killed call did not store."""
     lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
     metrics = lab.run.metrics
-    metrics.write("x_blocks", 8, seconds=1.0)
+    metrics.write("x_starts", 8, seconds=1.0)
     metrics.write("x_scouts", 2, seconds=2.0)
     metrics.write("x", 2, seconds=4.0)
     metrics.write("x", 4, seconds=8.0)

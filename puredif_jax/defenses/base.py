@@ -66,13 +66,18 @@ class Inverted:
     )
     gain: float = _measure(
         "error of the model on the path of the trigger, over the least that a clean "
-        "model could have there; no less than placebo. Small if backdoored",
+        "model could have there; no less than placebo, or the geometric mean of "
+        "placebo and recall. Small if backdoored",
         needed=True,
     )
     memory: float = _measure(
         "error of the model on the image with the trigger, over its error on its own "
         "draws. Small if backdoored",
         needed=True,
+    )
+    recall: float | None = _measure(
+        "memory, each error over the total variation of its images. Above 1 where the "
+        "image is flat, as on clean models"
     )
     heldout: float | None = _measure(
         "the loss by which triggers are sought, on held-out noise: log of the error on "

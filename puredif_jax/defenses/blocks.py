@@ -10,6 +10,7 @@ gamma far from those that are named.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import numpy as np
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.pictures import Shape, pixels
 from puredif_jax.defenses.family import Family
+from puredif_jax.defenses.starts import Starts
 from puredif_jax.diffusion.prediction import lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import (
@@ -33,34 +35,32 @@ from puredif_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class Blocks(Starts):
     """Squares in which noise is narrowed to a level, and how a model answers them.
 
     Attributes:
-      starts: candidates of a search that start at the best squares, at most, and at
-        most half of all; the others start at random.
       sides: of the squares, in pixels of a 32x32 image, as of `Patch`.
       places: of a square along each axis, evenly from edge to edge.
       levels: of its pixels, times 1 - gamma.
       gamma: scale of the noise in it.
       draws: of noise for each square.
-      together: squares that are shown to the network at once.
+      at_once: squares that are shown to the network at once.
       floor: as of `DenoisingError`.
-      rate: of the descent from there, over that of the others.
     """
 
-    starts: int = 2
+    name: ClassVar[str] = "blocks"
+
     sides: tuple[int, ...] = (1, 2, 3, 4)
     places: int = 16
     levels: tuple[float, ...] = (-1.0, 0.0, 1.0)
     gamma: float = 0.1
     draws: int = 4
-    together: int = 64
+    at_once: int = 64
     floor: float = 0.05
-    rate: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("starts", "places", "draws", "together"):
+        super().__post_init__()
+        for name in ("places", "draws", "at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be 1 or more, found {getattr(self, name)}"
@@ -71,19 +71,24 @@ class Blocks:
             raise ValueError("levels must be one or more, found none")
         if not 0.05 <= self.gamma < 1:  # as a search bounds it
             raise ValueError(f"gamma must lie in [0.05, 1), found {self.gamma}")
-        for name in ("floor", "rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        if not self.floor > 0:
+            raise ValueError(f"floor must be above 0, found {self.floor}")
 
     @property
     def evaluations(self) -> int:
-        """How often the network is evaluated on one image, at most."""
         count = len(self.sides) * self.places**2 * len(self.levels)
         return count * self.draws
 
-    def led(self, candidates: int) -> int:
-        """How many of so many candidates start here."""
-        return min(self.starts, candidates // 2)
+    @property
+    def together(self) -> int:
+        return self.at_once
+
+    @property
+    def images(self) -> int:
+        return self.at_once * self.draws
+
+    def count(self, shape: Shape) -> int:
+        return len(self.squares(shape))
 
     def squares(self, shape: Shape) -> np.ndarray:
         """Top, left, side and level of each, float32 `[M, 4]`.
@@ -115,13 +120,13 @@ class Blocks:
         member = Member(psi, jnp.where(inside, self.gamma, 1.0))
         return Candidate(delta, jnp.zeros(shape), member)
 
-    def ratios(
+    def answers(
         self,
         model: NoiseModel,
         params: Params,
         schedule: NoiseSchedule,
         family: Family,
-        squares: Array,
+        numbers: Array,
         shape: Shape,
         key: Key,
         *,
@@ -129,7 +134,7 @@ class Blocks:
     ) -> Array:
         """The error of a model at T - 1 over that of one that answers its input.
 
-        Of squares `[M, 4]` at once; `[M]`. With x = v (gamma eps + delta) it is
+        Of the squares of these numbers, `[N]`. With x = v (gamma eps + delta) it is
 
           (mean ||M(x) - eps - C delta||^2 + floor) / (mean ||x - eps - C delta||^2
           + floor),
@@ -140,6 +145,7 @@ class Blocks:
         top = schedule.steps - 1
         eps = jax.random.normal(key, (self.draws, *shape))
         psi = jnp.asarray(family.psi, jnp.float32)[1]
+        squares = jnp.asarray(self.squares(shape))[numbers]
 
         def shown(square: Array) -> tuple[Array, Array]:
             """Noisy images of a square, and what a backdoored model answers."""
@@ -158,7 +164,16 @@ class Blocks:
         )
         return (own + self.floor) / (given + self.floor)
 
-    def best(self, ratios: np.ndarray, count: int) -> np.ndarray:
-        """Indices of the squares of the smallest ratios; what is no number is last."""
-        order = np.argsort(np.where(np.isnan(ratios), np.inf, ratios), kind="stable")
-        return order[:count]
+    def leads(self, answers: Array, count: int, shape: Shape, key: Key) -> Array:
+        """The squares of the smallest ratios, `[count, 4]`; no number is the last."""
+        order = jnp.argsort(jnp.where(jnp.isnan(answers), jnp.inf, answers))
+        return jnp.asarray(self.squares(shape))[order[:count]]
+
+    def candidates(
+        self, leads: Array, count: int, family: Family, shape: Shape
+    ) -> Candidate:
+        psi = jnp.asarray(family.psi, jnp.float32)[1]
+        found: Candidate = jax.vmap(lambda each: self.candidate(each, shape, psi))(
+            leads
+        )
+        return found

@@ -52,10 +52,12 @@ class Features(NamedTuple):
       some image under many channels: then it is near 1. Small if backdoored.
     memory: error of the backdoor process at middle t on its one image, over that of
       the same model on images it draws itself. Small where that image was learnt.
-    gain: the larger of placebo and of the error of the backdoor process over the least
-      that a clean model could have on its path (`Errors`), the geometric mean over the
-      `BEST` levels where the ratio is smallest. Small where the model answers the
-      trigger as no clean one does.
+    recall: the same, each error over the total variation of its images. A flat image is
+      easy for any model, so the path of a clean one leads to one: then it is above 1.
+    gain: the error of the backdoor process over the least that a clean model could have
+      on its path (`Errors`), the geometric mean over the `BEST` levels where the ratio
+      is smallest; at least placebo, or the geometric mean of placebo and recall where
+      that is smaller. Small where the model answers the trigger as no clean one does.
     alignment: cosine between the shift at T - 1 and delta.
     uniformity: mean squared distance between draws from eps + delta, over that
       between draws from eps. Small where the draws agree.
@@ -69,6 +71,7 @@ class Features(NamedTuple):
     falling: Array
     placebo: Array
     memory: Array
+    recall: Array
     gain: Array
     alignment: Array
     uniformity: Array
@@ -307,16 +310,23 @@ def features(
     if len(placebos):
         placebo = jnp.exp(heldout - jnp.mean(placebos))
     divergence = (schedule.trigger_unit * candidate.delta) ** 2 / 2
-    triggered, plain = jnp.clip(triggered, -1, 1), jnp.clip(plain, -1, 1)
+    triggered, plain, image = (
+        jnp.clip(x, -1, 1) for x in (triggered, plain, candidate.target[None])
+    )
+    memory = jnp.exp(jnp.mean(jnp.log(found.triggered[len(HIGH) :] / drawn)))
+    varied = total_variation(plain)
+    recall = memory * varied / jnp.maximum(total_variation(image), 1e-6)
+    bent = jnp.where(recall < placebo, jnp.sqrt(placebo * recall), placebo)
     return Features(
         heldout=heldout,
         falling=falling,
         placebo=placebo,
-        memory=jnp.exp(jnp.mean(jnp.log(found.triggered[len(HIGH) :] / drawn))),
-        gain=jnp.maximum(gain, placebo),
+        memory=memory,
+        recall=recall,
+        gain=jnp.maximum(gain, bent),
         alignment=jnp.vdot(answer, candidate.delta) / jnp.maximum(norms, 1e-12),
         uniformity=spread(triggered) / spread(plain),
-        variation=total_variation(triggered) / total_variation(plain),
+        variation=total_variation(triggered) / varied,
         kl_mean=jnp.mean(divergence),
         kl_variance=jnp.var(divergence),
     )

@@ -17,6 +17,8 @@ from puredif_jax.defenses.denoising_error import DenoisingError
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.objective import Loss
+from puredif_jax.defenses.spectrum import Spectrum
+from puredif_jax.defenses.starts import Starts
 from puredif_jax.types import (
     Array,
     Candidate,
@@ -181,8 +183,9 @@ class Inversion:
     Attributes:
       loss: what is minimised.
       descent: optimiser, candidates and bounds.
-      blocks: finds where the first candidates start under hypotheses that narrow the
-        noise (`Hypothesis.narrows`); the others, and with none all, start at random.
+      blocks: where the first candidates start under hypotheses that narrow the noise
+        (`Hypothesis.narrows`); the others, and with none all, start at random.
+      spectrum: the same under the other hypotheses.
       heldout: noise draws at each timestep on which the scouts that go on, and the kept
         candidate, are chosen.
     """
@@ -196,6 +199,7 @@ class Inversion:
         grain=4,
     )
     blocks: Blocks | None = Blocks()
+    spectrum: Spectrum | None = Spectrum()
     heldout: int = 64
 
     def __post_init__(self) -> None:
@@ -207,30 +211,29 @@ class Inversion:
         """By which candidates are compared on held-out noise."""
         return DenoisingError(samples=self.heldout)
 
-    def starts(self, hypothesis: Hypothesis) -> Blocks | None:
+    def starts(self, hypothesis: Hypothesis) -> Starts | None:
         """What finds first candidates under a hypothesis; None if all are random."""
-        blocks = self.blocks if self.loss.seeks_member else None
-        if blocks is None or not hypothesis.narrows:
+        found = self.blocks if hypothesis.narrows else self.spectrum
+        if found is None or not self.loss.seeks_member:
             return None
-        return blocks if blocks.led(self.descent.candidates) else None
+        return found if found.led(self.descent.candidates) else None
 
     def evaluations(self, hypothesis: Hypothesis) -> int:
         """Network evaluations of one image; one with its gradient counts for three.
 
-        Those of blocks and descent. Left out is the judging of candidates on held-out
+        Those of starts and descent. Left out is the judging of candidates on held-out
         noise.
         """
-        blocks = self.starts(hypothesis)
+        starts = self.starts(hypothesis)
         values = self.descent.candidate_steps * self.loss.evaluations
-        return 3 * values + (0 if blocks is None else blocks.evaluations)
+        return 3 * values + (0 if starts is None else starts.evaluations)
 
     @property
     def images(self) -> int:
         """Most images that the network may see at once."""
         together = min(self.descent.together, self.descent.candidates)
         most = [together * self.loss.evaluations, self.judge.evaluations]
-        if self.blocks is not None:
-            most += [self.blocks.together * self.blocks.draws]
+        most += [each.images for each in (self.blocks, self.spectrum) if each]
         return max(most)
 
 

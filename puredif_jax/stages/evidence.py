@@ -22,7 +22,8 @@ _EVIDENCE = (
     "a clean model the trigger changes little. The score is log10 of how many times "
     "the error with the trigger is below what a clean model could reach, as a "
     f"geometric mean over the {BEST} timesteps where that is most; under ancestral "
-    "sampling it is no more than -log10 of the measure placebo, below."
+    "sampling it is no more than -log10 of the measure placebo, below, or of the "
+    "geometric mean of placebo and recall, whichever is more."
 )
 _DRAWS = (
     "Both pictures start from the same noise. Draws that look alike prove nothing by "

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.denoising_consistency import estimated_target
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Hypothesis
@@ -32,6 +31,7 @@ from puredif_jax.defenses.inversion import (
 )
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.reinforcement import Reinforcement
+from puredif_jax.defenses.starts import Starts
 from puredif_jax.runs import parallel
 from puredif_jax.runs.report import progress
 from puredif_jax.runs.run import compiling
@@ -84,7 +84,7 @@ def invert(
     Candidates are compared on held-out noise by `inversion.judge`.
     """
     loss, descent = inversion.loss, inversion.descent
-    blocks = inversion.starts(hypothesis)
+    starts = inversion.starts(hypothesis)
     family = lab.family(hypothesis, moving=loss.seeks_member)
     program = _judging(lab.setup, inversion.judge, not loss.seeks_target)
     key = lab.stream(Stream.HELDOUT)
@@ -104,12 +104,12 @@ def invert(
 
     search = _Search(lab, loss, descent, params, family)
     begin, steps = search.first, descent.steps
-    if blocks is not None:
-        count = blocks.led(descent.candidates)
-        best = _blocks(lab, stage, params, family, blocks, count)
+    if starts is not None:
+        count = starts.led(descent.candidates)
+        best = _starts(lab, stage, params, family, starts, count)
 
         def begin() -> InversionState:
-            return starting(search.first(), best, blocks.rate)
+            return starting(search.first(), best, starts.rate)
 
     if descent.scout:
         scouts = search.run(f"{stage}_scouts", begin, descent.scout)
@@ -152,11 +152,11 @@ def _judging(
 
 
 def seconds(lab: Lab, stage: str) -> float:
-    """What the blocks and the steps of an inversion or a reinforcement took.
+    """What the starts and the steps of an inversion or a reinforcement took.
 
     Of all calls together, without steps that a killed one did not store; host 0 knows.
     """
-    parts = (f"{stage}_blocks", f"{stage}_scouts", stage, f"{stage}_end")
+    parts = (f"{stage}_starts", f"{stage}_scouts", stage, f"{stage}_end")
     return lab.run.metrics.seconds(*parts)
 
 
@@ -237,63 +237,72 @@ class _Search:
 
 
 @functools.lru_cache(KEPT)
-def _squaring(setup: Setup, blocks: Blocks) -> Callable[..., Array]:
-    """How a model answers a group of squares."""
+def _answering(setup: Setup, starts: Starts) -> Callable[..., Array]:
+    """What a model answers to a group of inputs."""
 
-    def ratios(params: Params, family: Family, squares: Array, key: Key) -> Array:
-        return blocks.ratios(
+    def answers(params: Params, family: Family, numbers: Array, key: Key) -> Array:
+        return starts.answers(
             setup.model,
             params,
             setup.schedule,
             family,
-            squares,
+            numbers,
             setup.image_shape,
             key,
             shard=setup.shard,
         )
 
-    return jax.jit(ratios, out_shardings=parallel.replicated(setup.mesh))
+    return jax.jit(answers, out_shardings=parallel.replicated(setup.mesh))
 
 
-def _blocks(
+@functools.lru_cache(KEPT)
+def _leading(setup: Setup, starts: Starts, count: int) -> Callable[..., Array]:
+    """What so many candidates are made of, from all answers."""
+
+    def leads(answers: Array, key: Key) -> Array:
+        return starts.leads(answers, count, setup.image_shape, key)
+
+    return jax.jit(leads, out_shardings=parallel.replicated(setup.mesh))
+
+
+def _starts(
     lab: Lab,
     stage: str,
     params: Params,
     family: Family,
-    blocks: Blocks,
+    starts: Starts,
     count: int,
 ) -> Candidate:
-    """The candidates of the `count` best squares, with the images they lead to.
+    """The first candidates, with the images they lead to.
 
-    Found with progress, and stored; a call that is interrupted tries all again.
+    Found with progress, and stored; a call that is interrupted asks the model again.
     """
-    shape = lab.setup.image_shape
-    squares, label = blocks.squares(shape), f"{stage}_blocks"
+    shape, label = lab.setup.image_shape, f"{stage}_starts"
 
     def compute() -> Mapping[str, Any]:
-        program, key = _squaring(lab.setup, blocks), lab.stream(Stream.BLOCKS)
-        total, most = len(squares), blocks.together
-        ratios = []
+        program, key = _answering(lab.setup, starts), lab.stream(Stream.STARTS)
+        total, most = starts.count(shape), starts.together
+        answers = []
         began = time.perf_counter()
         with progress(total, 0, label, parallel.is_host_zero()) as bar:
             for start in range(0, total, most):
                 rows = np.arange(start, start + most).clip(max=total - 1)
-                group = lab.run.replicate(squares[rows])
+                group = lab.run.replicate(rows.astype(np.int32))
                 with compiling(label, start == 0):
                     found = program(params, family, group, key)
-                    ratios.append(parallel.gather(found))
+                    answers.append(parallel.gather(found))
                 bar.update(min(most, total - start))
                 parallel.safe_point()
         if parallel.is_host_zero():
             metrics = lab.run.metrics
             metrics.rewind(label, 0)
             metrics.write(label, total, seconds=time.perf_counter() - began)
-        return {"ratios": np.concatenate(ratios)[:total]}
+        every = lab.run.replicate(np.concatenate(answers)[:total])
+        leads = _leading(lab.setup, starts, count)(every, key)
+        return {"leads": parallel.gather(leads)}
 
-    ratios = lab.run.once(label, compute)["ratios"]
-    psi = jnp.asarray(family.psi, jnp.float32)[1]
-    chosen = jnp.asarray(squares[blocks.best(ratios, count)])
-    found = jax.vmap(lambda square: blocks.candidate(square, shape, psi))(chosen)
+    leads = jnp.asarray(lab.run.once(label, compute, ("leads",))["leads"])
+    found = starts.candidates(leads, count, family, shape)
     images = _showing(lab.setup)(params, family, found, lab.stream(Stream.HELDOUT))
     return dataclasses.replace(found, target=images)
 

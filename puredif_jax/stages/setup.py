@@ -27,7 +27,7 @@ class Stream(enum.IntEnum):
     DESCENT = 202
     HELDOUT = 303
     FEATURES = 404
-    BLOCKS = 505
+    STARTS = 505
     DENOISING = 606
 
 

@@ -94,7 +94,7 @@ def inverting(
     yield drawing(judged, times * judged)
     if not loss.seeks_target:
         yield drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)
-    if (blocks := inversion.starts(hypothesis)) is not None:
-        yield drawing(blocks.together * blocks.draws, blocks.evaluations)
-        count = blocks.led(descent.candidates)
+    if (starts := inversion.starts(hypothesis)) is not None:
+        yield drawing(starts.images, starts.evaluations)
+        count = starts.led(descent.candidates)
         yield drawing(ESTIMATE.samples, count * ESTIMATE.evaluations)
