@@ -78,7 +78,7 @@ def test_evaluations_of_blocks() -> None:
 
 
 def test_evaluations_of_a_spectrum() -> None:
-    spectrum = Spectrum(draws=12, at_once=5)
+    spectrum = Spectrum(draws=12, together=5)
     assert seen(spectrum, Fading()) == spectrum.evaluations == 12
 
 

@@ -115,7 +115,7 @@ def test_without_a_psi_each_pair_has_a_direction_of_its_own() -> None:
     [
         ({"starts": 0}, "starts must be 1 or more, found 0"),
         ({"draws": 0}, "draws must be 1 or more, found 0"),
-        ({"at_once": 0}, "at_once must be 1 or more, found 0"),
+        ({"together": 0}, "together must be 1 or more, found 0"),
         ({"breadth": 0.0}, "breadth must be above 0"),
         ({"rms": -1.0}, "rms must be above 0"),
         ({"rate": 0.0}, "rate must be above 0"),

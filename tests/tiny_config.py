@@ -92,8 +92,8 @@ def get_config() -> Experiment:
             inversion=Inversion(
                 loss=DistributionShift(timesteps=(900, 300), samples=4),
                 descent=Descent(steps=6, candidates=3, scout=2, finalists=2),
-                blocks=Blocks(places=2, draws=1, at_once=4),
-                spectrum=Spectrum(draws=8, at_once=4),
+                blocks=Blocks(places=2, draws=1, together=4),
+                spectrum=Spectrum(draws=8, together=4),
                 heldout=8,
             ),
             detector=ANY,

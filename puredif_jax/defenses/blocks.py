@@ -10,7 +10,6 @@ gamma far from those that are named.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,23 +43,19 @@ class Blocks(Starts):
       levels: of its pixels, times 1 - gamma.
       gamma: scale of the noise in it.
       draws: of noise for each square.
-      at_once: squares that are shown to the network at once.
       floor: as of `DenoisingError`.
     """
-
-    name: ClassVar[str] = "blocks"
 
     sides: tuple[int, ...] = (1, 2, 3, 4)
     places: int = 16
     levels: tuple[float, ...] = (-1.0, 0.0, 1.0)
     gamma: float = 0.1
     draws: int = 4
-    at_once: int = 64
     floor: float = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("places", "draws", "at_once"):
+        for name in ("places", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be 1 or more, found {getattr(self, name)}"
@@ -80,12 +75,8 @@ class Blocks(Starts):
         return count * self.draws
 
     @property
-    def together(self) -> int:
-        return self.at_once
-
-    @property
     def images(self) -> int:
-        return self.at_once * self.draws
+        return self.together * self.draws
 
     def count(self, shape: Shape) -> int:
         return len(self.squares(shape))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,27 +49,21 @@ class Spectrum(Starts):
 
     Attributes:
       draws: of eps.
-      at_once: of them, those that are shown to the network at once.
       breadth: k. Beyond 1 the draws reach the size at which a trigger is answered.
       rms: root mean square of the starting triggers, which are then cut to [-1, 1].
     """
 
-    name: ClassVar[str] = "spectrum"
-
     starts: int = 4
     rate: float = 0.25
+    together: int = 256
     draws: int = 4096
-    at_once: int = 256
     breadth: float = 2.0
     rms: float = 0.6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("draws", "at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be 1 or more, found {getattr(self, name)}"
-                )
+        if self.draws < 1:
+            raise ValueError(f"draws must be 1 or more, found {self.draws}")
         for name in ("breadth", "rms"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
@@ -80,12 +73,8 @@ class Spectrum(Starts):
         return self.draws
 
     @property
-    def together(self) -> int:
-        return self.at_once
-
-    @property
     def images(self) -> int:
-        return self.at_once
+        return self.together
 
     def count(self, shape: Shape) -> int:
         return self.draws

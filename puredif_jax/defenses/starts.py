@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar
 
 from puredif_jax.attacks.pictures import Shape
 from puredif_jax.defenses.family import Family
@@ -28,17 +27,19 @@ class Starts(abc.ABC):
       starts: candidates of a search that start here, at most, and at most half of all;
         the others start at random.
       rate: of the descent from there, over that of the others.
+      together: inputs that are answered at once.
     """
-
-    name: ClassVar[str]
-    """Short, for files."""
 
     starts: int = 2
     rate: float = 0.1
+    together: int = 64
 
     def __post_init__(self) -> None:
-        if self.starts < 1:
-            raise ValueError(f"starts must be 1 or more, found {self.starts}")
+        for name in ("starts", "together"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be 1 or more, found {getattr(self, name)}"
+                )
         if not self.rate > 0:
             raise ValueError(f"rate must be above 0, found {self.rate}")
 
@@ -50,11 +51,6 @@ class Starts(abc.ABC):
     @abc.abstractmethod
     def evaluations(self) -> int:
         """How often the network is evaluated on one image, at most."""
-
-    @property
-    @abc.abstractmethod
-    def together(self) -> int:
-        """Inputs that are answered at once."""
 
     @property
     @abc.abstractmethod
