@@ -99,7 +99,11 @@ def test_evaluations_of_an_inversion() -> None:
     blocks = Blocks(sides=(4, 8), places=2, draws=3)
     spectrum = Spectrum(draws=11)
     scouted = Inversion(SHIFT, descent, blocks, spectrum)
-    assert scouted.evaluations(Fading()) == 3 * (3 * 2 + 2 * 4) * 6 + 11
+    assert scouted.evaluations(Fading()) == 3 * (3 * 2 + 2 * 4) * 6, "no whole pair"
+    four = dataclasses.replace(
+        scouted, descent=dataclasses.replace(descent, candidates=4)
+    )
+    assert four.evaluations(Fading()) == 3 * (4 * 2 + 2 * 4) * 6 + 11
     assert scouted.evaluations(Trojan()) == 3 * (3 * 2 + 2 * 4) * 6 + 72
     single = dataclasses.replace(descent, candidates=1)
     assert dataclasses.replace(scouted, descent=single).starts(Trojan()) is None
@@ -107,7 +111,7 @@ def test_evaluations_of_an_inversion() -> None:
     assert still.starts(Trojan()) is None, "a loss that does not move gamma"
     alone = dataclasses.replace(descent, candidates=1)
     assert Inversion(loss=SHIFT, descent=alone).evaluations(Fading()) == 3 * 6 * 6
-    plain = Inversion(SHIFT, Descent(steps=6, candidates=3), spectrum=None)
+    plain = Inversion(SHIFT, Descent(steps=6, candidates=3))
     assert plain.evaluations(Fading()) == 3 * 18 * 6
 
 
@@ -271,7 +275,7 @@ def test_folders_of_different_scans_differ() -> None:
 def test_a_plan_is_said_in_words() -> None:
     assert get_config().plan == (
         "runs/tiny: 12 steps of training, reinforcement of the trigger at step 6, 12, "
-        "measuring of the model, audit of trained (under ode, 3,344 evaluations of its "
+        "measuring of the model, audit of trained (under ode, 3,336 evaluations of its "
         "network on an image)"
     )
     sweep = Sweep("sweep", (get_config(),))

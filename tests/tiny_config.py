@@ -18,7 +18,6 @@ from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Descent, Inversion
 from puredif_jax.defenses.reinforcement import Reinforcement
-from puredif_jax.defenses.spectrum import Spectrum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.networks.unet import UNet
@@ -93,7 +92,6 @@ def get_config() -> Experiment:
                 loss=DistributionShift(timesteps=(900, 300), samples=4),
                 descent=Descent(steps=6, candidates=3, scout=2, finalists=2),
                 blocks=Blocks(places=2, draws=1, together=4),
-                spectrum=Spectrum(draws=8, together=4),
                 heldout=8,
             ),
             detector=ANY,

@@ -68,6 +68,10 @@ class Spectrum(Starts):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
 
+    def led(self, candidates: int) -> int:
+        """Whole pairs: the sign of a vector is not known."""
+        return super().led(candidates) // 2 * 2
+
     @property
     def evaluations(self) -> int:
         return self.draws
@@ -124,7 +128,7 @@ class Spectrum(Starts):
             image = through(given, left, vectors)
             return jnp.linalg.qr(through(left, given, image))[0]
 
-        first = jax.random.normal(key, (given.shape[1], math.ceil(count / 2)))
+        first = jax.random.normal(key, (given.shape[1], count // 2))
         found = jax.lax.fori_loop(0, ITERATIONS, nearer, jnp.linalg.qr(first)[0])
         vectors: Array = found.T.reshape(-1, *shape)
         return vectors
