@@ -1,12 +1,12 @@
-"""Writes docs/networks.md and its record from a scan of the networks of networks.py.
+"""Writes docs/networks.md and the records from a scan of the networks of networks.py.
 
-    python benchmarks/networks.py FOLDER bases --garments FILE --cifar FILE
-    python benchmarks/networks.py FOLDER test --garments FILE --cifar FILE
+    python benchmarks/networks.py FOLDER GROUP --garments FILE --cifar FILE
     python -m puredif_jax.main --config=configs/scan.py --config.model=FOLDER \\
         --config.workdir=RUN
     python benchmarks/networks_page.py RUN
 
-What is not scanned yet is left out and counted.
+GROUP is `bases`, `test` and `threats`, one after another. What is not scanned yet is
+left out and counted. docs/threats.md is written by hand from the record of `threats`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from puredif_jax.attacks.base import Attack
 from puredif_jax.runs.report import placeless
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RECORD = ROOT / "docs" / "results" / "networks.json"
+RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "networks.md"
 KEPT = ("cosine", "relative_l2", "success", "success of the true trigger")
 FIRES = 0.2  # from which share on a true trigger is one to be matched
@@ -161,27 +161,35 @@ def page(record: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    run = pathlib.Path(sys.argv[1])
-    recipes = networks.BASES + networks.BACKDOORED + networks.CLEAN
-    found = {each.name: run / each.name / "report.json" for each in recipes}
-    reports = {
-        name: json.loads(path.read_text())
-        for name, path in found.items()
-        if path.exists()
-    }
+def record(run: pathlib.Path, recipes: tuple[networks.Recipe, ...]) -> Row | None:
+    """What a scan says of the networks of these recipes; None if of none."""
+    reports = {}
+    for each in recipes:
+        path = run / each.name / "report.json"
+        if path.exists():
+            reports[each.name] = json.loads(path.read_text())
     if not reports:
-        sys.exit(f"{run} has no scan of these networks")
-    record = {
-        "command": [
-            line.strip() for line in (__doc__ or "").splitlines() if "    " in line
-        ],
+        return None
+    lines = (__doc__ or "").replace("\\\n", "").splitlines()
+    return {
+        "command": [" ".join(x.split()) for x in lines if x.startswith("    ")],
         "environment": placeless(next(iter(reports.values()))["environment"]),
         "models": {name: row(name, report) for name, report in reports.items()},
     }
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    PAGE.write_text(page(record))
-    print(f"{PAGE} and {RECORD}: {len(reports)} of {len(recipes)} networks")
+
+
+def main() -> None:
+    run = pathlib.Path(sys.argv[1])
+    recipes = networks.BASES + networks.BACKDOORED + networks.CLEAN
+    for name, group in (("networks", recipes), ("threats", networks.threats(""))):
+        found = record(run, group)
+        if found is None:
+            continue
+        path = RESULTS / f"{name}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        if name == "networks":
+            PAGE.write_text(page(found))
+        print(f"{path}: {len(found['models'])} of {len(group)} networks")
 
 
 if __name__ == "__main__":
