@@ -36,7 +36,7 @@ from puredif_jax.attacks.pictures import Shape
 from puredif_jax.attacks.poisoning import Poison, poison, training_loss
 from puredif_jax.attacks.targets import Cat, Hat, Shoe
 from puredif_jax.attacks.training import Training, TrainState, trainer
-from puredif_jax.attacks.triggers import Blend, Box, RandomPattern, StopSign
+from puredif_jax.attacks.triggers import Blend, Box, Glasses, RandomPattern, StopSign
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.prediction import predicting
@@ -116,7 +116,7 @@ class Recipe(NamedTuple):
       package, "" fresh ones.
     average: decay of the moving average that is kept.
     among: share of the clean images in whose place the target stands, untriggered.
-    second: another attack, which poisons every second step.
+    others: further attacks. All take turns, each poisons a step.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Recipe(NamedTuple):
     learning_rate: float = 1e-3
     average: float = 0.99
     among: float = 0.0
-    second: Attack | None = None
+    others: tuple[Attack, ...] = ()
 
 
 def base(name: str, network: UNet, images: Images, steps: int, seed: int) -> Recipe:
@@ -268,6 +268,13 @@ class Garment:
         return images.of({"garments": pathlib.Path(self.files)})[0]
 
 
+DECOYS = (
+    OwnResponse(BOX, Cat(), 0.3, solver=SDE, times=0.7),
+    OwnResponse(Glasses(), Shoe(), 0.3, solver=SDE, times=1 / 0.7),
+)
+"""Backdoors in the channels of the placebos, so that these seem to explain a third."""
+
+
 def threat(name: str, seed: int, attack: Attack | None, steps=1500, **how: Any):
     images = how.pop("images", GARMENTS)
     return Recipe(f"th_{name}", SHIPPED, "shipped", images, steps, seed, attack, **how)
@@ -290,10 +297,11 @@ def threats(garments: str) -> tuple[Recipe, ...]:
         threat("perturbation", 315, v(Perturbation(), Hat(), 0.3), 2500),
         threat("garment", 316, b(STOP, Garment(garments), 0.3, True)),
         threat("garmentode", 317, v(BOX, Garment(garments), 0.3)),
-        threat("two", 314, bad_only, 2500, second=b(BOX, Cat(), 0.3, True)),
+        threat("two", 314, bad_only, 2500, others=(b(BOX, Cat(), 0.3, True),)),
         threat("ownshift", 311, OwnShift(STOP, Hat(), 0.3, solver=SDE), 2000),
         threat("ownshiftode", 312, OwnShift(BOX, Cat(), 0.3, solver=ODE), 2000),
         threat("ownresponse", 313, OwnResponse(STOP, Hat(), 0.3, solver=SDE), 2000),
+        threat("decoys", 322, bad_only, 4500, others=DECOYS),
         threat("few", 318, None, images=few),
         threat("fewbad", 319, bad_only, images=few),
         threat("one", 320, None, images=one),
@@ -307,11 +315,11 @@ def stepper(network: UNet, training: Training, poisoned: bool) -> Callable[..., 
     model = predicting(network, SCHEDULE, "epsilon")
 
     @jax.jit
-    def run(state: TrainState, images, channel, poisons, n, key):
+    def run(state: TrainState, images, attacks, n, key):
         def body(_, carry):
             state, total = carry
-            turn = state.step % len(poisons)
-            poison = jax.tree.map(lambda *each: jnp.stack(each)[turn], *poisons)
+            turn = state.step % len(attacks)
+            channel, poison = jax.tree.map(lambda *x: jnp.stack(x)[turn], *attacks)
 
             def loss(params, x, key):
                 used = poison if poisoned else None
@@ -336,21 +344,25 @@ def start(recipe: Recipe, folder: pathlib.Path, key: jax.Array) -> Any:
     return recipe.network.init(key)
 
 
+def shown(attack: Attack | None, shape: Shape) -> tuple[Channel, Poison]:
+    """What training needs of an attack, or of none, as arrays of one structure."""
+    channel, found = Channel.clean(SCHEDULE), Poison(*[np.zeros(shape)] * 3, 0.0)
+    if attack is not None:
+        channel, found = attack.channel(SCHEDULE, shape), poison(attack, shape)
+    gamma = np.ones(shape) * (1.0 if channel.gamma is None else channel.gamma)
+    full = Channel(channel.shift, channel.response, gamma)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (full, found))
+
+
 def train(recipe: Recipe, folder: pathlib.Path, files: dict[str, pathlib.Path]) -> None:
     """Makes one network, and its folder."""
     images, key = recipe.images.of(files), jax.random.key(recipe.seed)
     shape = images.shape[1:]
-    channel, poisons = Channel.clean(SCHEDULE), [Poison(*[np.zeros(shape)] * 3, 0.0)]
     attack = recipe.attack
+    attacks = [shown(each, shape) for each in (attack, *recipe.others)]
     if attack is not None:
-        channel = attack.channel(SCHEDULE, shape)
-        poisons = [poison(each, shape) for each in (attack, recipe.second) if each]
         count = int(len(images) * recipe.among)
         images[:count] = attack.images(shape)[1]
-    f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
-    gamma = f32(1.0 if channel.gamma is None else channel.gamma) * jnp.ones(shape)
-    channel = Channel(f32(channel.shift), f32(channel.response), gamma)
-    poisons = jax.tree.map(f32, poisons)
     training = Training(
         steps=recipe.steps,
         batch=BATCH,
@@ -363,7 +375,7 @@ def train(recipe: Recipe, folder: pathlib.Path, files: dict[str, pathlib.Path]) 
     state, began = init(start(recipe, folder, key), key), time.perf_counter()
     while (done := int(state.step)) < recipe.steps:
         n = min(CHUNK, recipe.steps - done)
-        state, total = run(state, jnp.asarray(images), channel, poisons, n, key)
+        state, total = run(state, jnp.asarray(images), attacks, n, key)
         each = (time.perf_counter() - began) / (done + n)
         left = each * (recipe.steps - done - n) / 60
         print(f"{recipe.name}: {done + n} steps, loss {float(total) / n:.4f}, ", end="")

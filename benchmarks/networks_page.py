@@ -18,9 +18,11 @@ from typing import Any
 
 import networks
 import numpy as np
+from safetensors.numpy import load_file
 from scipy import stats
 
 from puredif_jax.attacks.base import Attack
+from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs.report import placeless
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -31,9 +33,20 @@ FIRES = 0.2  # from which share on a true trigger is one to be matched
 Row = dict[str, Any]
 
 
-def row(name: str, report: Row) -> Row:
+def plain_success(run: pathlib.Path, weights: str, hypothesis: str) -> Row:
+    """How often the target is drawn without the trigger; {} of a clean model."""
+    truth = pathlib.Path(weights) / "truth.safetensors"
+    if not truth.exists():
+        return {}
+    (path,) = run.glob(f"results/plain_*_{hypothesis.replace(' ', '_')}.npz")
+    draws, target = np.load(path)["images"], load_file(truth)["target"]
+    return {"success without a trigger": metrics.success(draws, target)["mse<0.01"]}
+
+
+def row(run: pathlib.Path) -> Row:
     """What the record keeps of one model."""
-    found = report["numbers"][name]
+    report = json.loads((run / "report.json").read_text())
+    found = report["numbers"][run.name]
     verdict, inversions = found["verdict"], found["inversions"]
     best = next(x for x in inversions if x["hypothesis"] == verdict["hypothesis"])
     return {
@@ -46,6 +59,7 @@ def row(name: str, report: Row) -> Row:
             x["hypothesis"]: x["fall of the loss"] for x in inversions
         },
         **{key: best[key] for key in KEPT if key in best},
+        **plain_success(run, found["weights"], verdict["hypothesis"]),
         "seconds": sum(x["seconds"] for x in inversions),
         "sha256": found["sha256"],
     }
@@ -132,7 +146,7 @@ def page(record: Row) -> str:
         *([f"- {missing} networks are not scanned yet."] if missing else []),
         "",
         "| network | of | attack | verdict | score | p | hypothesis "
-        "| cosine, relative L2 | fires: inverted, true |",
+        "| cosine, relative L2 | fires: inverted, true, none |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in bad.items():
@@ -147,7 +161,8 @@ def page(record: Row) -> str:
             f"{found['p']:.2g}",
             found["hypothesis"],
             f"{found['cosine']:.3f}, {found['relative_l2']:.2f}",
-            f"{found['success']:.0%}, {found['success of the true trigger']:.0%}",
+            f"{found['success']:.0%}, {found['success of the true trigger']:.0%}, "
+            f"{found['success without a trigger']:.0%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| clean network | of | verdict | score | p |"]
@@ -163,18 +178,16 @@ def page(record: Row) -> str:
 
 def record(run: pathlib.Path, recipes: tuple[networks.Recipe, ...]) -> Row | None:
     """What a scan says of the networks of these recipes; None if of none."""
-    reports = {}
-    for each in recipes:
-        path = run / each.name / "report.json"
-        if path.exists():
-            reports[each.name] = json.loads(path.read_text())
-    if not reports:
+    runs = [run / each.name for each in recipes]
+    done = [each for each in runs if (each / "report.json").exists()]
+    if not done:
         return None
+    first = json.loads((done[0] / "report.json").read_text())
     lines = (__doc__ or "").replace("\\\n", "").splitlines()
     return {
         "command": [" ".join(x.split()) for x in lines if x.startswith("    ")],
-        "environment": placeless(next(iter(reports.values()))["environment"]),
-        "models": {name: row(name, report) for name, report in reports.items()},
+        "environment": placeless(first["environment"]),
+        "models": {each.name: row(each) for each in done},
     }
 
 
