@@ -110,6 +110,11 @@ def test_without_a_psi_each_pair_has_a_direction_of_its_own() -> None:
     np.testing.assert_allclose(found.delta, np.clip(want, -1, 1), atol=1e-6)
 
 
+def test_large_images_have_fewer_draws() -> None:
+    counts = [Spectrum().count((n, n, 3)) for n in (16, 32, 64, 256, 4096)]
+    assert counts == [4096, 4096, 1365, 85, 1]
+
+
 def test_candidates_of_a_spectrum_are_whole_pairs() -> None:
     found = [Spectrum().led(n) for n in (1, 2, 3, 4, 6, 8, 16, 32)]
     assert found == [0, 0, 0, 2, 2, 4, 4, 4]

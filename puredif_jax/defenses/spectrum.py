@@ -34,6 +34,9 @@ from puredif_jax.types import (
 ITERATIONS = 30
 """Of the power method; the leading directions are far above the others."""
 
+MOST = 2**24
+"""Numbers in all answers, which are kept at once: 64 MiB."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum(Starts):
@@ -48,7 +51,7 @@ class Spectrum(Starts):
     tried with both signs.
 
     Attributes:
-      draws: of eps.
+      draws: of eps, at most; fewer where their answers have more than `MOST` numbers.
       breadth: k. Beyond 1 the draws reach the size at which a trigger is answered.
       rms: root mean square of the starting triggers, which are then cut to [-1, 1].
     """
@@ -81,7 +84,7 @@ class Spectrum(Starts):
         return self.together
 
     def count(self, shape: Shape) -> int:
-        return self.draws
+        return max(1, min(self.draws, MOST // math.prod(shape)))
 
     def noise(self, numbers: Array, shape: Shape, key: Key) -> Array:
         """k eps of the draws of these numbers, `[N, H, W, C]`."""
@@ -128,7 +131,8 @@ class Spectrum(Starts):
             image = through(given, left, vectors)
             return jnp.linalg.qr(through(left, given, image))[0]
 
-        first = jax.random.normal(key, (given.shape[1], count // 2))
+        start = jax.random.fold_in(key, len(answers))
+        first = jax.random.normal(start, (given.shape[1], count // 2))
         found = jax.lax.fori_loop(0, ITERATIONS, nearer, jnp.linalg.qr(first)[0])
         vectors: Array = found.T.reshape(-1, *shape)
         return vectors
