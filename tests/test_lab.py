@@ -20,7 +20,7 @@ from puredif_jax.attacks.drawing import draw
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.training import Training
-from puredif_jax.attacks.triggers import Blend, Patch, StopSign
+from puredif_jax.attacks.triggers import Blend, Patch, RandomPattern, StopSign
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
@@ -129,24 +129,33 @@ def test_the_hypothesis_that_is_right_finds_the_trigger(tmp_path, kind) -> None:
     assert gains[kind] < 0.3 < gains[wrong]
 
 
-def test_a_patch_is_found_from_the_best_squares(tmp_path) -> None:
-    """By a short search. Without them it is missed; a stored scan is not made again."""
-    attack = TrojDiff(Patch(), Hat())
+@pytest.mark.parametrize(
+    "attack,kind,starts",
+    [
+        (TrojDiff(Patch(), Hat()), Trojan(), "blocks"),
+        (BadDiffusion(RandomPattern(1.0), Hat(), trigger_only=True), SDE, "spectrum"),
+    ],
+    ids=["patch", "noise"],
+)
+def test_a_trigger_is_found_from_what_the_model_answers(
+    tmp_path, attack, kind, starts
+) -> None:
+    """By a short search. Random starts miss it; what is stored is not asked again."""
     lab, points = exact_lab(tmp_path, attack)
     truth = Truth.of(attack, SCHEDULE, TINY.image_shape)
     descent = dataclasses.replace(INVERSION.descent, candidates=4, scout=10, steps=40)
     wanted = dataclasses.replace(INVERSION, descent=descent)
-    random = dataclasses.replace(wanted, blocks=None)
+    random = dataclasses.replace(wanted, **{starts: None})
     cosines = []
-    for name, inversion in {"squares": wanted, "random": random}.items():
-        found, _, _ = search.invert(lab, name, points, Trojan(), inversion)
+    for name, inversion in {"led": wanted, "random": random}.items():
+        found, _, _ = search.invert(lab, name, points, kind, inversion)
         distance = metrics.trigger_distance(found.delta, truth.trigger)
         cosines.append(float(distance.cosine))
-    assert cosines[0] > 0.99 > 0.5 > cosines[1]
+    assert cosines[0] > 0.99 > 0.5 > cosines[1], cosines
     results = lab.run.folder / "results"
-    assert [path.name for path in results.iterdir()] == ["squares_starts.npz"]
+    assert [path.name for path in results.iterdir()] == ["led_starts.npz"]
     before = search._answering.cache_info()
-    search.invert(lab, "squares", points, Trojan(), wanted)
+    search.invert(lab, "led", points, kind, wanted)
     assert search._answering.cache_info() == before
 
 
