@@ -108,7 +108,7 @@ def test_what_is_no_number_is_the_last_choice() -> None:
 @pytest.mark.parametrize(
     "wrong,message",
     [
-        ({"starts": 0}, "starts must be 1 or more, found 0"),
+        ({"most": 0}, "most must be 1 or more, found 0"),
         ({"sides": ()}, "sides must be one or more in 1..32"),
         ({"sides": (1, 40)}, "sides must be one or more in 1..32"),
         ({"levels": ()}, "levels must be one or more, found none"),

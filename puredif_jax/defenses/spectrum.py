@@ -1,22 +1,25 @@
 """The direction that a model takes least for noise: starts for triggers.
 
-Near T a clean model takes its whole input for noise: its mean Jacobian is a multiple of
-the identity. A backdoored one answers less of its trigger, or more. So the trigger is
-the direction in which the mean Jacobian differs most from a multiple of the identity.
-It needs no slope at the start of a descent, and no guess of what the trigger looks
-like.
+Near T a clean model takes its whole input for noise: its mean Jacobian is near a
+multiple of the identity. A backdoored one answers less of its trigger, or more. So the
+trigger is near the direction in which the mean Jacobian differs most from a multiple of
+the identity. It needs no slope at the start of a descent, and no guess of what the
+trigger looks like.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from puredif_jax.attacks.pictures import Shape
 from puredif_jax.defenses.family import Family
+from puredif_jax.defenses.objective import check_timesteps
 from puredif_jax.defenses.starts import Starts
 from puredif_jax.diffusion.prediction import lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
@@ -31,45 +34,58 @@ from puredif_jax.types import (
     unsharded,
 )
 
-ITERATIONS = 30
-"""Of the power method; the leading directions are far above the others."""
+ITERATIONS, BLOCK = 30, 4
+"""Of the power method, and how many vectors it moves together."""
 
 MOST = 2**24
-"""Numbers in all answers, which are kept at once: 64 MiB."""
+"""Numbers in all answers, which are kept at once: 64 MiB, and three copies of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum(Starts):
-    """Leading right singular vectors of the mean Jacobian's deviation at T - 1.
+    """Leading eigenvectors of the mean Jacobian's deviation at high timesteps.
 
-    With x = v k eps, k the breadth, and the answer a = M(x, T - 1), Stein's identity
+    With x = v_t k eps, k the breadth, and the answer a = M(x, t), Stein's identity
     gives the mean Jacobian with respect to k eps from answers alone:
 
-      J = E[a (k eps)^T] / k^2,    m = E<a, k eps> / E||k eps||^2,
+      J = E[a (k eps)^T] / k^2,    m_t = E<a, k eps> / E||k eps||^2,
 
-    and the vectors are those of J - m 1 = E[(a - m k eps) (k eps)^T] / k^2. Each is
-    tried with both signs.
+    and the vectors are those of the symmetric part of
+
+      sum_t (J_t - m_t 1) = sum_t E[(a - m_t k eps) (k eps)^T] / k^2
+
+    with the eigenvalue of largest magnitude, for each breadth its own. Each is tried
+    with both signs.
 
     Attributes:
       draws: of eps, at most; fewer where their answers have more than `MOST` numbers.
-      breadth: k. Beyond 1 the draws reach the size at which a trigger is answered.
+        They are shared evenly among breadths and timesteps.
+      breadths: k. A network answers a little of its trigger in small draws, an exact
+        denoiser only in large ones.
+      timesteps: t, as `NoiseSchedule.matched` reads them. Several, since a model could
+        be made to answer as a clean one at T - 1 alone.
       rms: root mean square of the starting triggers, which are then cut to [-1, 1].
     """
 
-    starts: int = 4
-    rate: float = 0.25
+    most: int = 4
+    rate: float = 1.0
     together: int = 256
     draws: int = 4096
-    breadth: float = 2.0
+    breadths: tuple[float, ...] = (2.0, 4.0)
+    timesteps: tuple[int, ...] = (999, 950, 900, 850)
     rms: float = 0.6
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_timesteps(self.timesteps, ())
         if self.draws < 1:
             raise ValueError(f"draws must be 1 or more, found {self.draws}")
-        for name in ("breadth", "rms"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        if not self.breadths or min(self.breadths) <= 0:
+            raise ValueError(
+                f"breadths must be one or more, above 0, found {self.breadths}"
+            )
+        if not self.rms > 0:
+            raise ValueError(f"rms must be above 0, found {self.rms}")
 
     def led(self, candidates: int) -> int:
         """Whole pairs: the sign of a vector is not known."""
@@ -90,7 +106,12 @@ class Spectrum(Starts):
         """k eps of the draws of these numbers, `[N, H, W, C]`."""
         keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
         eps = jax.vmap(lambda each: jax.random.normal(each, shape))(keys)
-        return self.breadth * eps
+        breadth = jnp.asarray(self.breadths, jnp.float32)
+        return breadth[numbers % len(self.breadths)][:, None, None, None] * eps
+
+    def group(self, numbers: Array) -> Array:
+        """The timestep of each draw, by its place among all, `[N]`."""
+        return numbers // len(self.breadths) % len(self.timesteps)
 
     def answers(
         self,
@@ -104,59 +125,72 @@ class Spectrum(Starts):
         *,
         shard: Shard = unsharded,
     ) -> Array:
-        """The noise that the model predicts at T - 1, `[N, H, W, C]`."""
-        times = jnp.full((len(numbers),), schedule.steps - 1)
+        """The noise that the model predicts, `[N, H, W, C]`."""
+        times = jnp.asarray(schedule.matched(self.timesteps))[self.group(numbers)]
         x = shard(lookup(schedule.noise, times) * self.noise(numbers, shape, key))
         return model(params, x, times)
 
     def leads(self, answers: Array, count: int, shape: Shape, key: Key) -> Array:
-        """The vectors, each of length 1, `[count / 2, H, W, C]`, the first leading.
+        """The vectors, each of length 1, `[count / 2, H, W, C]`.
 
-        Draws whose answer is not finite are left out.
+        The leading one of each breadth, then the second of each. Draws whose answer is
+        not finite are left out.
         """
-        product = jax.lax.Precision.HIGHEST
-        given = self.noise(jnp.arange(len(answers)), shape, key)
-        given, answers = (x.reshape(len(x), -1) for x in (given, answers))
+        numbers = jnp.arange(len(answers))
+        given = self.noise(numbers, shape, key).reshape(len(answers), -1)
+        answers = answers.reshape(len(answers), -1)
         finite = jnp.isfinite(answers).all(1, keepdims=True)
         given, answers = (jnp.where(finite, x, 0.0) for x in (given, answers))
-        mean = jnp.sum(answers * given) / jnp.maximum(jnp.sum(given**2), 1e-12)
-        left = answers - mean * given
+        kinds, times = len(self.breadths), len(self.timesteps)
+        alike = numbers % kinds * times + self.group(numbers)
 
-        def through(first: Array, then: Array, x: Array) -> Array:
-            """then^T first x: of given and left it is J x, of left and given J^T x."""
-            inner = jnp.matmul(first, x, precision=product)
-            return jnp.matmul(then.T, inner, precision=product)
+        def total(x: Array) -> Array:
+            """Of each breadth and timestep, `[kinds times]`."""
+            return jax.ops.segment_sum(jnp.sum(x, 1), alike, kinds * times)
 
-        def nearer(_: Array, vectors: Array) -> Array:
-            image = through(given, left, vectors)
-            return jnp.linalg.qr(through(left, given, image))[0]
-
+        mean = total(answers * given) / jnp.maximum(total(given**2), 1e-12)
+        left = answers - mean[alike][:, None] * given
+        width = min(max(BLOCK, count), given.shape[1])
         start = jax.random.fold_in(key, len(answers))
-        first = jax.random.normal(start, (given.shape[1], count // 2))
-        found = jax.lax.fori_loop(0, ITERATIONS, nearer, jnp.linalg.qr(first)[0])
-        vectors: Array = found.T.reshape(-1, *shape)
-        return vectors
+        first = jnp.linalg.qr(jax.random.normal(start, (given.shape[1], width)))[0]
+
+        def leading(kind: Array) -> Array:
+            """Eigenvectors for one breadth, the rows of `[width, H W C]`."""
+            here = (numbers % kinds == kind).astype(given.dtype)[:, None]
+
+            def times_symmetric(x: Array) -> Array:
+                dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+                return dot(left.T, here * dot(given, x)) + dot(
+                    given.T, here * dot(left, x)
+                )
+
+            def nearer(_: Array, vectors: Array) -> Array:
+                return jnp.linalg.qr(times_symmetric(vectors))[0]
+
+            found = jax.lax.fori_loop(0, ITERATIONS, nearer, first)
+            small = found.T @ times_symmetric(found)
+            values, turn = jnp.linalg.eigh((small + small.T) / 2)
+            vectors: Array = (found @ turn).T[jnp.argsort(-jnp.abs(values))]
+            return vectors
+
+        every = jax.lax.map(leading, jnp.arange(kinds)).swapaxes(0, 1)
+        chosen: Array = every.reshape(-1, *shape)[: count // 2]
+        return chosen
 
     def candidates(
         self, leads: Array, count: int, family: Family, shape: Shape
     ) -> Candidate:
-        """Pairs of opposite signs.
-
-        Where psi may move, all are of the leading vector and psi falls from its most to
-        its least from pair to pair; otherwise each pair is of the next vector.
-        """
-        least, most = jnp.asarray(family.psi, jnp.float32)
-        pair = jnp.arange(count) // 2
-        vectors = leads[jnp.where(most > least, 0, pair)]
-        sign = jnp.where(jnp.arange(count) % 2 == 0, 1.0, -1.0)[:, None, None, None]
+        """Pairs of opposite signs, with psi in the middle of its range."""
+        sign = jnp.asarray(np.resize([1.0, -1.0], count), jnp.float32)
         size = self.rms * math.sqrt(math.prod(shape))
-        share = 1 - pair / jnp.maximum(pair.max(), 1)
+        signed = sign[:, None, None, None] * jnp.repeat(leads, 2, axis=0)
         gamma = jnp.asarray(family.gamma, jnp.float32)[2]
+        psi = jnp.mean(jnp.asarray(family.psi, jnp.float32))
         return Candidate(
-            jnp.clip(size * sign * vectors, -1, 1),
+            jnp.clip(size * signed, -1, 1),
             jnp.zeros((count, *shape)),
             Member(
-                least + share * (most - least),
+                jnp.broadcast_to(psi, (count,)),
                 jnp.broadcast_to(gamma, (count, *shape)),
             ),
         )

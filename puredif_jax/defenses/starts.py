@@ -24,18 +24,18 @@ class Starts(abc.ABC):
     """Inputs, numbered from 0, and what follows from the answers to all of them.
 
     Attributes:
-      starts: candidates of a search that start here, at most, and at most half of all;
+      most: candidates of a search that start here, at most, and at most half of all;
         the others start at random.
       rate: of the descent from there, over that of the others.
       together: inputs that are answered at once.
     """
 
-    starts: int = 2
+    most: int = 2
     rate: float = 0.1
     together: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("starts", "together"):
+        for name in ("most", "together"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be 1 or more, found {getattr(self, name)}"
@@ -45,7 +45,7 @@ class Starts(abc.ABC):
 
     def led(self, candidates: int) -> int:
         """How many of so many candidates start here."""
-        return min(self.starts, candidates // 2)
+        return min(self.most, candidates // 2)
 
     @property
     @abc.abstractmethod
