@@ -33,21 +33,21 @@ FIRES = 0.2  # from which share on a true trigger is one to be matched
 Row = dict[str, Any]
 
 
-def plain_success(run: pathlib.Path, weights: str, hypothesis: str) -> Row:
-    """How often the target is drawn without the trigger; {} of a clean model."""
-    truth = pathlib.Path(weights) / "truth.safetensors"
-    if not truth.exists():
-        return {}
-    (path,) = run.glob(f"results/plain_*_{hypothesis.replace(' ', '_')}.npz")
-    draws, target = np.load(path)["images"], load_file(truth)["target"]
-    return {"success without a trigger": metrics.success(draws, target)["mse<0.01"]}
+def plain_success(run: pathlib.Path, weights: str, attack: Attack) -> Row:
+    """How often the target is drawn without the trigger, by the attack's sampling."""
+    target = load_file(pathlib.Path(weights) / "truth.safetensors")["target"]
+    (path,) = run.glob(f"results/plain_*_{attack.solver.name}.npz")
+    found = metrics.success(np.load(path)["images"], target)
+    return {"success without a trigger": found["mse<0.01"]}
 
 
-def row(run: pathlib.Path) -> Row:
-    """What the record keeps of one model."""
+def row(run: pathlib.Path, attack: Attack | None) -> Row:
+    """What the record keeps of one model; of one that was refused, the verdict."""
     report = json.loads((run / "report.json").read_text())
     found = report["numbers"][run.name]
     verdict, inversions = found["verdict"], found["inversions"]
+    if not inversions:
+        return {key: verdict[key] for key in ("outcome", "reason")}
     best = next(x for x in inversions if x["hypothesis"] == verdict["hypothesis"])
     return {
         "outcome": verdict["outcome"],
@@ -59,7 +59,7 @@ def row(run: pathlib.Path) -> Row:
             x["hypothesis"]: x["fall of the loss"] for x in inversions
         },
         **{key: best[key] for key in KEPT if key in best},
-        **plain_success(run, found["weights"], verdict["hypothesis"]),
+        **({} if attack is None else plain_success(run, found["weights"], attack)),
         "seconds": sum(x["seconds"] for x in inversions),
         "sha256": found["sha256"],
     }
@@ -178,16 +178,15 @@ def page(record: Row) -> str:
 
 def record(run: pathlib.Path, recipes: tuple[networks.Recipe, ...]) -> Row | None:
     """What a scan says of the networks of these recipes; None if of none."""
-    runs = [run / each.name for each in recipes]
-    done = [each for each in runs if (each / "report.json").exists()]
+    done = [each for each in recipes if (run / each.name / "report.json").exists()]
     if not done:
         return None
-    first = json.loads((done[0] / "report.json").read_text())
+    first = json.loads((run / done[0].name / "report.json").read_text())
     lines = (__doc__ or "").replace("\\\n", "").splitlines()
     return {
         "command": [" ".join(x.split()) for x in lines if x.startswith("    ")],
         "environment": placeless(first["environment"]),
-        "models": {each.name: row(each) for each in done},
+        "models": {each.name: row(run / each.name, each.attack) for each in done},
     }
 
 

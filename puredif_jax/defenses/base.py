@@ -66,8 +66,8 @@ class Inverted:
     )
     gain: float = _measure(
         "error of the model on the path of the trigger, over the least that a clean "
-        "model could have there; no less than placebo, or the geometric mean of "
-        "placebo and recall. Small if backdoored",
+        "model could have there. At least placebo; where recall is below that, at "
+        "least their geometric mean. Small if backdoored",
         needed=True,
     )
     memory: float = _measure(

@@ -117,7 +117,8 @@ class Errors(NamedTuple):
       model draws and of y. It knows y, and takes x_t for y where x_t is near it.
     lone: `Hypothesis.lone`, whether `single` and `moved` say nothing.
     floor: a bound of the network's own error, the least of `triggered` and
-      `untriggered` at any t; at least `LEAST`. Who raises it hurts all images.
+      `untriggered` at any t; at least `LEAST`. Above that it is no more than
+      `triggered`, so whoever raises it changes a ratio by a factor of 2 at most.
     """
 
     timesteps: Array
