@@ -17,17 +17,15 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.features import (
-    TIMESTEPS,
-    Errors,
     Features,
     denoising,
-    errors,
     evidence,
     features,
     spread,
     total_variation,
 )
 from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
+from puredif_jax.defenses.path_errors import TIMESTEPS, Errors, errors
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.diffusion.ve import VarianceExploding

@@ -18,15 +18,15 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
 from puredif_jax.defenses.denoising_error import DenoisingError
 from puredif_jax.defenses.family import Family
-from puredif_jax.defenses.features import (
+from puredif_jax.defenses.hypothesis import Fading, Trojan
+from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.path_errors import (
     LEAST,
     TIMESTEPS,
     errors,
     levels,
     single_image,
 )
-from puredif_jax.defenses.hypothesis import Fading, Trojan
-from puredif_jax.defenses.inversion import Descent, inverter
 from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.types import Candidate, Member

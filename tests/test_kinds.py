@@ -26,10 +26,15 @@ from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.drawing import draw
 from puredif_jax.defenses.base import Defense
+from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.detector import Detector, Scores
 from puredif_jax.defenses.elijah import Uniformity
+from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Fading, Hypothesis, Trojan
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Loss
+from puredif_jax.defenses.spectrum import Spectrum
+from puredif_jax.defenses.starts import Starts
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.multistep import DPMSolver, UniPC
@@ -49,6 +54,7 @@ from puredif_jax.diffusion.ve import (
     VarianceExploding,
 )
 from puredif_jax.diffusion.widened import Widened
+from puredif_jax.types import Array
 
 SHAPE = (8, 8, 1)
 PROCESSES: list[Process] = [
@@ -81,6 +87,7 @@ HYPOTHESES: list[Hypothesis] = [
     Trojan(),
 ]
 LOSSES: list[Loss] = [*test_objectives.LOSSES.values()]
+STARTS: list[Starts] = [Blocks(places=4), Spectrum(draws=48)]
 LISTS: dict[type, Iterable[object]] = {
     Attack: ATTACKS,
     Defense: test_defenses.DEFENSES,
@@ -90,6 +97,7 @@ LISTS: dict[type, Iterable[object]] = {
     Process: PROCESSES,
     Sampler: SAMPLERS,
     Solver: SOLVERS,
+    Starts: STARTS,
 }
 LAYERS = ("diffusion", "attacks", "defenses")
 
@@ -309,3 +317,35 @@ def test_an_attack_on_latents_is_the_attack_in_their_unit(attack: Attack) -> Non
     np.testing.assert_allclose(found.shift, known.shift, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found.response, 5 * known.response, rtol=1e-9)
     np.testing.assert_array_equal(found.gamma, known.gamma)
+
+
+@pytest.mark.parametrize("starts", STARTS, ids=named)
+@pytest.mark.parametrize("hypothesis", HYPOTHESES, ids=lambda x: x.name)
+def test_starts_are_candidates_among_images(starts: Starts, hypothesis) -> None:
+    """Answers are the same in groups. A model that answers nothing has starts, too."""
+    if type(Inversion().starts(hypothesis)) is not type(starts):
+        return  # no search begins so
+    process = next(x for x in PROCESSES if hypothesis.applies(x.tables()))
+    schedule, key = process.tables(), jax.random.key(0)
+    family: Family = hypothesis.family(schedule, SHAPE)
+    numbers, count = np.arange(starts.count(SHAPE)), starts.led(9)
+
+    def model(params, x: Array, t: Array) -> Array:
+        return params * jnp.tanh(x)
+
+    @jax.jit
+    def answers(params: Array, numbers: Array) -> Array:
+        return starts.answers(model, params, schedule, family, numbers, SHAPE, key)
+
+    for slope in (0.9, 0.0, np.nan):
+        every = answers(jnp.float32(slope), numbers)
+        parts = [answers(jnp.float32(slope), x) for x in np.array_split(numbers, 2)]
+        np.testing.assert_allclose(np.concatenate(parts), every, rtol=1e-4, atol=1e-4)
+        leads = starts.leads(every, count, SHAPE, key)
+        found = starts.candidates(leads, count, family, SHAPE)
+        assert found.delta.shape == found.target.shape == (count, *SHAPE)
+        assert np.isfinite(found.delta).all() and np.abs(found.delta).max() <= 1
+        assert found.member is not None and not np.any(found.target)
+        within = family.within(found)
+        jax.tree.map(np.testing.assert_array_equal, within.member, found.member)
+        assert found.member.gamma.shape == found.delta.shape

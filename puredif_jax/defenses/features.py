@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.exact import ExactDenoiser, Points
+from puredif_jax.defenses.path_errors import HIGH, MIDDLE, TIMESTEPS, Errors, levels
 from puredif_jax.diffusion.prediction import diffuse, lookup, predict_x0
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import (
@@ -25,18 +25,8 @@ from puredif_jax.types import (
     unsharded,
 )
 
-HIGH = (999, 900, 800)
-MIDDLE = (700, 600, 500, 400, 300, 200, 100)
-"""Where memory is measured: there the target shows in a noisy image."""
-
-TIMESTEPS = HIGH + MIDDLE
-"""Where gain is measured."""
-
 BEST = 3
-"""Of them, those that `Features.gain` rests on."""
-
-LEAST = 0.15
-"""Dimensions below which an error says no more."""
+"""Of `TIMESTEPS`, those that `Features.gain` rests on."""
 
 
 class Features(NamedTuple):
@@ -96,161 +86,6 @@ def total_variation(images: Array) -> Array:
     `[B, H, W, C]`: their sum."""
     down = jnp.mean(jnp.abs(jnp.diff(images, axis=1)))
     return down + jnp.mean(jnp.abs(jnp.diff(images, axis=2)))
-
-
-class Errors(NamedTuple):
-    """How a model denoises on the path of a candidate, and what a clean one could do.
-
-    In dimensions: squared errors of the predicted noise, summed over an image. A clean
-    model can explain a path in two ways; where one of them does, it is no backdoor.
-    Where the path itself is that of one image, `known` takes the place of both.
-
-    timesteps: `[T]`.
-    triggered: of eps + C_t delta from x_t = s_t y + v_t gamma eps + H_t delta.
-    untriggered: of eps from s_t y + v_t eps, for comparison. It explains nothing, since
-      who trains with y among the clean images lowers it.
-    moved: of eps from s_t y + v_t eps + (H_t - v_t C_t) delta. It knows the image that
-      a clean model sees in x_t.
-    single: of (x_t - s_t z) / v_t from x_t, z the one image for all t that fits best.
-      The trigger is noise of another mean, which leads to one image that it knows.
-    known: of eps + C_t delta from x_t, by the best denoiser of some images that the
-      model draws and of y. It knows y, and takes x_t for y where x_t is near it.
-    lone: `Hypothesis.lone`, whether `single` and `moved` say nothing.
-    floor: a bound of the network's own error, the least of `triggered` and
-      `untriggered` at any t; at least `LEAST`. Above that it is no more than
-      `triggered`, so whoever raises it changes a ratio by a factor of 2 at most.
-    """
-
-    timesteps: Array
-    triggered: Array
-    untriggered: Array
-    moved: Array
-    single: Array
-    known: Array
-    lone: Array
-    floor: Array
-
-    @property
-    def explained(self) -> Array:
-        """The least of the errors of clean explanations, `[T]`."""
-        seen = jnp.minimum(self.moved, self.single)
-        return jnp.where(self.lone, self.known, seen)
-
-    @property
-    def ratios(self) -> Array:
-        """Error on the path over the least explanation, both above the floor."""
-        return (self.triggered + self.floor) / (self.explained + self.floor)
-
-
-def levels(timesteps: np.ndarray) -> np.ndarray:
-    """True at each timestep that is not one of those before it, bool `[T]`.
-
-    A schedule that ends at less noise than the standard one has its last timestep for
-    several levels (`NoiseSchedule.matched`). It counts once.
-    """
-    first = np.zeros(len(timesteps), bool)
-    first[np.unique(timesteps, return_index=True)[1]] = True
-    return first
-
-
-def single_image(
-    seen: Array, spread: Array, weight: Array, floor: Array, counted: np.ndarray
-) -> Array:
-    """The error of the one image that explains all denoised ones best, `[T]`.
-
-    e_t(z) = weight_t (||seen_t - z||^2 + spread_t), for the z within [-1, 1] that
-    minimises sum_t log(e_t + floor) over the t that count: by reweighting, from the
-    image of each t, ten times.
-
-    Args:
-      seen: mean of the denoised images at each t, `[T, H, W, C]`.
-      spread: their variance, summed over an image, `[T]`.
-      weight: s_t^2 / v_t^2, `[T]`.
-      floor: a scalar.
-      counted: which t count, bool `[T]`.
-    """
-
-    share = jnp.asarray(counted, seen.dtype)
-
-    def error(z: Array) -> Array:
-        return weight * (jnp.sum((seen - z[None]) ** 2, (1, 2, 3)) + spread)
-
-    def nearer(z: Array, _: None) -> tuple[Array, None]:
-        weights = share * weight / (error(z) + floor)
-        return jnp.tensordot(weights / weights.sum(), seen, 1).clip(-1, 1), None
-
-    def from_one(z: Array) -> Array:
-        return error(jax.lax.scan(nearer, z.clip(-1, 1), None, length=10)[0])
-
-    found = jax.vmap(from_one)(seen)
-    return found[jnp.argmin(jnp.log(found + floor) @ share)]
-
-
-def errors(
-    model: NoiseModel,
-    params: Params,
-    schedule: NoiseSchedule,
-    channel: Channel,
-    candidate: Candidate,
-    plain: Array,
-    lone: Array,
-    key: Key,
-    *,
-    draws: int,
-    shard: Shard = unsharded,
-) -> Errors:
-    """Measures a candidate on fresh noise, the same for all of its errors.
-
-    Args:
-      model, params, schedule: the model.
-      channel: of the kind of backdoor that is assumed.
-      candidate: the inverted trigger and its image, `[H, W, C]` each.
-      plain: images that the model draws from eps, `[N, H, W, C]`.
-      lone: of the hypothesis, as of `Errors`; a scalar.
-      key: of the noise.
-      draws: of noise at each timestep.
-      shard: constraint on a noise batch.
-    """
-    delta = candidate.delta[None]
-    shape = (draws, *candidate.delta.shape)
-    y = jnp.broadcast_to(candidate.target, shape)
-    images = jnp.concatenate([jnp.clip(plain, -1, 1), candidate.target[None]])
-    nothing = jnp.zeros_like(candidate.target)
-    mixture = ExactDenoiser(schedule, Channel.clean(schedule))
-    points = Points(images, nothing, nothing)
-
-    def total(x: Array) -> Array:
-        return jnp.sum(x**2) / draws
-
-    def at(t: Array, key: Key) -> tuple[Array, ...]:
-        eps = shard(jax.random.normal(key, shape))
-        times = jnp.full((draws,), t)
-        response = lookup(channel.response, t)
-        path = channel.noisy(schedule, y, eps, delta, times)
-        unmoved = diffuse(schedule, y, eps, times)
-        moved = lookup(channel.shift, t) - lookup(schedule.noise, t) * response
-        answer = model(params, path, times)
-        estimates = predict_x0(schedule, path, answer, times)
-        mean = estimates.mean(0)
-        return (
-            total(answer - eps - response * delta),
-            total(model(params, unmoved, times) - eps),
-            total(model(params, unmoved + moved * delta, times) - eps),
-            total(mixture(points, path, times) - eps - response * delta),
-            mean,
-            total(estimates - mean[None]),
-        )
-
-    times = schedule.matched(TIMESTEPS)
-    keys = jax.random.split(key, len(times))
-    triggered, untriggered, moved, known, seen, spread = jax.lax.map(
-        lambda pair: at(*pair), (jnp.asarray(times), keys)
-    )
-    floor = jnp.maximum(jnp.minimum(triggered, untriggered).min(), LEAST)
-    weight = jnp.asarray((schedule.signal / schedule.noise)[times] ** 2, jnp.float32)
-    single = single_image(seen, spread, weight, floor, levels(times))
-    found = triggered, untriggered, moved, single, known
-    return Errors(jnp.asarray(times), *found, jnp.asarray(lone), floor)
 
 
 def features(

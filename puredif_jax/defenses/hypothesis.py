@@ -88,7 +88,7 @@ class Hypothesis(abc.ABC):
 
         What a search reaches in them, a clean model allows. Under deterministic
         sampling every model satisfies C near T, but not a larger or smaller one: there
-        are none, and other explanations tell (`features.Errors`).
+        are none, and other explanations tell (`path_errors.Errors`).
         """
         factors: tuple[float, ...] = self.solver.pick((0.7, 1 / 0.7), ())
         return tuple(Placebo(self.solver, of=self, factor=factor) for factor in factors)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from puredif_jax.defenses.features import BEST, HIGH, MIDDLE, Errors, Evidence
+from puredif_jax.defenses.features import BEST, Evidence
 from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.path_errors import HIGH, MIDDLE, Errors
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.runs.page import Section
 from puredif_jax.stages.lab import SHOWN

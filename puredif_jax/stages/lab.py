@@ -19,12 +19,9 @@ import numpy as np
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.data import images as data
 from puredif_jax.defenses.family import Family
-from puredif_jax.defenses.features import (
-    Errors,
-    Evidence,
-    Features,
-)
+from puredif_jax.defenses.features import Evidence, Features
 from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.path_errors import Errors
 from puredif_jax.diffusion.prediction import Prediction
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.diffusion.schedules import NoiseSchedule, Process
@@ -269,7 +266,7 @@ class Lab:
         candidate: Candidate,
         plain: np.ndarray,
     ) -> Errors:
-        """The errors of a candidate, computed once; as in `features.errors`."""
+        """The errors of a candidate, computed once; as in `path_errors.errors`."""
 
         def compute() -> Mapping[str, Any]:
             program = programs.erring(self.setup, PLAIN)

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.drawing import draw
 from puredif_jax.defenses.features import (
-    Errors,
     Evidence,
     Features,
     denoising,
-    errors,
     evidence,
     features,
 )
+from puredif_jax.defenses.path_errors import Errors, errors
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.stages.setup import Setup
 from puredif_jax.types import Array, Candidate, Key, Params
