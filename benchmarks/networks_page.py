@@ -42,12 +42,12 @@ def plain_success(run: pathlib.Path, weights: str, attack: Attack) -> Row:
 
 
 def row(run: pathlib.Path, attack: Attack | None) -> Row:
-    """What the record keeps of one model; of one that was refused, the verdict."""
+    """What the record keeps of one model."""
     report = json.loads((run / "report.json").read_text())
     found = report["numbers"][run.name]
     verdict, inversions = found["verdict"], found["inversions"]
     if not inversions:
-        return {key: verdict[key] for key in ("outcome", "reason")}
+        sys.exit(f"{run.name} was not judged: {verdict['reason']}")
     best = next(x for x in inversions if x["hypothesis"] == verdict["hypothesis"])
     return {
         "outcome": verdict["outcome"],
