@@ -51,10 +51,11 @@ from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
 from puredif_jax.defenses.hypothesis import Fading
-from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.inversion import inverter
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas

@@ -30,7 +30,7 @@ TARGETS: dict[str, dict[str, Target]] = {  # docs/method.md, what the data can c
     "baddiffusion": {"noshift": NoShift(), "cat": Cat()},
     "villandiffusion": {"shoe": Shoe(), "cat": Cat()},
 }
-EVALUATIONS = Inversion().evaluations(Fading())  # of a hypothesis by default
+BUDGET = Inversion().evaluations(Fading()) // 3  # of a hypothesis by default
 CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
 STEPS = {"baddiffusion": 10_000, "villandiffusion": 30_000}
 RATES = {"baddiffusion": 0.2, "villandiffusion": 0.17}
@@ -67,7 +67,7 @@ def backdoored(attack: str, trigger: str, target: str) -> Experiment:
             poison_rate=RATES[attack],
             trigger_only=True,
         ),
-        audit=Audit(baselines=(Elijah(), Elijah(EVALUATIONS))),
+        audit=Audit(baselines=(Elijah(), Elijah(budget=BUDGET))),
         evaluation=Evaluation(frechet_draws=4096),
         chunk=50,
     )

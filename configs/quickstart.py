@@ -15,7 +15,8 @@ from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
-from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.descent import Descent
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.amplify import Amplification

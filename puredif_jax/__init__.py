@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         DenoisingConsistency as DenoisingConsistency,
     )
     from puredif_jax.defenses.denoising_error import DenoisingError as DenoisingError
+    from puredif_jax.defenses.descent import Descent as Descent
     from puredif_jax.defenses.detector import Detector as Detector
     from puredif_jax.defenses.distribution_shift import (
         DistributionShift as DistributionShift,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from puredif_jax.defenses.hypothesis import Fading as Fading
     from puredif_jax.defenses.hypothesis import Hypothesis as Hypothesis
     from puredif_jax.defenses.hypothesis import Trojan as Trojan
-    from puredif_jax.defenses.inversion import Descent as Descent
     from puredif_jax.defenses.inversion import inverter as inverter
     from puredif_jax.defenses.reinforcement import Reinforcement as Reinforcement
     from puredif_jax.diffusion.ddim import DDIM as DDIM
@@ -67,7 +67,8 @@ _HOMES = {
     "defenses.distribution_shift": ("DistributionShift",),
     "defenses.features": ("Features", "features"),
     "defenses.hypothesis": ("Fading", "Hypothesis", "Trojan"),
-    "defenses.inversion": ("Descent", "inverter"),
+    "defenses.descent": ("Descent",),
+    "defenses.inversion": ("inverter",),
     "defenses.reinforcement": ("Reinforcement",),
     "diffusion.ddim": ("DDIM",),
     "diffusion.ddpm": ("DDPM",),

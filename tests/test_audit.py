@@ -15,10 +15,11 @@ from tiny_config import ANY, get_config
 from puredif_jax.defenses.base import Inverted
 from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.denoising_error import DenoisingError
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.elijah import Uniformity
 from puredif_jax.defenses.hypothesis import Fading, Trojan
-from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.spectrum import Spectrum
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.diffusion.solver import Ancestral

@@ -15,9 +15,10 @@ from puredif_jax.attacks.triggers import Patch
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.data.images import FashionMNIST, to_float
 from puredif_jax.defenses.blocks import Blocks
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Trojan
-from puredif_jax.defenses.inversion import Descent, inverter, keep, starting
+from puredif_jax.defenses.inversion import inverter, keep, starting
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.types import Array, Candidate, Member
 

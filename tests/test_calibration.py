@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from puredif_jax.defenses.base import Defense
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import Elijah, Uniformity
-from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.puredif import Puredif
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.networks.unet import SHIPPED
@@ -93,7 +94,7 @@ def test_they_are_of_models_of_one_kind(change) -> None:
         (Puredif(Inversion(blocks=None)), False),
         (Puredif(Inversion(spectrum=None)), False),
         (Puredif(Inversion(heldout=8)), False),
-        (Elijah(92_160), False),
+        (Elijah(budget=30_720), False),
     ],
 )
 def test_they_are_of_one_search(defense: Defense, covered: bool) -> None:
@@ -102,4 +103,4 @@ def test_they_are_of_one_search(defense: Defense, covered: bool) -> None:
 
 def test_of_another_defense_none_are_known() -> None:
     assert calibration.clean_scores("trust") == ()
-    assert calibration.clean_scores(Elijah(92_160).name) == ()
+    assert calibration.clean_scores(Elijah(budget=30_720).name) == ()

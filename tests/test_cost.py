@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from puredif_jax import main
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.hypothesis import Fading
-from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.networks.memory import activations
 from puredif_jax.networks.unet import SHIPPED, UNet

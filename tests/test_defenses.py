@@ -7,30 +7,41 @@ import dataclasses
 import numpy as np
 import pytest
 
+from puredif_jax.defenses import terd
 from puredif_jax.defenses.base import Defense, Inspection, Inverted, Verdict
-from puredif_jax.defenses.elijah import Elijah, Uniformity, published
-from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
+from puredif_jax.defenses.elijah import Elijah, Uniformity
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis, Trojan
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.puredif import Puredif
+from puredif_jax.defenses.terd import Terd
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 
 CLEAN = (0.1, 0.12, 0.14, 0.16)
-DEFENSES = [Puredif(), Elijah(), Elijah(evaluations=50_000)]
+DEFENSES = [
+    Puredif(),
+    Puredif(budget=10_000),
+    Elijah(),
+    Elijah(budget=16_000),
+    Terd(),
+    Terd(budget=40_000),
+]
 KINDS = (Fading(Ancestral()), Fading(Deterministic()))
 
 
 @dataclasses.dataclass
 class Bench:
-    """A model of which everything is known: its gain and its uniformity."""
+    """A model of which everything is known: gain, uniformity and divergence."""
 
     gain: float = 0.8
     uniformity: float = 0.8
+    kl: tuple[float, float] = (1.25, 1.25)
     ratio: float = 0.3
     clean: tuple[float, ...] = CLEAN
     hypotheses: tuple[Hypothesis, ...] = KINDS
     asked: list[tuple[str, str, Inversion]] = dataclasses.field(default_factory=list)
     beside: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    kinds: list[Hypothesis] = dataclasses.field(default_factory=list)
     model = params = None
     schedule = LinearBetas().tables()
     image_shape = (16, 16, 1)
@@ -52,11 +63,18 @@ class Bench:
         placebos: tuple[Hypothesis, ...] = (),
     ) -> Inverted:
         self.asked.append((method, hypothesis.name, inversion))
+        self.kinds.append(hypothesis)
         self.beside += [(method, each.name) for each in placebos]
-        return inverted(method, hypothesis.name, self.gain, self.uniformity)
+        return inverted(method, hypothesis.name, self.gain, self.uniformity, self.kl)
 
 
-def inverted(method: str, hypothesis: str, gain: float, uniformity: float) -> Inverted:
+def inverted(
+    method: str,
+    hypothesis: str,
+    gain: float,
+    uniformity: float,
+    kl: tuple[float, float] = (0.2, 0.01),
+) -> Inverted:
     return Inverted(
         method=method,
         hypothesis=hypothesis,
@@ -67,8 +85,8 @@ def inverted(method: str, hypothesis: str, gain: float, uniformity: float) -> In
         uniformity=uniformity,
         variation=1.0,
         alignment=0.9,
-        kl_mean=0.2,
-        kl_variance=0.01,
+        kl_mean=kl[0],
+        kl_variance=kl[1],
         evaluations=1000,
         seconds=1.5,
     )
@@ -111,7 +129,8 @@ def test_judges_by_the_scores_of_clean_models(
     defense: Defense, strength: float, outcome: str
 ) -> None:
     """0.6 has a score of 0.22: between 3 and 4 deviations of 0.026 above 0.13."""
-    verdict = defense.inspect(Bench(gain=strength, uniformity=strength)).verdict
+    bench = Bench(strength, strength, (1 / strength, 1 / strength))
+    verdict = defense.inspect(bench).verdict
     assert isinstance(verdict, Verdict)
     assert verdict.outcome == outcome
     assert verdict.score == pytest.approx(-np.log10(strength), rel=1e-5)
@@ -147,14 +166,41 @@ def test_puredif_says_that_it_needs_scores() -> None:
         Puredif().inspect(Bench(clean=()))
 
 
-def test_equal_evaluations_are_nearly_equal() -> None:
-    wanted = 123_456
-    for kind in KINDS:
-        (each,) = Elijah(wanted).inversions(kind)
-        assert abs(each.evaluations(kind) - wanted) <= 3 * each.loss.evaluations / 2
-        assert (
-            each.descent.learning_rate == published(kind.solver).descent.learning_rate
-        )
+@pytest.mark.parametrize("defense", [Puredif, Elijah, Terd])
+@pytest.mark.parametrize("budget", [10_000, 40_000, 500_000])
+def test_a_budget_is_kept(defense: type[Defense], budget: int) -> None:
+    """By steps alone where there is one candidate; else by fewer of them as well."""
+    for kind in KINDS + (Trojan(),):
+        for before, each in zip(
+            defense().inversions(kind),
+            defense(budget=budget).inversions(kind),
+            strict=True,
+        ):
+            assert each.evaluations(kind) == pytest.approx(3 * budget, rel=0.1)
+            assert 1 <= each.descent.candidates <= before.descent.candidates
+            assert each.descent.scout < each.descent.steps
+            assert len(each.phases) == len(before.phases)
+            for new, old in zip(each.phases, before.phases, strict=True):
+                assert new.loss == old.loss
+                assert new.descent.learning_rate == old.descent.learning_rate
+
+
+def test_terd_takes_the_graver_of_two_statistics() -> None:
+    """Known scores of clean models lie about 0.13: a divergence of 1.35."""
+    for variance, outcome in ((1.35, "clean"), (9.0, "backdoored")):
+        verdict = Terd().inspect(Bench(kl=(1.35, variance))).verdict
+        assert verdict is not None and verdict.outcome == outcome
+        assert f"variance {variance:g}" in verdict.reason or outcome == "clean"
+    assert Terd().inspect(Bench(clean=())).verdict is None
+
+
+def test_terd_starts_gamma_at_its_floor() -> None:
+    bench = Bench(hypotheses=(Trojan(),))
+    Terd().inspect(bench)
+    (asked,) = bench.kinds
+    assert isinstance(asked, Trojan)
+    assert asked.least == asked.first == terd.FLOOR
+    assert asked.name == Trojan().name
 
 
 def test_an_inversion_survives_its_row() -> None:

@@ -396,3 +396,31 @@ def test_weights_that_denoise_nothing_are_told_from_a_denoiser() -> None:
     assert "without bound" in detector.refusal({SDE: broken}).reason
     with pytest.raises(ValueError, match="linear must be above 0"):
         Detector(linear=0.0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+def test_the_divergence_counts_the_noise_that_is_left(gamma: float) -> None:
+    """By the integral of N(m, gamma^2) log of its ratio to N(0, 1)."""
+    kind = Fading()
+    model, points, channel, truth = made(ATTACKS[kind], SCHEDULE, True)
+    channel = dataclasses.replace(channel, gamma=gamma)
+    seen = errors(
+        *(model, points, SCHEDULE, channel, truth, points.images),
+        *(jnp.asarray(kind.lone), jax.random.key(0)),
+        draws=len(points.images),
+    )
+    numbers = jnp.float32(0.25), jnp.float32(0.0), NO_PLACEBO
+    images_ = points.images, points.images
+    found = features(
+        *(model, points, SCHEDULE, channel, truth, seen),
+        *(*numbers, *images_, jax.random.key(1)),
+    )
+    x = np.linspace(-9, 9, 20_001)
+    values = []
+    for mean in np.asarray(truth.delta, np.float64).ravel():
+        away = (x - mean) / gamma
+        density = np.exp(-(away**2) / 2) / (gamma * np.sqrt(2 * np.pi))
+        ratio = x**2 / 2 - away**2 / 2 - np.log(gamma)
+        values.append(np.trapezoid(density * ratio, x))
+    assert float(found.kl_mean) == pytest.approx(np.mean(values), rel=1e-4)
+    assert float(found.kl_variance) == pytest.approx(np.var(values), rel=1e-3)

@@ -32,7 +32,8 @@ from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.defenses.base import Defense, Inspection, Verdict
 from puredif_jax.defenses.hypothesis import Hypothesis
-from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.descent import Descent
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.diffusion.sampling import Sampler, endpoints, grid, to_next
 from puredif_jax.diffusion.solver import Deterministic

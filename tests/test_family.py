@@ -17,9 +17,10 @@ from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data import images as data
 from puredif_jax.defenses.denoising_error import DenoisingError
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Fading, Trojan
-from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.inversion import inverter
 from puredif_jax.defenses.path_errors import (
     LEAST,
     TIMESTEPS,

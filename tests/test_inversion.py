@@ -20,9 +20,10 @@ from test_objectives import (
 )
 
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
+from puredif_jax.defenses.descent import Descent, GradientDescent
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
-from puredif_jax.defenses.inversion import Descent, inverter, keep
+from puredif_jax.defenses.inversion import inverter, keep
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
@@ -172,11 +173,32 @@ def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
         {"steps": 9, "scout": 9},
         {"finalists": 0},
         {"low": 0.5, "high": 0.5},
+        {"momentum": 1.0},
+        {"clip": 0.0},
     ],
 )
 def test_bad_settings_are_named(bad) -> None:
     with pytest.raises(ValueError, match="found"):
-        Descent(**bad)
+        GradientDescent(**bad)
+
+
+def test_gradient_descent_equals_its_formula() -> None:
+    """Each candidate's gradient is cut by itself; the rate ends at 0."""
+    descent = GradientDescent(
+        steps=4, candidates=2, learning_rate=0.3, bound=None, momentum=0.5, clip=2.0
+    )
+    made = inverter(quadratic, descent, (2, 2, 1))
+    state = made.init(jax.random.key(0))
+    wanted = np.asarray(state.candidate.delta, np.float64)
+    velocity = 0 * wanted
+    for step in range(4):
+        slope = 2 * (wanted - 0.5)
+        norm = np.sqrt((slope**2).sum((1, 2, 3), keepdims=True))
+        assert step or sorted((norm > 2).ravel()) == [False, True]
+        velocity = 0.5 * velocity + slope * np.minimum(1, 2 / norm)
+        wanted -= 0.3 * (1 + np.cos(np.pi * step / 4)) / 2 * velocity
+    state, _ = run(made, jnp.full((2, 2, 1), 0.5), 4, state)
+    np.testing.assert_allclose(state.candidate.delta, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["descent", "ancestral_descent"])

@@ -35,7 +35,8 @@ from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.spectrum import Spectrum
 from puredif_jax.defenses.starts import Starts
-from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.defenses.terd import Divergence, DivergenceVariance
+from puredif_jax.diffusion.ddim import DDIM, QuadraticDDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.multistep import DPMSolver, UniPC
 from puredif_jax.diffusion.path_keeping import PathKeeping
@@ -70,6 +71,7 @@ SAMPLERS: list[Sampler] = [
     PathKeeping(8),
     DDIM(8),
     DDIM(8, eta=1.0),
+    QuadraticDDIM(8),
     DPMSolver(8),
     UniPC(8),
     PredictorCorrector(8),
@@ -91,7 +93,7 @@ STARTS: list[Starts] = [Blocks(places=4), Spectrum(draws=48)]
 LISTS: dict[type, Iterable[object]] = {
     Attack: ATTACKS,
     Defense: test_defenses.DEFENSES,
-    Scores: [Detector(), Uniformity()],
+    Scores: [Detector(), Uniformity(), Divergence(), DivergenceVariance()],
     Hypothesis: HYPOTHESES,
     Loss: LOSSES,
     Process: PROCESSES,

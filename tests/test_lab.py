@@ -30,10 +30,11 @@ from puredif_jax.defenses.denoising_consistency import (
     DenoisingConsistency,
     estimated_target,
 )
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
 from puredif_jax.defenses.hypothesis import Fading, Trojan
-from puredif_jax.defenses.inversion import Descent, Inversion, inverter
+from puredif_jax.defenses.inversion import Inversion, inverter
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.defenses.spectrum import Spectrum
 from puredif_jax.diffusion.ddim import DDIM

@@ -22,6 +22,7 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency, denoised
 from puredif_jax.defenses.denoising_error import DenoisingError
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.distribution_shift import (
     Analytic,
     Calibrated,
@@ -31,8 +32,9 @@ from puredif_jax.defenses.distribution_shift import (
 )
 from puredif_jax.defenses.elijah import ElijahLoss
 from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
-from puredif_jax.defenses.inversion import Descent, inverter
+from puredif_jax.defenses.inversion import inverter
 from puredif_jax.defenses.objective import Sum
+from puredif_jax.defenses.reversed_loss import Reversed
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.sampling import sample
@@ -78,6 +80,8 @@ LOSSES = {
         sampler=DDPM(4), samples=8, on_path=False, aim=1.0
     ),
     "elijah": ElijahLoss(samples=8),
+    "reversed": Reversed(samples=8),
+    "reversed, second": Reversed(samples=8, rollout=DDIM(4, clip=1.0)),
     "sum": Sum(
         DistributionShift(samples=8), DenoisingConsistency(sampler=DDIM(2), samples=8)
     ),
@@ -194,7 +198,8 @@ def test_gradient_is_finite_and_not_zero(name: str, hypothesis: Hypothesis) -> N
     wrong = Candidate(0.5 * truth.delta + 0.1, truth.target)
     value, found = jax.value_and_grad(loss, argnums=1)((), wrong, jax.random.key(0))
     assert np.isfinite(float(value))
-    assert value > 0 or name == "error", "of them a logarithm alone may be negative"
+    rewarded = name == "error" or name.startswith("reversed")
+    assert value > 0 or rewarded, "of them these may be negative"
     chex.assert_tree_all_finite(found)
     assert np.any(found.delta)
     assert np.any(found.target) == LOSSES[name].seeks_target

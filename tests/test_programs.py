@@ -19,9 +19,10 @@ from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.hypothesis import Fading
-from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Sum
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.sampling import trajectory

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddim import DDIM, QuadraticDDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.multistep import DPMSolver, UniPC
 from puredif_jax.diffusion.prediction import VPrediction, estimates
@@ -113,3 +113,12 @@ def test_deterministic_trajectories_are_those_of_diffusers(name) -> None:
 def test_bad_grids_are_refused(arguments, words) -> None:
     with pytest.raises(ValueError, match=words):
         grid(LinearBetas().tables(), *arguments)
+
+
+def test_the_quadratic_grid_is_that_of_trojdiff() -> None:
+    times, goals = QuadraticDDIM(10).path(LinearBetas().tables())
+    assert list(times) == [800, 632, 483, 355, 246, 158, 88, 39, 9, 0]
+    assert list(goals) == [*times[1:], -1]
+    assert QuadraticDDIM(10, to_clean=False).path(LinearBetas().tables())[1][-1] == 0
+    with pytest.raises(ValueError, match="900 steps are too many for a quadratic grid"):
+        QuadraticDDIM(900).path(LinearBetas().tables())

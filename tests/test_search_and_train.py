@@ -17,7 +17,10 @@ from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.data import batches
 from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
-from puredif_jax.defenses.hypothesis import Fading
+from puredif_jax.defenses.descent import GradientDescent
+from puredif_jax.defenses.hypothesis import Fading, Trojan
+from puredif_jax.defenses.inversion import Inversion
+from puredif_jax.defenses.reversed_loss import Reversed
 from puredif_jax.runs import run, weight_file
 from puredif_jax.stages import search, train
 from puredif_jax.stages.experiment import Experiment
@@ -122,7 +125,40 @@ def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
     metrics.write("x", 4, seconds=8.0)
     metrics.write("x_end", 1, seconds=32.0)
     metrics.write("y", 2, seconds=16.0)
-    assert search.seconds(lab, "x") == 47
+    once = Inversion()
+    twice = Inversion(refined=Inversion())
+    assert search.seconds(lab, "x", once) == 47
     metrics.rewind("x", 2)
-    assert search.seconds(lab, "x") == 39
-    assert search.seconds(lab, "z") == 0
+    assert search.seconds(lab, "x", once) == 39
+    assert search.seconds(lab, "z", once) == 0
+    metrics.write("x_refined_1_end", 1, seconds=64.0)
+    assert search.seconds(lab, "x", once) == 39
+    assert search.seconds(lab, "x", twice) == 103
+
+
+def test_a_search_is_refined_from_where_it_ended(tmp_path: pathlib.Path) -> None:
+    """Trigger and gamma of the best candidate; an interruption changes nothing."""
+    lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
+    params = lab.run.replicate(tiny_config.draw_params(TINY))
+    first = Inversion(
+        Reversed(samples=2, narrows=True),
+        GradientDescent(steps=4, candidates=2, learning_rate=0.1, bound=None),
+        blocks=None,
+        spectrum=None,
+        heldout=2,
+    )
+    still = GradientDescent(steps=1, learning_rate=1e-9, bound=None)
+    both = dataclasses.replace(first, refined=dataclasses.replace(first, descent=still))
+    one = search.invert(lab, "one", params, Trojan(), first)
+    two = search.invert(lab, "two", params, Trojan(), both)
+    for name in ("delta", "member"):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-5),
+            getattr(two.candidate, name),
+            getattr(one.candidate, name),
+        )
+    assert len(one.errors) == 2 and len(two.errors) == 1
+    began = search.invert(
+        lab, "first", params, Trojan(), dataclasses.replace(first, descent=still)
+    )
+    assert np.abs(began.candidate.delta - one.candidate.delta).max() > 1e-4

@@ -12,11 +12,12 @@ from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.defenses.hypothesis import Fading
-from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -119,9 +119,13 @@ class Inverted:
         "models as well",
         needed=True,
     )
-    kl_mean: float = _measure("mean of trigger^2 / 2, a statistic of TERD", needed=True)
+    kl_mean: float = _measure(
+        "mean over pixels of (trigger^2 + gamma^2 - 1) / 2 - log gamma, a statistic of "
+        "TERD",
+        needed=True,
+    )
     kl_variance: float = _measure(
-        "variance of trigger^2 / 2, a statistic of TERD", needed=True
+        "its variance over pixels, a statistic of TERD", needed=True
     )
     success: float | None = _measure("share of draws at MSE < 1e-2 of the true target")
     true_success: float | None = _measure(
@@ -252,19 +256,38 @@ class Bench(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Defense(abc.ABC):
-    """A way to tell whether a model is backdoored, from the model alone."""
+    """A way to tell whether a model is backdoored, from the model alone.
+
+    Attributes:
+      budget: gradients of the network on an image in each inversion, to compare
+        defenses at equal cost; 0 for the settings of the defense.
+    """
+
+    budget: int = dataclasses.field(default=0, kw_only=True)
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.budget < 0:
+            raise ValueError(f"budget must be 0 or more, found {self.budget}")
 
     @property
-    @abc.abstractmethod
     def name(self) -> str:
-        """Its own, for reports and files."""
+        """Its own, for reports and files: the kind, with the budget."""
+        return self.kind + (f", {self.budget} gradients" if self.budget else "")
 
     @abc.abstractmethod
     def inspect(self, bench: Bench) -> Inspection:
         """Looks at one model."""
 
     def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        """The inversions that it makes under a hypothesis, for what a run costs."""
+        """The inversions that it makes under a hypothesis, within the budget."""
+        found = self.settings(hypothesis)
+        if not self.budget:
+            return found
+        return tuple(each.within(self.budget, hypothesis) for each in found)
+
+    def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
+        """The same without a budget."""
         return ()
 
     def placebos(self, hypothesis: Hypothesis) -> tuple[Hypothesis, ...]:

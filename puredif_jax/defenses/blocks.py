@@ -10,6 +10,7 @@ gamma far from those that are named.
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,9 @@ class Blocks(Starts):
             raise ValueError(f"gamma must lie in [0.05, 1), found {self.gamma}")
         if not self.floor > 0:
             raise ValueError(f"floor must be above 0, found {self.floor}")
+
+    def times(self, factor: float) -> Self:
+        return dataclasses.replace(self, draws=max(1, round(self.draws * factor)))
 
     @property
     def evaluations(self) -> int:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from puredif_jax.defenses.base import Bench, Defense, Inspection
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.detector import Scores
 from puredif_jax.defenses.family import Channels
 from puredif_jax.defenses.hypothesis import Hypothesis
-from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Loss, check_samples
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Solver
@@ -122,30 +123,15 @@ class Elijah(Defense):
     """Elijah: its inversion under each hypothesis, judged by the draws' uniformity.
 
     Attributes:
-      evaluations: of the network in each inversion; 0 for those of the published steps.
       detector: how draws are judged.
     """
 
-    evaluations: int = 0
     detector: Uniformity = Uniformity()
+    kind: ClassVar[str] = "elijah"
 
-    @property
-    def name(self) -> str:
-        return "elijah, equal evaluations" if self.evaluations else "elijah"
-
-    def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        """With the steps that come nearest to the evaluations that were asked for.
-
-        None of a backdoor that fires inside its channel alone: Elijah knows no channel.
-        """
-        if hypothesis.controlled:
-            return ()
-        found = published(hypothesis.solver)
-        if not self.evaluations:
-            return (found,)
-        steps = max(1, round(self.evaluations / (3 * found.loss.evaluations)))
-        descent = dataclasses.replace(found.descent, steps=steps)
-        return (dataclasses.replace(found, descent=descent),)
+    def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
+        """None of a backdoor that fires inside its channel: Elijah knows no channel."""
+        return () if hypothesis.controlled else (published(hypothesis.solver),)
 
     def inspect(self, bench: Bench) -> Inspection:
         found = {

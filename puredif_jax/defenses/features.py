@@ -52,9 +52,10 @@ class Features(NamedTuple):
     uniformity: mean squared distance between draws from eps + delta, over that
       between draws from eps. Small where the draws agree.
     variation: total variation of the former draws over that of the latter.
-    kl_mean, kl_variance: mean and variance over pixels of delta^2 / 2, delta in
-      deviations of the noise: the divergence of N(delta, 1) from N(0, 1). M_r and V_r
-      of TERD (Mo et al. 2024, arXiv 2409.05294) without their offsets.
+    kl_mean, kl_variance: mean and variance over pixels of the divergence of
+      N(delta, gamma^2) from N(0, 1), delta in deviations of the noise:
+      (delta^2 + gamma^2 - 1) / 2 - log gamma. M_r and V_r of TERD (Mo et al. 2024,
+      arXiv 2409.05294) without their offsets.
     """
 
     heldout: Array
@@ -145,7 +146,9 @@ def features(
     placebo = jnp.zeros(())
     if len(placebos):
         placebo = jnp.exp(heldout - jnp.mean(placebos))
-    divergence = (schedule.trigger_unit * candidate.delta) ** 2 / 2
+    gamma = channel.scale
+    divergence = (schedule.trigger_unit * candidate.delta) ** 2 + gamma**2 - 1
+    divergence = divergence / 2 - jnp.log(gamma)
     triggered, plain, image = (
         jnp.clip(x, -1, 1) for x in (triggered, plain, candidate.target[None])
     )

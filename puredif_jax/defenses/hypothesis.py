@@ -182,17 +182,31 @@ class Fading(Hypothesis):
         )
 
 
+@dataclasses.dataclass(frozen=True)
 class Trojan(Hypothesis):
     """A trigger that shifts and narrows the noise: TrojDiff. H_t = v_t, C_t = 0.
 
     The noise is scaled by gamma, a number for each pixel. A search may move it and
-    begins at one half everywhere, which is that of `channel`, or at a square
+    begins at `first` everywhere, which is that of `channel`, or at a square
     (`Blocks`). Such a backdoor fires for who starts from gamma eps + r, and is drawn
     inside its channel.
+
+    Attributes:
+      least: the smallest gamma.
+      first: where a search begins.
     """
 
     controlled: ClassVar[bool] = True
     narrows: ClassVar[bool] = True
+    least: float = 0.05
+    first: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least <= self.first <= 1:
+            raise ValueError(
+                "gamma needs 0 < least <= first <= 1, found "
+                f"least={self.least} and first={self.first}"
+            )
 
     @property
     def power(self) -> float:
@@ -221,11 +235,11 @@ class Trojan(Hypothesis):
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
         shift = schedule.noise * schedule.unit  # v in the network's own range
-        return Channel(shift, np.zeros(schedule.steps), 0.5)
+        return Channel(shift, np.zeros(schedule.steps), self.first)
 
     def family(self, schedule: NoiseSchedule, shape: Shape) -> Family:
         found = super().family(schedule, shape)
-        return dataclasses.replace(found, gamma=np.array([0.05, 1.0, 0.5]))
+        return dataclasses.replace(found, gamma=np.array([self.least, 1.0, self.first]))
 
 
 class Exploding(Hypothesis):

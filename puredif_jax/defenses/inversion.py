@@ -14,6 +14,7 @@ from flax import struct
 
 from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.denoising_error import DenoisingError
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.objective import Loss
@@ -88,95 +89,6 @@ def keep(state: InversionState, chosen: Sequence[int] | np.ndarray) -> Inversion
 
 
 @dataclasses.dataclass(frozen=True)
-class Descent:
-    """Adam on the candidates, projected onto the images.
-
-    Attributes:
-      steps: optimiser steps.
-      candidates: K, restarts optimised side by side.
-      together: of them, those whose gradients a device computes at once, at most: the
-        largest divisor of its candidates. Memory grows with it.
-      scout: steps after which a run (`stages.search.invert`) goes on with the best
-        candidates alone; 0 keeps all to the end, as an `inverter` by itself does.
-      finalists: how many these are, at most. Where a backdoor is sharp, the true
-        candidate overtakes the others late (docs/notebook).
-      learning_rate: of Adam.
-      b2: decay of Adam's second moment. Optax's 0.999 remembers the steep first steps
-        longer than a descent lasts, and shrinks all later ones.
-      low, high: range of the uniform initial trigger; every second candidate starts
-        with its sign turned.
-      bound: triggers and targets are kept in [-bound, bound] after each step; a
-        trigger is an image, and without a bound a huge one that drives the network
-        to a constant wins some losses. None leaves them free.
-      member_rate: rate of psi and gamma, where these may move, over that of the images.
-      scales: candidates start at the random trigger times one of these, in turn by
-        pairs, as psi is (`Family.first`). Small ones reach low-norm triggers.
-      grain: cells along a side of the random trigger, interpolated between; 0 draws
-        each pixel by itself. Triggers are images, and nearer to smooth ones.
-      cosine: the rate decays to a tenth by a cosine; False holds it.
-    """
-
-    steps: int = 120
-    candidates: int = 1
-    together: int = 8
-    scout: int = 0
-    finalists: int = 1
-    learning_rate: float = 0.2
-    b2: float = 0.9
-    low: float = -1.0
-    high: float = 0.0
-    bound: float | None = 1.0
-    member_rate: float = 0.1
-    scales: tuple[float, ...] = (1.0,)
-    grain: int = 0
-    cosine: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "candidates", "together", "finalists", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
-        if not 0 <= self.scout < self.steps:
-            raise ValueError(
-                f"scout must lie in 0..steps-1={self.steps - 1}, found {self.scout}"
-            )
-        if not 0 <= self.b2 < 1:
-            raise ValueError(f"b2 must lie in [0, 1), found {self.b2}")
-        if self.bound is not None and self.bound <= 0:
-            raise ValueError(f"bound must be above 0 or none, found {self.bound}")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(
-                f"scales must be one or more, above 0, found {self.scales}"
-            )
-        if self.grain < 0:
-            raise ValueError(f"grain must be 0 or more, found {self.grain}")
-        if not 0 <= self.member_rate <= 1:
-            raise ValueError(
-                f"member_rate must lie in [0, 1], found {self.member_rate}"
-            )
-        if self.low >= self.high:
-            raise ValueError(
-                f"low must lie below high, found {self.low} and {self.high}"
-            )
-
-    @property
-    def last(self) -> int:
-        """Candidates that are there at the end."""
-        return min(self.finalists, self.candidates) if self.scout else self.candidates
-
-    @property
-    def candidate_steps(self) -> int:
-        """Steps, each counted once for every candidate that takes it."""
-        return self.candidates * self.scout + self.last * (self.steps - self.scout)
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """The optax transformation that these numbers describe."""
-        if not self.cosine:
-            return optax.adam(self.learning_rate, b2=self.b2)
-        rate = optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1)
-        return optax.adam(rate, b2=self.b2)
-
-
-@dataclasses.dataclass(frozen=True)
 class Inversion:
     """How a trigger is sought, under one hypothesis.
 
@@ -188,6 +100,8 @@ class Inversion:
       spectrum: the same under the other hypotheses.
       heldout: noise draws at each timestep on which the scouts that go on, and the kept
         candidate, are chosen.
+      refined: a further search that starts from what this one has found, with an
+        optimiser of its own; None for no other.
     """
 
     loss: Loss = DenoisingError()
@@ -201,10 +115,16 @@ class Inversion:
     blocks: Blocks | None = Blocks()
     spectrum: Spectrum | None = Spectrum()
     heldout: int = 64
+    refined: Inversion | None = None
 
     def __post_init__(self) -> None:
         if self.heldout < 1:
             raise ValueError(f"heldout must be 1 or more, found {self.heldout}")
+
+    @property
+    def phases(self) -> tuple[Inversion, ...]:
+        """This search and those that refine what it finds, in order."""
+        return (self, *(self.refined.phases if self.refined else ()))
 
     @property
     def judge(self) -> DenoisingError:
@@ -218,6 +138,24 @@ class Inversion:
             return None
         return found if found.led(self.descent.candidates) else None
 
+    def within(self, gradients: int, hypothesis: Hypothesis) -> Inversion:
+        """The same search at another cost, that of so many gradients on an image.
+
+        Steps, candidates and the draws of starts change in proportion, in each phase.
+        """
+        factor = 3 * gradients / self.evaluations(hypothesis)
+
+        def times(phase: Inversion) -> Inversion:
+            return dataclasses.replace(
+                phase,
+                descent=phase.descent.times(factor),
+                blocks=phase.blocks and phase.blocks.times(factor),
+                spectrum=phase.spectrum and phase.spectrum.times(factor),
+                refined=phase.refined and times(phase.refined),
+            )
+
+        return times(self)
+
     def evaluations(self, hypothesis: Hypothesis) -> int:
         """Network evaluations of one image; one with its gradient counts for three.
 
@@ -225,8 +163,9 @@ class Inversion:
         noise.
         """
         starts = self.starts(hypothesis)
-        values = self.descent.candidate_steps * self.loss.evaluations
-        return 3 * values + (0 if starts is None else starts.evaluations)
+        values = 3 * self.descent.candidate_steps * self.loss.evaluations
+        values += 0 if starts is None else starts.evaluations
+        return values + (self.refined.evaluations(hypothesis) if self.refined else 0)
 
     @property
     def images(self) -> int:
@@ -234,7 +173,7 @@ class Inversion:
         together = min(self.descent.together, self.descent.candidates)
         most = [together * self.loss.evaluations, self.judge.evaluations]
         most += [each.images for each in (self.blocks, self.spectrum) if each]
-        return max(most)
+        return max(most + ([self.refined.images] if self.refined else []))
 
 
 def inverter(
@@ -253,8 +192,8 @@ def inverter(
       objective: (params, candidate, key) -> scalar, of one candidate.
       descent: hyperparameters.
       image_shape: (H, W, C).
-      start: first candidates, `[K, H, W, C]`, or one for all K, `[H, W, C]`
-        (reinforcement starts at the known trigger); None for random ones.
+      start: one for all K, `[H, W, C]` (reinforcement starts at the known trigger),
+        where it has none with the first member of `family`; None for random ones.
       candidates, axis, groups: how they lie on the devices, see `parallel.Spread`.
       family: in which each candidate moves, from its first member; None where the
         channel is fixed.
@@ -311,9 +250,10 @@ def inverter(
         else:
             # Its dtype spelt out: a weak one changes in a step, which compiles twice.
             candidate = jax.tree.map(
-                lambda x: jnp.broadcast_to(jnp.asarray(x, x.dtype), shape), start
+                lambda x: jnp.broadcast_to(jnp.asarray(x, x.dtype), (count, *x.shape)),
+                start,
             )
-        if family is not None:
+        if family is not None and candidate.member is None:
             members = [family.first(image_shape, i) for i in range(count)]
             member = jax.tree.map(lambda *each: jnp.stack(each), *members)
             candidate = dataclasses.replace(candidate, member=member)

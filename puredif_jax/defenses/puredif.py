@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -27,24 +28,23 @@ class Puredif(Defense):
     inversion: Inversion = Inversion()
     detector: Detector = Detector()
 
-    @property
-    def name(self) -> str:
-        return "puredif"
+    kind: ClassVar[str] = "puredif"
 
     def inspect(self, bench: Bench) -> Inspection:
-        detector = self.detector.calibrated(bench.clean_scores(self.name))
+        detector = self.detector.calibrated(bench.clean_scores(self.kind))
         if detector.linear < np.inf:
             ratios = {each: bench.denoising(each) for each in bench.hypotheses}
             if (refused := detector.refusal(ratios)) is not None:
                 return Inspection(refused)
         found = {
-            each: bench.invert(self.name, each, self.inversion, self.placebos(each))
+            each: bench.invert(self.name, each, inversion, self.placebos(each))
             for each in bench.hypotheses
+            for inversion in self.inversions(each)
         }
         verdict = detector.judge({k: v.features for k, v in found.items()})
         return Inspection(verdict, tuple(found.values()))
 
-    def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
+    def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
         return (self.inversion,)
 
     def placebos(self, hypothesis: Hypothesis) -> tuple[Hypothesis, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
-from puredif_jax.defenses.inversion import Descent
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.solver import Solver

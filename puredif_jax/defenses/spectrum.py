@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,9 @@ class Spectrum(Starts):
     def led(self, candidates: int) -> int:
         """Whole pairs: the sign of a vector is not known."""
         return super().led(candidates) // 2 * 2
+
+    def times(self, factor: float) -> Self:
+        return dataclasses.replace(self, draws=max(1, round(self.draws * factor)))
 
     @property
     def evaluations(self) -> int:

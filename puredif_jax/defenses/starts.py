@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import Self
 
 from puredif_jax.attacks.pictures import Shape
 from puredif_jax.defenses.family import Family
@@ -46,6 +47,10 @@ class Starts(abc.ABC):
     def led(self, candidates: int) -> int:
         """How many of so many candidates start here."""
         return min(self.most, candidates // 2)
+
+    @abc.abstractmethod
+    def times(self, factor: float) -> Self:
+        """The same with `factor` of the noise draws, one or more."""
 
     @property
     @abc.abstractmethod

@@ -16,6 +16,7 @@ from puredif_jax.diffusion.sampling import (
     bounded,
     endpoints,
     grid,
+    to_next,
 )
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key
@@ -71,3 +72,24 @@ class DDIM(Sampler):
         noise = jax.random.normal(key, x.shape, x.dtype)
         rest = jnp.sqrt(jnp.maximum(v_n**2 - c**2, 0))
         return s_n * x0 + rest * found.eps + c * noise, memory
+
+
+@dataclasses.dataclass(frozen=True)
+class QuadraticDDIM(DDIM):
+    """The same on the squares of `steps` even numbers from 0 to sqrt(0.8 T).
+
+    Cut to integers; each step leads to the next timestep. It is the grid of DDIM's
+    authors for CIFAR-10, and TrojDiff's. `spacing` and `offset` have no say.
+    """
+
+    def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+        last = (0.8 * schedule.steps) ** 0.5
+        rising = np.floor(np.linspace(0, last, self.steps) ** 2).astype(np.int32)
+        if not (np.diff(rising) > 0).all():
+            raise ValueError(
+                f"{self.steps} steps are too many for a quadratic grid of "
+                f"{schedule.steps} timesteps, found some of them twice"
+            )
+        falling, before = to_next(rising)
+        before[-1] = -1 if self.to_clean else 0
+        return falling, before

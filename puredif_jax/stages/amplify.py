@@ -143,7 +143,7 @@ class Amplification(Stage):
             def reinforce(params: Params = params, at: int = snapshot) -> Any:
                 stage = f"reinforce_{at}"
                 delta = search.reinforce(lab, stage, params, self.reinforcement, truth)
-                return {"delta": delta, "seconds": search.seconds(lab, stage)}
+                return {"delta": delta, "seconds": lab.run.metrics.seconds(stage)}
 
             found = lab.run.once(f"reinforced_{snapshot}", reinforce)
             delta = found["delta"]

@@ -108,7 +108,8 @@ class Audit(Stage):
         clean = Channel.clean(lab.schedule)
         try:
             for _, inversion in self.searches(lab.schedule):
-                inversion.loss.bind(lab.model, lab.schedule, clean)
+                for phase in inversion.phases:
+                    phase.loss.bind(lab.model, lab.schedule, clean)
         except ValueError as error:
             raise RunError(str(error)) from error
 

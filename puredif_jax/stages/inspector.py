@@ -247,7 +247,7 @@ class Inspector:
                     for name, by in draws.items()
                     if by is not None
                 },
-                "seconds": search.seconds(lab, stage),
+                "seconds": search.seconds(lab, stage, inversion),
             }
 
         return lab.run.once(stage, compute)
@@ -263,7 +263,7 @@ class Inspector:
             return {
                 "errors": found.errors,
                 "falling": found.falling,
-                "seconds": search.seconds(lab, stage),
+                "seconds": search.seconds(lab, stage, inversion),
             }
 
         return lab.run.once(stage, compute, ("errors", "falling", "seconds"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +17,10 @@ import numpy as np
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.denoising_consistency import estimated_target
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import (
-    Descent,
     Inversion,
     InversionInfo,
     InversionState,
@@ -81,10 +81,34 @@ def invert(
     A loss that does not seek the target leaves it where it started: then it is
     estimated for the candidates that are judged.
 
-    Candidates are compared on held-out noise by `inversion.judge`.
+    Candidates are compared on held-out noise by `inversion.judge`. The best goes on
+    with the search that refines it, if there is one.
     """
+    found: Found | None = None
+    for name, phase in _phases(stage, inversion):
+        found = _found(lab, name, params, hypothesis, phase, found)
+    assert found is not None  # there is a first phase
+    return found
+
+
+def _phases(stage: str, inversion: Inversion) -> Iterator[tuple[str, Inversion]]:
+    """A search and those that refine it, each with a name for what it stores."""
+    for number, phase in enumerate(inversion.phases):
+        yield f"{stage}_refined_{number}" if number else stage, phase
+
+
+def _found(
+    lab: Lab,
+    stage: str,
+    params: Params,
+    hypothesis: Hypothesis,
+    inversion: Inversion,
+    earlier: Found | None,
+) -> Found:
+    """What one search finds, from where the one before ended."""
     loss, descent = inversion.loss, inversion.descent
-    starts = inversion.starts(hypothesis)
+    start = None if earlier is None else jax.tree.map(jnp.asarray, earlier.candidate)
+    starts = inversion.starts(hypothesis) if start is None else None
     family = lab.family(hypothesis, moving=loss.seeks_member)
     program = _judging(lab.setup, inversion.judge, not loss.seeks_target)
     key = lab.stream(Stream.HELDOUT)
@@ -102,7 +126,7 @@ def invert(
         errors, targets = map(np.array, zip(*pairs, strict=True))
         return np.where(np.isnan(errors), np.inf, errors), targets  # never the least
 
-    search = _Search(lab, loss, descent, params, family)
+    search = _Search(lab, loss, descent, params, family, start)
     begin, steps = search.first, descent.steps
     if starts is not None:
         count = starts.led(descent.candidates)
@@ -151,12 +175,13 @@ def _judging(
     return jax.jit(error, out_shardings=parallel.replicated(setup.mesh))
 
 
-def seconds(lab: Lab, stage: str) -> float:
-    """What the starts and the steps of an inversion or a reinforcement took.
+def seconds(lab: Lab, stage: str, inversion: Inversion) -> float:
+    """What the starts and the steps of an inversion took.
 
     Of all calls together, without steps that a killed one did not store; host 0 knows.
     """
-    parts = (f"{stage}_starts", f"{stage}_scouts", stage, f"{stage}_end")
+    ends = ("_starts", "_scouts", "", "_end")
+    parts = [f"{x}{end}" for x, _ in _phases(stage, inversion) for end in ends]
     return lab.run.metrics.seconds(*parts)
 
 

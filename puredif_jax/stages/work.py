@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.denoising_consistency import ESTIMATE
+from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Hypothesis
-from puredif_jax.defenses.inversion import Descent, Inversion
+from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.search import inverter_of
@@ -76,6 +77,14 @@ def descending(
 def inverting(
     method: str, inversion: Inversion, hypothesis: Hypothesis
 ) -> Iterator[Work]:
+    for phase in inversion.phases:
+        yield from _searching(method, phase, hypothesis)
+
+
+def _searching(
+    method: str, inversion: Inversion, hypothesis: Hypothesis
+) -> Iterator[Work]:
+    """Those of one search, without those that refine it."""
     descent, loss = inversion.descent, inversion.loss
     name = f"inversion by {method}"
 
