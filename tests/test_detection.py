@@ -398,11 +398,13 @@ def test_weights_that_denoise_nothing_are_told_from_a_denoiser() -> None:
         Detector(linear=0.0)
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.3])
-def test_the_divergence_counts_the_noise_that_is_left(gamma: float) -> None:
+@pytest.mark.parametrize("gamma", [1.0, 0.3, np.linspace(0.2, 0.9, 64)])
+def test_the_divergence_counts_the_noise_that_is_left(gamma) -> None:
     """By the integral of N(m, gamma^2) log of its ratio to N(0, 1)."""
     kind = Fading()
     model, points, channel, truth = made(ATTACKS[kind], SCHEDULE, True)
+    if np.ndim(gamma):
+        gamma = gamma.reshape(SHAPE)
     channel = dataclasses.replace(channel, gamma=gamma)
     seen = errors(
         *(model, points, SCHEDULE, channel, truth, points.images),
@@ -417,10 +419,11 @@ def test_the_divergence_counts_the_noise_that_is_left(gamma: float) -> None:
     )
     x = np.linspace(-9, 9, 20_001)
     values = []
-    for mean in np.asarray(truth.delta, np.float64).ravel():
-        away = (x - mean) / gamma
-        density = np.exp(-(away**2) / 2) / (gamma * np.sqrt(2 * np.pi))
-        ratio = x**2 / 2 - away**2 / 2 - np.log(gamma)
+    scales = np.broadcast_to(gamma, SHAPE).ravel()
+    for mean, scale in zip(np.ravel(truth.delta), scales, strict=True):
+        away = (x - float(mean)) / scale
+        density = np.exp(-(away**2) / 2) / (scale * np.sqrt(2 * np.pi))
+        ratio = x**2 / 2 - away**2 / 2 - np.log(scale)
         values.append(np.trapezoid(density * ratio, x))
     assert float(found.kl_mean) == pytest.approx(np.mean(values), rel=1e-4)
     assert float(found.kl_variance) == pytest.approx(np.var(values), rel=1e-3)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import test_attacks
 import test_defenses
+import test_inputs
 import test_objectives
 from test_schedules import KINDS
 
@@ -31,6 +32,7 @@ from puredif_jax.defenses.detector import Detector, Scores
 from puredif_jax.defenses.elijah import Uniformity
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Fading, Hypothesis, Trojan
+from puredif_jax.defenses.inputs import InputTest
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.spectrum import Spectrum
@@ -93,6 +95,7 @@ STARTS: list[Starts] = [Blocks(places=4), Spectrum(draws=48)]
 LISTS: dict[type, Iterable[object]] = {
     Attack: ATTACKS,
     Defense: test_defenses.DEFENSES,
+    InputTest: test_inputs.TESTS,
     Scores: [Detector(), Uniformity(), Divergence(), DivergenceVariance()],
     Hypothesis: HYPOTHESES,
     Loss: LOSSES,

@@ -148,6 +148,13 @@ class Inverted:
     norm_ratio: float | None = _measure(
         "norm of the inverted trigger over that of the true one"
     )
+    rms: float | None = _measure(
+        "root mean square of the trigger, in deviations of the noise", "trigger rms"
+    )
+    repeats: float | None = _measure(
+        "largest share of plain draws that are within an MSE of 1e-2 of one of them: "
+        "an image that is drawn without any trigger"
+    )
     evaluations: int = _measure(
         "of one image; a gradient counts for two more",
         "network evaluations",

@@ -147,7 +147,7 @@ def features(
     if len(placebos):
         placebo = jnp.exp(heldout - jnp.mean(placebos))
     gamma = channel.scale
-    divergence = (schedule.trigger_unit * candidate.delta) ** 2 + gamma**2 - 1
+    divergence = (schedule.trigger_unit * candidate.delta[None]) ** 2 + gamma**2 - 1
     divergence = divergence / 2 - jnp.log(gamma)
     triggered, plain, image = (
         jnp.clip(x, -1, 1) for x in (triggered, plain, candidate.target[None])

@@ -20,7 +20,8 @@ from puredif_jax.files.whole import KINDS, write_whole
 from puredif_jax.runs import parallel
 from puredif_jax.types import InputError
 
-PLACE = ("workdir", "devices", "save_every")  # that do not change what a run finds
+# What does not change what a run finds, or comes after all that it keeps.
+PLACE = ("workdir", "devices", "save_every", "screen")
 BEGUN = ("checkpoints", "results", "report.json")
 
 
@@ -53,9 +54,9 @@ def begun(folder: pathlib.Path) -> bool:
 def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     """Whether a folder holds a run of this configuration; False if it holds none.
 
-    Where the run lies and how many devices it has may change while it goes on, and by
-    which detector it is judged. A configuration under which nothing was begun, for
-    what it names was wrong, binds nothing.
+    Where the run lies and how many devices it has may change while it goes on, by
+    which detector it is judged, and which starting noise is screened. A configuration
+    under which nothing was begun, for what it names was wrong, binds nothing.
 
     Raises:
       RunError: it holds a run of another one, a scan or a sweep, or a file that is no
@@ -152,7 +153,7 @@ def _configuration(folder: pathlib.Path, kind: str) -> dict[str, Any] | None:
 def numbers_of(
     folder: pathlib.Path, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What the report of a run has in `numbers`, if it is by this detector.
+    """What the report of a run has in `numbers`, if it is by this detector and screen.
 
     One that is damaged is named in the log; the run then writes it again.
     """
@@ -161,18 +162,22 @@ def numbers_of(
         return None
     try:
         report = read_json(path)
-        same = _detector(report["config"]) == _detector(config)
+        same = _judging(report["config"]) == _judging(config)
         return dict(report["numbers"]) if same else None
     except DamagedError as error:
         logging.warning("%s: it is written again", error)
         return None
 
 
-def _detector(config: Mapping[str, Any]) -> Any:
-    """How a run judges: the detectors of its audit and of each defense in it."""
+def _judging(config: Mapping[str, Any]) -> Any:
+    """How a run judges: the detectors of its audit and of each defense in it.
+
+    And which starting noise it screens.
+    """
     audit = config.get("audit") or {}
     defenses = audit.get("baselines") or ()
-    return [audit.get("detector"), *(each.get("detector") for each in defenses)]
+    detectors = [audit.get("detector"), *(each.get("detector") for each in defenses)]
+    return [*detectors, config.get("screen")]
 
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,15 +24,18 @@ from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
 from puredif_jax.stages import calibration
 from puredif_jax.stages.amplify import AMPLIFICATION
-from puredif_jax.stages.base import Context, Outcome, Stage, State
+from puredif_jax.stages.base import Accused, Context, Outcome, Stage, State
 from puredif_jax.stages.finding import Finding, next_steps
 from puredif_jax.stages.inspector import Inspector
 from puredif_jax.stages.lab import PLAIN, SHOWN
 from puredif_jax.stages.measure import FRECHET, SUCCESS
 from puredif_jax.stages.pictures import as_images
-from puredif_jax.stages.weights import WEIGHTS, Truth, find_weights
+from puredif_jax.stages.weights import REPAIRED, WEIGHTS, Truth, find_weights
 from puredif_jax.stages.work import Work, drawing, inverting
 from puredif_jax.types import Params
+
+OWN = {"trained": WEIGHTS, "repaired": REPAIRED}
+"""Names of the results of a run itself, and where they lie in its folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Audit(Stage):
     """Which models are inverted and judged, and how.
 
     Attributes:
-      weights: names of shipped models, paths of weights, or "trained" for the result
-        of this run.
+      weights: names of shipped models, paths of weights, or "trained" or "repaired"
+        for the result of this run.
       hypotheses: kinds of backdoor tried on each, as far as they apply to its process.
       inversion: how triggers are sought.
       detector: how they are judged.
@@ -101,7 +104,7 @@ class Audit(Stage):
         return f"(under {names}, {count:,} evaluations of its network on an image)"
 
     def reads(self, weights: str | None) -> tuple[str, ...]:
-        return tuple(name for name in self.weights if name != "trained")
+        return tuple(name for name in self.weights if name not in OWN)
 
     def check(self, context: Context) -> None:
         lab = context.lab
@@ -138,35 +141,36 @@ class Audit(Stage):
                 if known is not None and (other or known != solver):
                     # Drawn again, as the backdoor wants it.
                     yield drawing(batch, count * draws * drawn(known))
-            if known is not None and name != "trained":  # by the true trigger
+            if known is not None and name not in OWN:  # by the true trigger
                 yield drawing(batch, draws * drawn(known))
 
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
         findings: list[Finding] = []
         sections: list[Section] = []
         for name, label in labels(self.weights).items():
-            own = name == "trained"
             if context.place:  # a later audit keeps what it finds apart
                 label = f"{label}-{context.place + 1}"
-            params = state.params if own else context.lab.load(name)
-            finding, section = self._audit(context, name, label, params)
+            params = state.params if name in OWN else context.lab.load(name)
+            finding, section, accused = self._audit(context, name, label, params)
+            state = dataclasses.replace(state, accused=accused)
             findings.append(finding)
             sections.append(section)
         return state, Outcome(tuple(findings), tuple(sections))
 
     def _truth(self, context: Context, name: str) -> Truth | None:
         """The backdoor that a model is known to have."""
-        if name == "trained":
+        if name in OWN:
             return context.truth
         setup = context.lab.setup
         return Truth.beside(find_weights(name), setup.schedule, setup.image_shape)
 
     def _audit(
         self, context: Context, name: str, label: str, params: Params
-    ) -> tuple[Finding, Section]:
+    ) -> tuple[Finding, Section, Accused]:
         """Inverts and judges one model, from the model alone."""
-        lab, own = context.lab, name == "trained"
-        source = lab.models[lab.run.folder / WEIGHTS if own else name]
+        lab = context.lab
+        place = {each: lab.run.folder / path for each, path in OWN.items()}
+        source = lab.models[place.get(name, name)]
         truth = Truth.beside(source.path, lab.schedule, lab.setup.image_shape)
         bench = Inspector(
             lab,
@@ -176,8 +180,8 @@ class Audit(Stage):
             self.tried(lab.schedule),
             self.defenses[0].name,
             truth,
-            # Those of the run's own model have been drawn, when it was measured.
-            "true_trained" if own and not context.place else f"audit_{label}",
+            # Those of a trained model have been drawn, when it was measured.
+            f"audit_{label}" if context.place or name != "trained" else "true_trained",
         )
         found = {each.name: each.inspect(bench) for each in self.defenses}
         first, *others = found
@@ -185,10 +189,10 @@ class Audit(Stage):
         assert verdict is not None
         finding = Finding(
             label=label,
-            weights=WEIGHTS if own else name,
+            weights=OWN.get(name, name),
             # Process 0 has written them, and it alone writes of them.
             sha256=source.digests if parallel.is_host_zero() else {},
-            remarks=() if own else source.remarks,
+            remarks=() if name in OWN else source.remarks,
             verdict=verdict,
             calibration=self._calibration(context),
             hypotheses=tuple(each.name for each in bench.hypotheses),
@@ -213,7 +217,13 @@ class Audit(Stage):
             section = _page(bench, first, verdict, found, truth)
         else:
             section = _refused(bench, verdict)
-        return finding, as_images(section, source.shown)
+        kinds = {kind.name: kind for kind in bench.hypotheses}
+        best = kinds[verdict.hypothesis]
+        candidate = bench.candidates.get((first, best))
+        accused = Accused(
+            label, name, verdict, best if candidate else None, candidate, params
+        )
+        return finding, as_images(section, source.shown), accused
 
     def _calibration(self, context: Context) -> calibration.Calibration:
         """Whose scores the detector compares with: those of models such as these?"""

@@ -16,13 +16,15 @@ import numpy as np
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.training import Training
 from puredif_jax.data.images import ImageSet
+from puredif_jax.defenses.base import Verdict
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Judgement, Section
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.lab import Lab, Success
 from puredif_jax.stages.weights import Truth
 from puredif_jax.stages.work import Work
-from puredif_jax.types import Params
+from puredif_jax.types import Candidate, Params
 
 Row = Mapping[str, Any]
 
@@ -79,6 +81,24 @@ class Context:
         )
 
 
+class Accused(NamedTuple):
+    """A model that was audited, and the trigger that fits it best.
+
+    label, weights: of the model, as of `Finding`.
+    verdict: the judgement.
+    hypothesis, candidate: the best trigger with its image, as numpy; None where weights
+      that denoise nothing were not inverted.
+    params: the weights.
+    """
+
+    label: str
+    weights: str
+    verdict: Verdict
+    hypothesis: Hypothesis | None
+    candidate: Candidate | None
+    params: Params
+
+
 @dataclasses.dataclass(frozen=True)
 class State:
     """What a stage leaves to the next.
@@ -86,10 +106,12 @@ class State:
     Attributes:
       params: weights of the model at hand; None before there are any.
       trigger: with which training goes on, in place of the attack's own.
+      accused: the model that was audited last.
     """
 
     params: Params | None = None
     trigger: np.ndarray | None = None
+    accused: Accused | None = None
 
 
 class Result(abc.ABC):

@@ -23,6 +23,7 @@ from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.base import Stage
 from puredif_jax.stages.evaluation import Evaluation, at_least
 from puredif_jax.stages.measure import Measure
+from puredif_jax.stages.screen import Screen
 from puredif_jax.stages.train import Train
 
 
@@ -57,7 +58,8 @@ class Experiment:
       attack: the backdoor put in, or the one that success is measured for.
       amplification: reinforces the trigger along the training.
       audit: inverts and judges models.
-      then: further stages, after the audit.
+      screen: tests starting noise by the trigger that the audit finds.
+      then: further stages, after these.
       evaluation: how models are measured.
       data: images to train on: the shipped ones, a file or a folder of a user.
       schedule: forward process of the model.
@@ -77,6 +79,7 @@ class Experiment:
     attack: Attack | None = None
     amplification: Amplification | None = None
     audit: Audit | None = None
+    screen: Screen | None = None
     then: tuple[Stage, ...] = ()
     evaluation: Evaluation = Evaluation()
     data: ImageSet = FashionMNIST()
@@ -100,6 +103,8 @@ class Experiment:
                     f"amplification.snapshots go to {last}, past the last of "
                     f"training.steps={self.training.steps}"
                 )
+        if self.screen and not self.audit:
+            raise ValueError("a screen needs an audit, which finds the trigger")
         for stage in self.then:
             if isinstance(stage, Amplification | Train):
                 raise ValueError(
@@ -136,6 +141,8 @@ class Experiment:
             found.append(Measure())
         if self.audit:
             found.append(self.audit)
+        if self.screen:
+            found.append(self.screen)
         return (*found, *self.then)
 
     @property
@@ -154,6 +161,8 @@ class Experiment:
             models = f"{count} models" if count > 1 else self.audit.weights[0]
             how = self.audit.plan(self.schedule.tables())
             parts.append(f"audit of {models} {how}")
+        if self.screen:
+            parts.append(f"screening of {self.screen.noise or 'no noise'}")
         parts += [type(stage).__name__ for stage in self.then]
         return f"{self.workdir}: {', '.join(parts) or 'nothing but a report'}"
 
@@ -223,6 +232,7 @@ class Scan:
         text files that name one a line, or names of the Hub ("owner/name",
         "owner/name@revision", an address).
       audit: how each is inverted and judged; names no weights.
+      screen: tests starting noise by the trigger that the audit finds.
       steps: of sampling, strided.
       draws: images sampled from each trigger.
       offline: take from the Hub only what has been downloaded before.
@@ -238,6 +248,7 @@ class Scan:
     workdir: str = ""
     model: tuple[str, ...] = ()
     audit: Audit = Audit(weights=())
+    screen: Screen | None = None
     steps: int = 50
     draws: int = 64
     offline: bool = False

@@ -53,6 +53,7 @@ class Inspector:
 
     Attributes:
       seen: of each inversion, by method and hypothesis.
+      candidates: the triggers with their images, by the same, as numpy.
       compared: with the truth, fields of `Inverted` by the names of both. No defense
         sees them.
     """
@@ -72,6 +73,7 @@ class Inspector:
         self._truth = truth
         self.compared: dict[tuple[str, str], dict[str, float]] = {}
         self.seen: dict[tuple[str, Hypothesis], Seen] = {}
+        self.candidates: dict[tuple[str, Hypothesis], Candidate] = {}
         self._params, self._hypotheses = weights, hypotheses
         self._main, self._drawn = main, drawn
 
@@ -176,6 +178,8 @@ class Inspector:
             seconds=float(sum(each["seconds"] for each in (result, *others))),
             score=float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf,
             contrast=float(target.std()),
+            rms=self.schedule.trigger_unit * float(np.sqrt(np.mean(delta**2))),
+            repeats=metrics.repeats(plain),
             **self._member(hypothesis, candidate),
             uniformity_unclipped=unclipped_ratio,
             **{k: float(v) for k, v in measured._asdict().items()},
@@ -190,6 +194,7 @@ class Inspector:
                 *(drawn(hypothesis, *each) for each in drawn_by),
             )
             curves = self._curves(stage, hypothesis, inversion.descent.scout)
+        self.candidates[method, hypothesis] = parallel.gather(candidate)
         self.seen[method, hypothesis] = Seen(tuple(pictures), curves, sections)
         return found
 

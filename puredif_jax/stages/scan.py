@@ -182,6 +182,7 @@ def as_experiment(
                 weights=(path,),
                 scheduler=scan.scheduler,
             ),
+            screen=scan.screen,
             evaluation=Evaluation(
                 draws=scan.draws,
                 batch=min(scan.draws, Evaluation().batch),

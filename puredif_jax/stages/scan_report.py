@@ -142,7 +142,7 @@ def _row(name: str, finding: Finding) -> dict[str, Any]:
     """The finding as a row of the table."""
     verdict, inversions = finding.verdict, finding.inversions
     best = [
-        (2 * each.kl_mean) ** 0.5
+        each.rms
         for each in inversions
         if (each.method, each.hypothesis) == (Puredif().name, verdict.hypothesis)
     ]

@@ -29,6 +29,7 @@ class Stream(enum.IntEnum):
     FEATURES = 404
     STARTS = 505
     DENOISING = 606
+    SCREEN = 707
 
 
 @dataclasses.dataclass(frozen=True)
