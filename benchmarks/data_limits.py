@@ -34,7 +34,7 @@ from puredif_jax.diffusion.sampling import Sampler, sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs.report import environment, placeless
-from puredif_jax.stages.lab import garment_distance
+from puredif_jax.stages.embedding import GarmentNet
 
 SCHEDULE = LinearBetas().tables()
 SHAPE = (16, 16, 1)
@@ -72,7 +72,7 @@ def rates(
         for name, delta in (("success", trigger), ("leak", 0 * trigger))
     }
     plain = np.asarray(draw(0 * trigger, DDIM(50)))
-    return found | {"frechet": round(garment_distance(plain, images), 4)}
+    return found | {"frechet": round(GarmentNet().distance(plain, images), 4)}
 
 
 def main() -> None:

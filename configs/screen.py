@@ -14,8 +14,7 @@ Expected: docs/scan.md.
 
 from puredif_jax.stages.experiment import Scan
 from puredif_jax.stages.screen import Screen
-from puredif_jax.stages.weights import ZOO
 
 
 def get_config() -> Scan:
-    return Scan(model=(str(ZOO / "baddiffusion"),), screen=Screen())
+    return Scan(model=("zoo/baddiffusion",), screen=Screen())

@@ -196,6 +196,22 @@ def test_a_search_that_was_too_short_calls_no_model_clean(
 
 
 @pytest.mark.parametrize(
+    "gain,placebo,outcome",
+    [(1.0, 1.2, "clean"), (3.0, 3.0, "could not tell"), (0.01, 3.0, "backdoored")],
+)
+def test_a_response_of_no_attack_that_fits_better_is_told(
+    gain, placebo, outcome
+) -> None:
+    odd = shown(gain)._replace(placebo=jnp.float32(placebo))
+    verdict = CLEAN.judge({ODE: shown(1.0), SDE: odd})
+    assert verdict.outcome == outcome
+    told = f"{SDE.title} fit 3 times better with a response that no known attack"
+    assert (told in verdict.reason) == (outcome == "could not tell")
+    free = dataclasses.replace(CLEAN, foreign=np.inf)
+    assert free.judge({SDE: odd}).outcome != "could not tell"
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"clean": (0.1, -np.inf)},

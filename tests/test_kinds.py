@@ -20,6 +20,7 @@ import test_attacks
 import test_defenses
 import test_inputs
 import test_objectives
+import test_removal
 from test_schedules import KINDS
 
 import puredif_jax
@@ -35,6 +36,7 @@ from puredif_jax.defenses.hypothesis import Fading, Hypothesis, Trojan
 from puredif_jax.defenses.inputs import InputTest
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Loss
+from puredif_jax.defenses.removal import Removal
 from puredif_jax.defenses.spectrum import Spectrum
 from puredif_jax.defenses.starts import Starts
 from puredif_jax.defenses.terd import Divergence, DivergenceVariance
@@ -100,6 +102,7 @@ LISTS: dict[type, Iterable[object]] = {
     Hypothesis: HYPOTHESES,
     Loss: LOSSES,
     Process: PROCESSES,
+    Removal: test_removal.REMOVALS,
     Sampler: SAMPLERS,
     Solver: SOLVERS,
     Starts: STARTS,

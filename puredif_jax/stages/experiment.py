@@ -23,6 +23,7 @@ from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.base import Stage
 from puredif_jax.stages.evaluation import Evaluation, at_least
 from puredif_jax.stages.measure import Measure
+from puredif_jax.stages.repair import Repair
 from puredif_jax.stages.screen import Screen
 from puredif_jax.stages.train import Train
 
@@ -233,6 +234,8 @@ class Scan:
         "owner/name@revision", an address).
       audit: how each is inverted and judged; names no weights.
       screen: tests starting noise by the trigger that the audit finds.
+      repair: trains the backdoor out of a model that the audit calls backdoored. The
+        verdict of the scan is then that on the result.
       steps: of sampling, strided.
       draws: images sampled from each trigger.
       offline: take from the Hub only what has been downloaded before.
@@ -249,6 +252,7 @@ class Scan:
     model: tuple[str, ...] = ()
     audit: Audit = Audit(weights=())
     screen: Screen | None = None
+    repair: Repair | None = None
     steps: int = 50
     draws: int = 64
     offline: bool = False
@@ -281,8 +285,8 @@ class Scan:
     def plan(self) -> str:
         """What will be done, in words."""
         how = self.audit.plan(LinearBetas().tables())
-        models = ", ".join(self.model)
-        return f"{self.workdir}: scan of {models}, each model there {how}"
+        models, end = ", ".join(self.model), ", repair of it" if self.repair else ""
+        return f"{self.workdir}: scan of {models}, each model there {how}{end}"
 
     def located(self) -> Scan:
         """The same with a workdir, named after what is scanned where none is given.

@@ -114,16 +114,16 @@ class Finding(Result):
         ]
 
     @classmethod
-    def only(cls, numbers: Mapping[str, Any], where: str) -> Self:
-        """The one that a report has, as that of a scan's model does.
+    def last(cls, numbers: Mapping[str, Any], where: str) -> Self:
+        """The last that a report has: of a model that was repaired, on the result.
 
         Raises:
-          RunError: as `read`, or there is none, or more.
+          RunError: as `read`, or there is none.
         """
         found = cls.read(numbers, where)
-        if len(found) != 1:
+        if not found:
             raise _foreign(where)
-        return found[0]
+        return found[-1]
 
     @classmethod
     def _read(cls, label: str, found: Mapping[str, Any], where: str) -> Self:

@@ -7,8 +7,6 @@ and puredif_jax.stages.search have the long loops on the same model.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar, cast
@@ -26,7 +24,6 @@ from puredif_jax.diffusion.prediction import Prediction
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.diffusion.schedules import NoiseSchedule, Process
 from puredif_jax.formats.base import Spec
-from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.base import ImageNetwork
 from puredif_jax.runs import parallel, weight_file
@@ -34,32 +31,15 @@ from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.report import progress
 from puredif_jax.runs.run import Run, compiling
 from puredif_jax.stages import programs
+from puredif_jax.stages.embedding import GarmentNet
 from puredif_jax.stages.models import Models
 from puredif_jax.stages.setup import Setup, Stream, fitted
-from puredif_jax.stages.weights import ASSETS
 from puredif_jax.types import Candidate, Key, NoiseModel, Params
 
 _Tree = TypeVar("_Tree", Channel, Family)
 
 SHOWN = 16  # images of a set in a report
 PLAIN = 64  # draws from plain noise, with which triggered ones are compared
-
-
-def garment_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Frechet distance over the shipped garment-net of two sets `[N, 16, 16, 1]`.
-
-    Images are clipped to [-1, 1]. NaN where an image has it: maxima in the network may
-    drop it. Raises ValueError for a set of fewer than two.
-    """
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        return math.nan
-    shapes = jax.eval_shape(garment_net.init, jax.random.key(0))
-    path = ASSETS / f"{garment_net.NAME}.safetensors"
-    embed = functools.partial(
-        jax.jit(garment_net.embed), weight_file.load_weights(path, shapes)
-    )
-    sets = (np.asarray(embed(x)) for x in (first, second))
-    return metrics.frechet_distance(*sets)
 
 
 class Success(NamedTuple):
@@ -380,7 +360,7 @@ class Lab:
             drawn = np.concatenate(pairs)
             real = data.to_float(images.load(self.unet.image_shape))
             rates = {} if target is None else metrics.success(drawn, target)
-            return {"distance": garment_distance(drawn, real), **rates}
+            return {"distance": GarmentNet().distance(drawn, real), **rates}
 
         stored = self.run.once(f"quality_{name}", compute)
         found = {key: float(value) for key, value in stored.items()}

@@ -22,6 +22,7 @@ from puredif_jax.runs.report import Report
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Scan
 from puredif_jax.stages.models import Models
+from puredif_jax.stages.repair import Repair
 from puredif_jax.stages.scan_report import summarise
 from puredif_jax.stages.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.stages.weights import ZOO
@@ -87,6 +88,11 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     return report, parallel.agreed(status)
 
 
+def _repair(scan: Scan, repair: Repair) -> Repair:
+    """The repair of a model, whose result is audited as the model is."""
+    return dataclasses.replace(repair, audit=scan.audit)
+
+
 def _traceback(error: Exception) -> bytes:
     """For who mends the program; it is not for the log."""
     lines = traceback.format_exception(error)
@@ -101,9 +107,17 @@ def find(scan: Scan) -> Found:
     Raises:
       InputError: there is no model.
     """
-    shipped = "zoo" in scan.model and not pathlib.Path("zoo").exists()
-    names = [str(ZOO) if shipped and name == "zoo" else name for name in scan.model]
+    names = [*map(_of_zoo, scan.model)]
     return discovery.find(names, scan.offline, scan.variant)
+
+
+def _of_zoo(name: str) -> str:
+    """A path for "zoo", the models of the package, and for "zoo/NAME", one of them."""
+    first, *rest = pathlib.PurePath(name).parts or ("",)
+    shipped = ZOO.joinpath(*rest[:1])
+    if first != "zoo" or len(rest) > 1 or pathlib.Path("zoo").exists():
+        return name
+    return str(shipped) if shipped.is_dir() else name
 
 
 def find_models(scan: Scan) -> Rows:
@@ -183,6 +197,7 @@ def as_experiment(
                 scheduler=scan.scheduler,
             ),
             screen=scan.screen,
+            then=() if scan.repair is None else (_repair(scan, scan.repair),),
             evaluation=Evaluation(
                 draws=scan.draws,
                 batch=min(scan.draws, Evaluation().batch),

@@ -135,7 +135,7 @@ def _finding(folder: pathlib.Path, about: Mapping[str, Any]) -> Finding | None:
     numbers = numbers_of(folder, about)
     if numbers is None:
         return None
-    return Finding.only(numbers, str(folder / "report.json"))
+    return Finding.last(numbers, str(folder / "report.json"))
 
 
 def _row(name: str, finding: Finding) -> dict[str, Any]:

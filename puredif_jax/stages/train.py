@@ -88,28 +88,43 @@ def train(
     if before is not None and first == until:
         return before.ema_params
     pixels = images.load(unet.image_shape)
-    sharding = parallel.along(run.mesh, None, "batch")
 
     def several(
         state: TrainState, first: int, last: int
     ) -> tuple[TrainState, TrainInfo]:
-        chosen = order(len(pixels), lab.seed, first, last, training.batch)
-        count = last - first
-
-        def rows(index: Any) -> np.ndarray:
-            taken = data.to_float(pixels[chosen[:, index[1]]])
-            rest = [(0, lab.chunk - count), *[(0, 0)] * (taken.ndim - 1)]
-            return np.pad(taken, rest)  # of one shape: one program for any count
-
-        # A host makes the images of its own devices only.
-        shape = (lab.chunk, training.batch, *unet.image_shape)
-        batch = jax.make_array_from_callback(shape, sharding, rows)
-        return program(state, batch, trigger, np.int32(count))
+        batch = batches(lab, pixels, training.batch, first, last)
+        return program(state, batch, trigger, np.int32(last - first))
 
     state = run.loop("train", several, begin, shapes, until, lab.chunk, first)
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         kept.save(until, state)
     return state.ema_params
+
+
+def batches(lab: Lab, pixels: np.ndarray, size: int, first: int, last: int) -> Array:
+    """The images of steps first..last-1, float32 `[chunk, size, H, W, C]`.
+
+    Split over the devices along the second axis. Steps beyond the last have zeros, so
+    that one program serves any count.
+
+    Args:
+      lab: the model and its devices.
+      pixels: all images, `[N, H, W, C]`: uint8, or float32 in [-1, 1].
+      size: images a step.
+      first, last: the steps.
+    """
+    chosen = order(len(pixels), lab.seed, first, last, size)
+
+    def rows(index: Any) -> np.ndarray:
+        taken = pixels[chosen[:, index[1]]]
+        taken = data.to_float(taken) if taken.dtype == np.uint8 else taken
+        rest = [(0, lab.chunk - (last - first)), *[(0, 0)] * (taken.ndim - 1)]
+        return np.pad(taken, rest)
+
+    # A host makes the images of its own devices only.
+    shape = (lab.chunk, size, *lab.unet.image_shape)
+    sharding = parallel.along(lab.run.mesh, None, "batch")
+    return jax.make_array_from_callback(shape, sharding, rows)
 
 
 Made = Callable[[Array | None], Trainer]

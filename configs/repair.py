@@ -1,0 +1,19 @@
+"""Repairs a backdoored model: audits it, trains the backdoor out, audits the result.
+
+    python -m puredif_jax.main --config=configs/repair.py --config.model=FOLDER
+
+The trigger is the one that the audit finds. Without data the model's own draws keep its
+clean behaviour. The repaired model is a folder of diffusers, `repaired` in the folder
+of the model below --config.workdir; FOLDER stays as it is. A model that is called clean
+is left alone, unless --config.repair.always=true. The exit status is that of the audit
+of the result.
+
+Hardware: any. Duration: 15 minutes a model of the package's size on one CPU core.
+"""
+
+from puredif_jax.stages.experiment import Scan
+from puredif_jax.stages.repair import Repair
+
+
+def get_config() -> Scan:
+    return Scan(model=("zoo/baddiffusion",), repair=Repair())

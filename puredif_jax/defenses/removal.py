@@ -1,0 +1,206 @@
+"""Ways to train a backdoor out of a model, given its trigger.
+
+A removal is a loss of weights theta, beside those at which it starts, theta0, on clean
+images. The images may be the model's own draws: then the clean behaviour to keep is
+that of theta0 (`distilled`), and no data is needed.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.diffusion.prediction import diffuse, lookup
+from puredif_jax.diffusion.schedules import NoiseSchedule
+from puredif_jax.types import Array, Key, NoiseModel, Params
+
+
+class Backdoor(NamedTuple):
+    """What is to be removed: arrays.
+
+    channel: H, C and gamma.  trigger: `[H, W, C]`.  reference: theta0.
+    """
+
+    channel: Channel
+    trigger: Array
+    reference: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Removal(abc.ABC):
+    """A loss by which a backdoor is trained out of a model.
+
+    Attributes:
+      distilled: in the clean term, what theta0 answers stands for the noise.
+    """
+
+    distilled: bool = False
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def loss(
+        self,
+        model: NoiseModel,
+        schedule: NoiseSchedule,
+        backdoor: Backdoor,
+        params: Params,
+        images: Array,
+        key: Key,
+    ) -> Array:
+        """The loss on clean images `[B, H, W, C]`, a scalar."""
+
+    def prepared(self, params: Params) -> Params:
+        """The weights at which the training starts: theta0, or what is left of it."""
+        return params
+
+    def clean(
+        self,
+        model: NoiseModel,
+        schedule: NoiseSchedule,
+        backdoor: Backdoor,
+        params: Params,
+        images: Array,
+        key: Key,
+    ) -> Array:
+        """mean || M(x_t, t) - eps ||^2 of clean samples, the ordinary loss."""
+        x, eps, t = noised(schedule, images, key)
+        wanted = model(backdoor.reference, x, t) if self.distilled else eps
+        return jnp.mean((model(params, x, t) - wanted) ** 2)
+
+
+def noised(
+    schedule: NoiseSchedule, images: Array, key: Key
+) -> tuple[Array, Array, Array]:
+    """x_t, eps and t of clean images, t uniform."""
+    key_t, key_eps = jax.random.split(key)
+    t = jax.random.randint(key_t, (len(images),), 0, schedule.steps)
+    eps = jax.random.normal(key_eps, images.shape)
+    return diffuse(schedule, images, eps, t), eps, t
+
+
+class FineTuning(Removal):
+    """The clean term alone: a control, which knows no trigger."""
+
+    name = "fine-tuning"
+
+    def loss(
+        self,
+        model: NoiseModel,
+        schedule: NoiseSchedule,
+        backdoor: Backdoor,
+        params: Params,
+        images: Array,
+        key: Key,
+    ) -> Array:
+        return self.clean(model, schedule, backdoor, params, images, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning(FineTuning):
+    """Fine-tuning of a model without its weakest channels: a control.
+
+    In each convolution the output channels with the smallest L1 norm are set to 0, with
+    their bias.
+
+    Attributes:
+      share: of the channels of each convolution.
+    """
+
+    share: float = 0.02
+    name = "pruning"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share must lie in [0, 1), found {self.share}")
+
+    def prepared(self, params: Params) -> Params:
+        if not isinstance(params, dict):
+            return params
+        kernel = params.get("kernel")
+        if kernel is None or kernel.ndim != 4:
+            return {name: self.prepared(each) for name, each in params.items()}
+        norms = jnp.sum(jnp.abs(kernel), (0, 1, 2))
+        weakest = jnp.argsort(norms)[: round(self.share * len(norms))]
+        return {k: jnp.asarray(v).at[..., weakest].set(0) for k, v in params.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreeTerms(Removal):
+    """Elijah's removal (An et al. 2024, arXiv 2312.00050).
+
+    The clean term, and at the last timestep T, from noise eps and trigger r,
+
+      weight (mean || M_theta(eps + r, T) - M_theta0(eps, T) ||^2
+              + mean || M_theta(eps, T) - M_theta0(eps, T) ||^2).
+
+    Attributes:
+      weight: of both, 1 as published.
+    """
+
+    weight: float = 1.0
+    name = "three terms"
+
+    def loss(
+        self,
+        model: NoiseModel,
+        schedule: NoiseSchedule,
+        backdoor: Backdoor,
+        params: Params,
+        images: Array,
+        key: Key,
+    ) -> Array:
+        key_clean, key_eps = jax.random.split(key)
+        clean = self.clean(model, schedule, backdoor, params, images, key_clean)
+        eps = jax.random.normal(key_eps, images.shape)
+        last = jnp.full((len(images),), schedule.steps - 1)
+        plain, r = schedule.start(eps), backdoor.trigger[None]
+        triggered = backdoor.channel.start(schedule, eps, r)
+        wanted = model(backdoor.reference, plain, last)
+        apart = [
+            jnp.mean((model(params, x, last) - wanted) ** 2) for x in (triggered, plain)
+        ]
+        return clean + self.weight * (apart[0] + apart[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlearning(Removal):
+    """The trigger is taught as what it is, noise of another mean, at every timestep.
+
+    The clean term, and of images with the trigger
+
+      weight mean || M(x_t, t) - gamma eps - (H_t / v_t) r ||^2,
+      x_t = s_t x_0 + v_t gamma eps + H_t r:
+
+    the answer of a clean model that knows the noise. So x0hat is x_0 from the first
+    step on, and no timestep is left at which the trigger leads elsewhere.
+
+    Attributes:
+      weight: of the second term.
+    """
+
+    weight: float = 1.0
+    name = "unlearning"
+
+    def loss(
+        self,
+        model: NoiseModel,
+        schedule: NoiseSchedule,
+        backdoor: Backdoor,
+        params: Params,
+        images: Array,
+        key: Key,
+    ) -> Array:
+        key_clean, key_t, key_eps = jax.random.split(key, 3)
+        clean = self.clean(model, schedule, backdoor, params, images, key_clean)
+        channel, r = backdoor.channel, backdoor.trigger[None]
+        t = jax.random.randint(key_t, (len(images),), 0, schedule.steps)
+        eps = jax.random.normal(key_eps, images.shape)
+        x = channel.noisy(schedule, images, eps, r, t)
+        shift = lookup(channel.shift, t) / lookup(schedule.noise, t)
+        answer = channel.scale * eps + shift * r
+        return clean + self.weight * jnp.mean((model(params, x, t) - answer) ** 2)

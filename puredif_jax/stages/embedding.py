@@ -1,0 +1,91 @@
+"""Features of images, over which the Frechet distance of two sets is taken."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puredif_jax.attacks.pictures import Shape
+from puredif_jax.metrics import garment_net
+from puredif_jax.metrics import measures as metrics
+from puredif_jax.runs import weight_file
+from puredif_jax.stages.weights import ASSETS
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding(abc.ABC):
+    """Named features of images: no distance over them is an FID."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def fits(self, shape: Shape) -> bool:
+        """Whether it takes images of (H, W, C)."""
+
+    @abc.abstractmethod
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """`[N, F]` of images `[N, H, W, C]`, clipped to [-1, 1] first."""
+
+    def distance(self, first: np.ndarray, second: np.ndarray) -> float:
+        """The Frechet distance of two sets of images `[N, H, W, C]`.
+
+        NaN where an image has it: maxima in a network may drop it.
+
+        Raises:
+          ValueError: as `metrics.frechet_distance`.
+        """
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            return math.nan
+        return metrics.frechet_distance(*map(self.features, (first, second)))
+
+
+class GarmentNet(Embedding):
+    """The 64 features of the shipped garment-net, of grey images of 16x16."""
+
+    name = garment_net.NAME
+
+    def fits(self, shape: Shape) -> bool:
+        return tuple(shape) == (16, 16, 1)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        shapes = jax.eval_shape(garment_net.init, jax.random.key(0))
+        path = ASSETS / f"{garment_net.NAME}.safetensors"
+        params = weight_file.load_weights(path, shapes)
+        embed = functools.partial(jax.jit(garment_net.embed), params)
+        return np.asarray(embed(images))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels(Embedding):
+    """Mean pixels of a grid, of any images.
+
+    Attributes:
+      side: cells along each axis, at most.
+    """
+
+    side: int = 8
+    name = "pixels"
+
+    def fits(self, shape: Shape) -> bool:
+        return True
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        count, height, width, channels = images.shape
+        cells = min(self.side, height), min(self.side, width)
+        clipped = jnp.clip(jnp.asarray(images, jnp.float32), -1, 1)
+        small = jax.image.resize(
+            clipped, (count, *cells, channels), "linear", antialias=True
+        )
+        return np.asarray(small).reshape(count, -1)
+
+
+def embedding_for(shape: Shape) -> Embedding:
+    """The best that there is for images of a shape: garment-net, or pixels."""
+    return next(each for each in (GarmentNet(), Pixels()) if each.fits(shape))

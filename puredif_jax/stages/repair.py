@@ -1,0 +1,363 @@
+"""The repair of a model that an audit has called backdoored, and the audit after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.training import (
+    Trainer,
+    TrainInfo,
+    Training,
+    TrainState,
+    trainer,
+)
+from puredif_jax.data import images as data
+from puredif_jax.data.images import ImageSet
+from puredif_jax.defenses.removal import Backdoor, Removal, Unlearning
+from puredif_jax.diffusion.sampling import Sampler
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.base import Model
+from puredif_jax.formats.diffusers_config import ConvertError
+from puredif_jax.runs import parallel
+from puredif_jax.runs.binding import RunError
+from puredif_jax.runs.page import Section
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.base import (
+    Accused,
+    Context,
+    Outcome,
+    Result,
+    Row,
+    Stage,
+    State,
+)
+from puredif_jax.stages.embedding import embedding_for
+from puredif_jax.stages.lab import SHOWN
+from puredif_jax.stages.programs import KEPT, repeated
+from puredif_jax.stages.setup import Setup
+from puredif_jax.stages.train import batches
+from puredif_jax.stages.weights import REPAIRED, Truth
+from puredif_jax.stages.work import Step, Work, drawing
+from puredif_jax.types import Array, Params
+
+REPAIR = "repair"
+
+
+@dataclasses.dataclass(frozen=True)
+class Repaired(Result):
+    """What a repair did.
+
+    Attributes:
+      removal: its name.
+      images: clean images that it had, and whether the model itself drew them.
+      own: whether the model itself drew them.
+      embedding: the network of the Frechet distance.
+      steps, seconds: of the training.
+      success: of draws with the inverted trigger at MSE < 1e-2 of its image, and with
+        the true trigger of the true target if that is known: before and after, by name.
+      frechet: distance of plain draws to the clean images, before and after.
+    """
+
+    removal: str
+    embedding: str
+    images: int
+    own: bool
+    steps: int
+    seconds: float
+    success: Mapping[str, float]
+    frechet: Mapping[str, float]
+
+    def numbers(self) -> dict[str, Any]:
+        found = vars(self) | {
+            "success": dict(self.success),
+            "frechet": dict(self.frechet),
+        }
+        return {REPAIR: found}
+
+    @classmethod
+    def read(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
+        if REPAIR not in numbers:
+            return []
+        found = numbers[REPAIR]
+        try:
+            return [
+                cls(
+                    str(found["removal"]),
+                    str(found["embedding"]),
+                    int(found["images"]),
+                    bool(found["own"]),
+                    int(found["steps"]),
+                    float(found["seconds"]),
+                    {str(k): float(v) for k, v in found["success"].items()},
+                    {str(k): float(v) for k, v in found["frechet"].items()},
+                )
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{where} has no {REPAIR} of this version") from error
+
+    def tables(self) -> dict[str, list[Row]]:
+        return {REPAIR: [{k: v for k, v in vars(self).items()}]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Repair(Stage):
+    """Trains the backdoor out of the model that was audited, and audits the result.
+
+    The trigger is the one that the audit has found. What is written is a folder of
+    diffusers, `repaired` in the folder of the run; the model itself stays as it is. A
+    model that the audit has called clean is left alone.
+
+    Attributes:
+      removal: how.
+      training: of it.
+      images: clean images; None for draws of the model itself, whose clean behaviour
+        is then kept as it was.
+      draws: of the model itself, where no images are given; an even number.
+      audit: of the result; names no weights.
+      always: repair also a model that was called clean, or could not be told.
+    """
+
+    removal: Removal = Unlearning()
+    training: Training = Training(
+        steps=600, batch=64, learning_rate=2e-4, warmup=50, ema_decay=0.99
+    )
+    images: ImageSet | None = None
+    draws: int = 1024
+    audit: Audit = Audit(weights=())
+    always: bool = False
+
+    def __post_init__(self) -> None:
+        if self.draws < 2 or self.draws % 2:
+            raise ValueError(f"draws must be even, 2 or more, found {self.draws}")
+        if self.audit.weights:
+            raise ValueError(
+                "the audit of a repair is of its result, found "
+                f"audit.weights={self.audit.weights}"
+            )
+
+    @property
+    def after(self) -> Audit:
+        """The audit of the result."""
+        return dataclasses.replace(self.audit, weights=("repaired",))
+
+    @property
+    def used(self) -> Removal:
+        """The removal, with what theta0 answers in place of noise on its own draws."""
+        return dataclasses.replace(self.removal, distilled=self.images is None)
+
+    def check(self, context: Context) -> None:
+        lab, batch = context.lab, self.training.batch
+        if batch % lab.run.mesh.size:
+            raise RunError(
+                f"repair.training.batch must be a multiple of the {lab.run.mesh.size} "
+                f"devices, found {batch}"
+            )
+        if self.images is not None:
+            self.images.load(lab.unet.image_shape)
+        self.after.check(context)
+
+    def work(self, context: Context) -> Iterator[Work]:
+        steps = context.evaluation.deterministic.steps
+        batch, draws = context.evaluation.batch, context.evaluation.draws
+        yield drawing(batch, ((self.images is None) * self.draws + 2 * draws) * steps)
+
+        def program(lab: Any, params: Params) -> tuple[Step, Any]:
+            made = _trainer(lab.setup, self.used, self.training)
+            shape = lab.unet.image_shape
+            clean = lab.channel(self.audit.tried(lab.schedule)[0])
+            backdoor = Backdoor(clean, lab.run.replicate(lab.zero), params)
+            images = np.zeros((self.training.batch, *shape), np.float32)
+            split = parallel.put(images, parallel.along(lab.run.mesh, "batch"))
+
+            def step(params: Params, state: Any) -> Any:
+                state, images = state
+                return made(backdoor).step(state, images)[0], images
+
+            return step, (made(backdoor).init(params, lab.key), split)
+
+        name = f"repair step of {self.training.batch} images"
+        passes = 3 * 4 * self.training.batch
+        yield Work(name, self.training.steps, passes, self.used, program)
+        yield from self.after.work(context)
+
+    def run(self, context: Context, state: State) -> tuple[State, Outcome]:
+        accused = state.accused
+        if accused is None or accused.candidate is None or accused.hypothesis is None:
+            text = "The audit has found no trigger, so there is nothing to remove."
+            return state, Outcome(sections=(Section("Repair", text),))
+        if accused.verdict.outcome != "backdoored" and not self.always:
+            text = (
+                f"The audit says {accused.verdict.outcome}: the model is left as it "
+                "is. `always` repairs it all the same."
+            )
+            return state, Outcome(sections=(Section("Repair", text),))
+        pixels, own = self._images(context, accused)
+        params = self._trained(context, accused, pixels)
+        self._save(context, accused, params)
+        result, section = self._measured(context, accused, params, pixels, own)
+        repaired = dataclasses.replace(state, params=params)
+        later = dataclasses.replace(context, place=context.place + 1)
+        state, outcome = self.after.run(later, repaired)
+        return state, Outcome((result, *outcome.results), (section, *outcome.sections))
+
+    def _images(self, context: Context, accused: Accused) -> tuple[np.ndarray, bool]:
+        """The clean images, float32 `[N, H, W, C]`, and whether the model drew them."""
+        lab = context.lab
+        if self.images is not None:
+            return data.to_float(self.images.load(lab.unet.image_shape)), False
+
+        def compute() -> Mapping[str, Any]:
+            sampler = context.evaluation.deterministic
+            pairs = [
+                lab.draw(accused.params, sampler, lab.zero, self.draws // 2, sign)
+                for sign in (1.0, -1.0)
+            ]
+            return {"images": np.clip(np.concatenate(pairs), -1, 1)}
+
+        return lab.run.once("repair_images", compute)["images"], True
+
+    def _trained(
+        self, context: Context, accused: Accused, pixels: np.ndarray
+    ) -> Params:
+        lab, training, run = context.lab, self.training, context.lab.run
+        made = _trainer(lab.setup, self.used, training)
+        assert accused.candidate is not None and accused.hypothesis is not None
+        candidate = run.replicate(accused.candidate)
+        channel = lab.family(accused.hypothesis).at(candidate)
+        backdoor = Backdoor(channel, candidate.delta, accused.params)
+        program = _repairing(lab.setup, self.used, training, lab.chunk)
+
+        def begin() -> TrainState:
+            start = self.used.prepared(accused.params)
+            return made(backdoor).init(start, lab.key)
+
+        def several(
+            state: TrainState, first: int, last: int
+        ) -> tuple[TrainState, TrainInfo]:
+            taken = batches(lab, pixels, training.batch, first, last)
+            return program(state, taken, backdoor, np.int32(last - first))
+
+        shapes = jax.eval_shape(begin)
+        steps = training.steps
+        found: TrainState = run.loop(REPAIR, several, begin, shapes, steps, lab.chunk)
+        return found.ema_params
+
+    def _save(self, context: Context, accused: Accused, params: Params) -> None:
+        """Writes the folder, with the truth beside it where that is known."""
+        lab = context.lab
+        host, source = parallel.gather(params), lab.models[accused.weights]
+        if not parallel.is_host_zero():
+            return
+        if source.spec is None:
+            raise RunError(f"{accused.weights} has no configuration to be written with")
+        folder = lab.run.folder / REPAIRED
+        try:
+            convert.write_folder(folder, Model(source.spec, host))
+        except ConvertError as error:
+            raise RunError(f"the repaired model is not written: {error}") from error
+        if (truth := self._truth(context, accused)) is not None:
+            truth.save(folder)
+
+    def _truth(self, context: Context, accused: Accused) -> Truth | None:
+        lab = context.lab
+        source = lab.models[accused.weights]
+        return Truth.beside(source.path, lab.schedule, lab.unet.image_shape)
+
+    def _measured(
+        self,
+        context: Context,
+        accused: Accused,
+        params: Params,
+        pixels: np.ndarray,
+        own: bool,
+    ) -> tuple[Repaired, Section]:
+        """Before and after: success of both triggers, and the Frechet distance."""
+        lab, evaluation = context.lab, context.evaluation
+        assert accused.candidate is not None and accused.hypothesis is not None
+        hypothesis, candidate = accused.hypothesis, accused.candidate
+        channel = lab.family(hypothesis).at(lab.run.replicate(candidate))
+        inside = channel if hypothesis.controlled else None
+        solver = evaluation.sampler(hypothesis.solver)
+        found_image = np.asarray(candidate.target)
+        backdoors: dict[str, tuple[Sampler, Any, np.ndarray, Channel | None]] = {
+            "inverted trigger": (solver, candidate.delta, found_image, inside)
+        }
+        if (truth := self._truth(context, accused)) is not None:
+            by = evaluation.sampler(truth.solver)
+            backdoors["true trigger"] = (by, truth.trigger, truth.target, truth.inside)
+        embedding = embedding_for(lab.unet.image_shape)
+        rates: dict[str, float] = {}
+        distances: dict[str, float] = {}
+        pictures: list[tuple[str, np.ndarray]] = []
+        for when, weights in (("before", accused.params), ("after", params)):
+            for name, (by, r, target, inner) in backdoors.items():
+                file = f"repair_{when}_{name.replace(' ', '_')}"
+                found = lab.success(
+                    file, weights, by, r, target, evaluation.draws, inner
+                )
+                rates[f"{name}, {when}"] = found.rate
+                pictures.append((f"draws, {name}, {when}", found.images))
+            plain = self._plain(context, f"repair_{when}_plain", weights)
+            distances[when] = embedding.distance(plain, pixels)
+            pictures.append((f"draws from plain noise, {when}", plain[:SHOWN]))
+        seconds = lab.run.metrics.seconds(REPAIR)
+        result = Repaired(
+            self.removal.name,
+            embedding.name,
+            len(pixels),
+            own,
+            self.training.steps,
+            seconds,
+            rates,
+            distances,
+        )
+        whose = "drawn by the model itself" if own else "given"
+        text = (
+            f"By {self.removal.name}: {self.training.steps:,} steps of "
+            f"{self.training.batch} images, of {len(pixels):,} {whose}, in "
+            f"{seconds / 60:.1f} minutes. The repaired model is in {REPAIRED}."
+        )
+        table = tuple({"draws": k, "at MSE < 0.01": v} for k, v in rates.items())
+        return result, Section("Repair", text, table, tuple(pictures))
+
+    def _plain(self, context: Context, name: str, params: Params) -> np.ndarray:
+        lab, sampler = context.lab, context.evaluation.deterministic
+
+        def compute() -> Mapping[str, Any]:
+            return {"images": lab.draw(params, sampler, lab.zero, self.draws)}
+
+        return lab.run.once(name, compute)["images"]
+
+
+Made = Callable[[Backdoor], Trainer]
+
+
+def _trainer(setup: Setup, removal: Removal, training: Training) -> Made:
+    """The trainer of a repair, given what is to be removed."""
+
+    def made(backdoor: Backdoor) -> Trainer:
+        loss = functools.partial(removal.loss, setup.whole, setup.schedule, backdoor)
+        return trainer(loss, training)
+
+    return made
+
+
+@functools.lru_cache(KEPT)
+def _repairing(
+    setup: Setup, removal: Removal, training: Training, chunk: int
+) -> Callable[..., tuple[TrainState, TrainInfo]]:
+    made = _trainer(setup, removal, training)
+
+    def advance(
+        state: TrainState, images: Array, backdoor: Backdoor, count: Array
+    ) -> tuple[TrainState, TrainInfo]:
+        return repeated(made(backdoor).step, state, count, chunk, images)
+
+    return jax.jit(advance, donate_argnums=0)

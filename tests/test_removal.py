@@ -1,0 +1,167 @@
+"""Removals against their formulas, and on a model that can be repaired by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.training import Training, trainer
+from puredif_jax.defenses.hypothesis import Fading, Trojan
+from puredif_jax.defenses.removal import (
+    Backdoor,
+    FineTuning,
+    Pruning,
+    Removal,
+    ThreeTerms,
+    Unlearning,
+    noised,
+)
+from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.solver import Ancestral
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+SCHEDULE, SHAPE, KEY = LinearBetas().tables(), (4, 4, 1), jax.random.key(0)
+REMOVALS: list[Removal] = [FineTuning(), Pruning(0.1), ThreeTerms(), Unlearning()]
+IMAGES = jax.random.uniform(jax.random.key(1), (6, *SHAPE), minval=-1)
+TRIGGER = jnp.linspace(-1, 0.5, 16).reshape(SHAPE)
+
+
+def model(params, x, t):
+    """Answers a part of its input, and another part of the trigger."""
+    along = jnp.tensordot(x, TRIGGER, 3) / jnp.sum(TRIGGER**2)
+    return params["all"] * x + params["r"] * along[:, None, None, None] * TRIGGER[None]
+
+
+def backdoor(channel: Channel | None = None) -> Backdoor:
+    reference = {"all": jnp.float32(0.9), "r": jnp.float32(-0.4)}
+    return Backdoor(
+        channel or Fading(Ancestral()).channel(SCHEDULE, SHAPE), TRIGGER, reference
+    )
+
+
+THETA = {"all": jnp.float32(0.8), "r": jnp.float32(-0.1)}
+
+
+def value(removal: Removal, known: Backdoor | None = None, params=THETA) -> float:
+    known = known or backdoor()
+    return float(removal.loss(model, SCHEDULE, known, params, IMAGES, KEY))
+
+
+def test_the_clean_term_is_the_ordinary_loss_or_follows_the_reference() -> None:
+    x, eps, t = map(np.asarray, noised(SCHEDULE, IMAGES, KEY))
+    s, v = (
+        np.asarray(table)[np.asarray(t)].reshape(-1, 1, 1, 1)
+        for table in (SCHEDULE.signal, SCHEDULE.noise)
+    )
+    np.testing.assert_allclose(x, s * IMAGES + v * eps, rtol=1e-5)
+    answer = np.asarray(model(THETA, x, t))
+    wanted = np.mean((answer - eps) ** 2)
+    assert value(FineTuning()) == pytest.approx(wanted, rel=1e-5)
+    follows = np.mean((answer - np.asarray(model(backdoor().reference, x, t))) ** 2)
+    assert value(FineTuning(distilled=True)) == pytest.approx(follows, rel=1e-5)
+    reference = backdoor().reference
+    assert value(FineTuning(distilled=True), params=reference) == 0
+
+
+def test_three_terms_equal_their_formula() -> None:
+    key_clean, key_eps = jax.random.split(KEY)
+    clean = FineTuning().loss(model, SCHEDULE, backdoor(), THETA, IMAGES, key_clean)
+    eps = jax.random.normal(key_eps, IMAGES.shape)
+    t = jnp.full((6,), 999)
+    wanted = np.asarray(model(backdoor().reference, eps, t))
+    first = np.mean((np.asarray(model(THETA, eps + TRIGGER[None], t)) - wanted) ** 2)
+    second = np.mean((np.asarray(model(THETA, eps, t)) - wanted) ** 2)
+    total = float(clean) + 0.7 * (first + second)
+    assert value(ThreeTerms(weight=0.7)) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Fading(Ancestral()), Trojan()], ids=lambda x: x.name)
+def test_unlearning_has_no_loss_where_the_noise_is_known(kind) -> None:
+    """A model that takes gamma eps + (H / v) r for its noise; and it is that alone."""
+    channel = kind.channel(SCHEDULE, SHAPE)
+    s, v = (jnp.asarray(x, jnp.float32) for x in (SCHEDULE.signal, SCHEDULE.noise))
+
+    def knowing(params, x, t):
+        s_t, v_t = (table[t].reshape(-1, 1, 1, 1) for table in (s, v))
+        return (x - s_t * IMAGES) / v_t
+
+    known = Backdoor(channel, TRIGGER, {})
+    found = Unlearning().loss(knowing, SCHEDULE, known, {}, IMAGES, KEY)
+    assert float(found) < 1e-6
+    moved = Unlearning(weight=2.0).loss(
+        lambda *a: knowing(*a) + TRIGGER[None], SCHEDULE, known, {}, IMAGES, KEY
+    )
+    assert float(moved) == pytest.approx(3 * float(jnp.mean(TRIGGER**2)), rel=1e-4)
+
+
+@pytest.mark.parametrize("removal", [ThreeTerms(), Unlearning()], ids=lambda x: x.name)
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_removal_ends_the_answer_to_the_trigger(removal, distilled) -> None:
+    """Of the model above r goes from -0.4 towards that of a clean one, 0 or less."""
+    used = type(removal)(distilled=distilled)
+    control = FineTuning(distilled=distilled)
+    ends = {}
+    for each in (used, control):
+
+        def loss(params, images, key, each=each):
+            return each.loss(model, SCHEDULE, backdoor(), params, images, key)
+
+        training = Training(steps=200, batch=6, learning_rate=0.02, warmup=0)
+        made = trainer(loss, training)
+        state = made.init(backdoor().reference, KEY)
+        step = jax.jit(lambda s, _, made=made: made.step(s, IMAGES))
+        state, _ = jax.lax.scan(step, state, None, length=200)
+        x = TRIGGER[None] + jax.random.normal(KEY, (64, *SHAPE))
+        shift = model(state.params, x, None) - model(
+            state.params, x - TRIGGER[None], None
+        )
+        share = jnp.vdot(shift.mean(0), TRIGGER) / jnp.vdot(TRIGGER, TRIGGER)
+        ends[each.name] = float(share)
+    start = 0.9 - 0.4
+    if isinstance(removal, ThreeTerms):
+        assert ends[used.name] < start - 0.1, "the trigger is ignored"
+    else:
+        assert ends[used.name] > start + 0.2, "the trigger is noise"
+    if distilled:
+        assert ends[control.name] == pytest.approx(start, abs=0.02), "it stays"
+
+
+def test_pruning_leaves_out_the_weakest_channels() -> None:
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 10)), jnp.float32)
+    weak = jnp.asarray([1, 1, 0.1, 1, 1, 1, 0.2, 1, 1, 1.0])
+    kernel = kernel * weak.reshape(1, 1, 1, 10)
+    tree = {
+        "conv": {"kernel": kernel, "bias": jnp.ones(10)},
+        "norm": {"scale": jnp.ones(10), "bias": jnp.ones(10)},
+        "dense": {"kernel": jnp.ones((4, 10)), "bias": jnp.ones(10)},
+    }
+    found = Pruning(share=0.2).prepared(tree)
+    gone = np.array([2, 6])
+    assert not np.any(found["conv"]["kernel"][..., gone])
+    assert not np.any(found["conv"]["bias"][gone])
+    kept = np.setdiff1d(np.arange(10), gone)
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(
+            found["conv"][name][..., kept], tree["conv"][name][..., kept]
+        )
+    for name in ("norm", "dense"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], tree[name])
+    with pytest.raises(ValueError, match="share must lie"):
+        Pruning(share=1.0)
+
+
+@pytest.mark.parametrize("removal", REMOVALS, ids=lambda x: x.name)
+def test_a_removal_is_differentiable_and_keeps_the_tree(removal: Removal) -> None:
+    def loss(params):
+        return removal.loss(model, SCHEDULE, backdoor(), params, IMAGES, KEY)
+
+    found, grads = jax.jit(jax.value_and_grad(loss))(THETA)
+    assert np.isfinite(float(found)) and np.isfinite(jax.tree.leaves(grads)).all()
+    assert jax.tree.structure(removal.prepared(THETA)) == jax.tree.structure(THETA)
+    assert removal.name not in [
+        x.name for x in REMOVALS if type(x) is not type(removal)
+    ]

@@ -1,0 +1,137 @@
+"""A repair from end to end: from a folder to a folder, between two audits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_config
+from test_scan import CALM, write
+
+from puredif_jax.attacks.training import Training
+from puredif_jax.data.images import FashionMNIST
+from puredif_jax.defenses.detector import Detector
+from puredif_jax.defenses.hypothesis import Fading, Trojan
+from puredif_jax.defenses.removal import FineTuning, ThreeTerms
+from puredif_jax.formats import diffusers as convert
+from puredif_jax.stages import repair as repairs
+from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.base import results
+from puredif_jax.stages.experiment import Scan
+from puredif_jax.stages.repair import REPAIR, Repair, Repaired
+from puredif_jax.stages.scan import perform_scan
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+LOUD = Detector(clean=(-9.0, -9.0), linear=np.inf, settled=np.inf, foreign=np.inf)
+SHORT = Training(steps=3, batch=4, learning_rate=1e-3, warmup=1)
+
+
+@pytest.fixture(autouse=True)
+def compilation_cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.getbasetemp() / "compiled"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+
+
+def plan(tmp_path: pathlib.Path, repair: Repair, detector=LOUD, home="scan") -> Scan:
+    model = tmp_path / "model"
+    if not model.exists():
+        write(model)
+    audit = Audit((), (Fading(), Trojan()), tiny_config.INVERSION, detector)
+    options = {"steps": 2, "draws": 8, "devices": 1, "repair": repair}
+    return Scan(str(tmp_path / home), (str(model),), audit=audit, **options)
+
+
+def report(tmp_path: pathlib.Path, home="scan") -> dict:
+    return json.loads((tmp_path / home / "model" / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "repair",
+    [
+        Repair(training=SHORT, draws=4),
+        Repair(ThreeTerms(), SHORT, FashionMNIST(count=9)),
+    ],
+    ids=["own draws", "data"],
+)
+def test_a_repair_goes_from_a_folder_to_a_folder(repair: Repair, tmp_path) -> None:
+    """Between two audits; the model itself stays as it is."""
+    scan = plan(tmp_path, repair)
+    before = {
+        path: path.read_bytes()
+        for path in (tmp_path / "model").rglob("*")
+        if path.is_file()
+    }
+    perform_scan(scan)
+    assert all(path.read_bytes() == was for path, was in before.items())
+    found = report(tmp_path)
+    (done,) = (x for x in results(found["numbers"], "here") if type(x) is Repaired)
+    assert done.numbers() == {REPAIR: found["numbers"][REPAIR]}
+    assert done.steps == 3 and done.removal == repair.removal.name
+    assert done.own == (repair.images is None)
+    assert done.images == (4 if done.own else 9)
+    names = ("inverted trigger, before", "inverted trigger, after")
+    assert tuple(done.success) == names and set(done.frechet) == {"before", "after"}
+    assert [each["name"] for each in found["judgements"]] == ["model", "repaired-2"]
+    repaired = convert.read_folder(tmp_path / "scan" / "model" / "repaired")
+    original = convert.read_folder(tmp_path / "model")
+    assert repaired.spec.network == original.spec.network
+    assert repaired.spec.scheduling == original.spec.scheduling
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), repaired.params, original.params
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-5
+    table = json.loads((tmp_path / "scan" / "report.json").read_text())
+    assert table["judgements"][0]["facts"]["Weights"] == "repaired"
+
+
+def test_a_repair_that_is_interrupted_goes_on(tmp_path, monkeypatch) -> None:
+    """To the same weights, bit for bit."""
+    repair = Repair(training=SHORT, draws=4)
+    perform_scan(plan(tmp_path, repair, home="whole"))
+    save = repairs.Repair._save
+    monkeypatch.setattr(repairs.Repair, "_save", lambda *_: 1 / 0)
+    perform_scan(plan(tmp_path, repair))
+    assert "ZeroDivisionError" in json.dumps(
+        json.loads((tmp_path / "scan" / "report.json").read_text())
+    )
+    monkeypatch.setattr(repairs.Repair, "_save", save)
+    monkeypatch.setattr(repairs, "_repairing", lambda *_: None)  # no step again
+    perform_scan(plan(tmp_path, repair))
+    pair = [
+        convert.read_folder(tmp_path / home / "model" / "repaired").params
+        for home in ("whole", "scan")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *pair)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_model_that_was_called_clean_is_left_alone(always: bool, tmp_path) -> None:
+    repair = Repair(training=SHORT, draws=4, always=always)
+    perform_scan(plan(tmp_path, repair, CALM))
+    folder = tmp_path / "scan" / "model"
+    assert (folder / "repaired").exists() == always
+    assert (REPAIR in report(tmp_path)["numbers"]) == always
+    said = "the model is left as it is" in (folder / "report.html").read_text()
+    assert said != always
+
+
+def test_a_scan_says_that_it_repairs(tmp_path) -> None:
+    assert "repair of it" in plan(tmp_path, Repair()).plan
+    assert (
+        "repair" not in dataclasses.replace(plan(tmp_path, Repair()), repair=None).plan
+    )
+
+
+def test_bad_settings_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="draws must be even"):
+        Repair(draws=3)
+    with pytest.raises(ValueError, match="found audit.weights"):
+        Repair(audit=Audit())
+    assert Repair(FineTuning(), images=None).used.distilled
+    assert not Repair(FineTuning(), images=FashionMNIST()).used.distilled
+    shutil.rmtree(tmp_path)
