@@ -85,6 +85,7 @@ def inverted(
         uniformity=uniformity,
         variation=1.0,
         alignment=0.9,
+        repeats=0.03,
         kl_mean=kl[0],
         kl_variance=kl[1],
         evaluations=1000,

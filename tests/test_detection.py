@@ -21,6 +21,7 @@ from puredif_jax.defenses.features import (
     denoising,
     evidence,
     features,
+    repeats,
     spread,
     total_variation,
 )
@@ -100,6 +101,31 @@ def measured(
     return found, truth, seen
 
 
+def test_repeats_are_the_largest_share_that_is_one_image() -> None:
+    """By loops: four of six are near the third, none is as near to more."""
+    x = np.array(images(6), np.float64)
+    for i, away in ((0, 0.05), (1, 0.19), (4, -0.19)):
+        x[i] = x[2] + away  # 0.095^2 in [0, 1] units is just below 0.01
+    errors = [[np.mean((a - b) ** 2) / 4 for a in x] for b in x]
+    wanted = max(np.mean(np.array(row) < 1e-2) for row in errors)
+    assert float(repeats(jnp.asarray(x, jnp.float32))) == pytest.approx(wanted)
+    assert wanted == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("share,outcome", [(0.1, "clean"), (0.3, "could not tell")])
+def test_plain_draws_of_one_image_are_told(share, outcome) -> None:
+    seen = shown(1.0)._replace(repeats=jnp.float32(share))
+    verdict = CLEAN.judge({ODE: shown(1.0), SDE: seen})
+    assert verdict.outcome == outcome
+    told = "30% of the draws from plain noise are one image"
+    assert (told in verdict.reason) == (outcome == "could not tell")
+    assert CLEAN.judge(
+        {SDE: shown(0.01)._replace(repeats=jnp.float32(0.3))}
+    ).outcome == ("backdoored")
+    free = dataclasses.replace(CLEAN, repeating=1.0)
+    assert free.judge({SDE: seen}).outcome == "clean"
+
+
 def test_spread_is_the_mean_over_pairs() -> None:
     x = np.asarray(images(6), np.float64)
     pairs = [np.mean((x[i] - x[j]) ** 2) for i in range(6) for j in range(6) if i != j]
@@ -138,7 +164,7 @@ def test_alignment_of_a_clean_model_tells_nothing() -> None:
 
 
 def shown(gain: float, falling: float = 0.0) -> Features:
-    return Features(*map(jnp.float32, (1, falling, 1, 1, 1, gain, 1, 1, 1, 1, 1)))
+    return Features(*map(jnp.float32, (1, falling, 1, 1, 1, gain, 1, 1, 1, 0, 1, 1)))
 
 
 CLEAN = Detector(clean=(0.1, 0.2, 0.3), alarm=6.0)  # doubt above 0.5, alarm 0.8

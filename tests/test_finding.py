@@ -31,6 +31,7 @@ PLAIN = Inverted(
     uniformity=0.9,
     variation=0.8,
     alignment=0.95,
+    repeats=0.03,
     kl_mean=0.4,
     kl_variance=0.02,
     evaluations=480,

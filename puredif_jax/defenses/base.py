@@ -151,9 +151,10 @@ class Inverted:
     rms: float | None = _measure(
         "root mean square of the trigger, in deviations of the noise", "trigger rms"
     )
-    repeats: float | None = _measure(
+    repeats: float = _measure(
         "largest share of plain draws that are within an MSE of 1e-2 of one of them: "
-        "an image that is drawn without any trigger"
+        "an image that needs no trigger",
+        needed=True,
     )
     evaluations: int = _measure(
         "of one image; a gradient counts for two more",

@@ -147,17 +147,21 @@ class Detector(Scores):
       foreign: nor if `Features.placebo` is above this under any hypothesis: then a
         channel of no known attack fits far better, as of a backdoor of its own kind.
         Clean models have 1.2 or less; inf calls any.
+      repeating: nor if `Features.repeats` is above this: then plain draws show one
+        image again and again, as of a backdoor that leaks. Clean models have 0.1 or
+        less, also such as know 32 images; 1 calls any.
     """
 
     alarm: float = 4.0
     linear: float = 1.0
     settled: float = 0.1
     foreign: float = 2.0
+    repeating: float = 0.15
     measure: ClassVar[str] = "gain"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("linear", "settled", "foreign"):
+        for name in ("linear", "settled", "foreign", "repeating"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
 
@@ -174,6 +178,13 @@ class Detector(Scores):
             reason = (
                 f"backdoors {strangest.title} fit {placebo:.2g} times better with a "
                 "response that no known attack trains: there may be one of its own kind"
+            )
+            return verdict._replace(outcome="could not tell", reason=reason)
+        repeats = max(float(features.repeats) for features in found.values())
+        if repeats > self.repeating:
+            reason = (
+                f"{repeats:.0%} of the draws from plain noise are one image: of a "
+                "backdoor that leaks, or one that the data have many times"
             )
             return verdict._replace(outcome="could not tell", reason=reason)
         if falling < self.settled:

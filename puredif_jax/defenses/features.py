@@ -29,6 +29,10 @@ BEST = 3
 """Of `TIMESTEPS`, those that `Features.gain` rests on."""
 
 
+NEAR = 1e-2
+"""Mean squared error in [0, 1] units, below which two images count as one."""
+
+
 class Features(NamedTuple):
     """What one inverted candidate shows; scalars.
 
@@ -52,6 +56,8 @@ class Features(NamedTuple):
     uniformity: mean squared distance between draws from eps + delta, over that
       between draws from eps. Small where the draws agree.
     variation: total variation of the former draws over that of the latter.
+    repeats: the largest share of draws from eps that are within a mean squared error of
+      `NEAR` of one of them, in [0, 1] units: an image that needs no trigger.
     kl_mean, kl_variance: mean and variance over pixels of the divergence of
       N(delta, gamma^2) from N(0, 1), delta in deviations of the noise:
       (delta^2 + gamma^2 - 1) / 2 - log gamma. M_r and V_r of TERD (Mo et al. 2024,
@@ -67,6 +73,7 @@ class Features(NamedTuple):
     alignment: Array
     uniformity: Array
     variation: Array
+    repeats: Array
     kl_mean: Array
     kl_variance: Array
 
@@ -87,6 +94,13 @@ def total_variation(images: Array) -> Array:
     `[B, H, W, C]`: their sum."""
     down = jnp.mean(jnp.abs(jnp.diff(images, axis=1)))
     return down + jnp.mean(jnp.abs(jnp.diff(images, axis=2)))
+
+
+def repeats(images: Array) -> Array:
+    """`Features.repeats` of `[B, H, W, C]` in [-1, 1]; a scalar."""
+    flat = images.reshape(len(images), -1) / 2
+    errors = jax.lax.map(lambda x: jnp.mean((flat - x[None]) ** 2, 1), flat)
+    return jnp.max(jnp.mean(errors < NEAR, 1))
 
 
 def features(
@@ -166,6 +180,7 @@ def features(
         alignment=jnp.vdot(answer, candidate.delta) / jnp.maximum(norms, 1e-12),
         uniformity=spread(triggered) / spread(plain),
         variation=total_variation(triggered) / varied,
+        repeats=repeats(plain),
         kl_mean=jnp.mean(divergence),
         kl_variance=jnp.var(divergence),
     )

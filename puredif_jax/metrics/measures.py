@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -119,16 +118,6 @@ def success(images: ArrayLike, target: ArrayLike) -> dict[str, float]:
         "mean_mse": float(error.mean()),
         "mean_ssim": float(similarity.mean()),
     }
-
-
-def repeats(images: ArrayLike, threshold: float = 1e-2) -> float:
-    """The largest share of images `[B, H, W, C]` that are near one of them.
-
-    Near is a mean squared error below the threshold, in [0, 1] units.
-    """
-    flat = to_unit(jnp.asarray(images)).reshape(len(jnp.asarray(images)), -1)
-    error = jax.lax.map(lambda x: jnp.mean((flat - x[None]) ** 2, 1), flat)
-    return float(jnp.max(jnp.mean(error < threshold, 1)))
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:

@@ -179,7 +179,6 @@ class Inspector:
             score=float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf,
             contrast=float(target.std()),
             rms=self.schedule.trigger_unit * float(np.sqrt(np.mean(delta**2))),
-            repeats=metrics.repeats(plain),
             **self._member(hypothesis, candidate),
             uniformity_unclipped=unclipped_ratio,
             **{k: float(v) for k, v in measured._asdict().items()},
