@@ -1,5 +1,6 @@
 """Many runs by one command: shared, resumed, and none lost to another's bad input."""
 
+import csv
 import dataclasses
 import json
 import pathlib
@@ -86,6 +87,10 @@ def test_runs_are_shared_resumed_and_put_into_one_table(tmp_path, weights) -> No
     (section,) = report["sections"]
     assert section["title"] == "success"
     assert {row["run"] for row in section["table"]} == {"a/one", "a/two"}
+    with (folder / "success.csv").open() as file:
+        read = list(csv.DictReader(file))
+    shown = [{k: str(v) for k, v in row.items()} for row in section["table"]]
+    assert read == shown
     changed = experiment("a/one", weights, seed=5)
     with pytest.raises(InputError, match="a/one holds a run with another seed"):
         perform_sweep(sweep(folder, changed, runs[1]))

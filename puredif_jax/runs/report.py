@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -203,6 +205,16 @@ def environment() -> dict[str, object]:
         "commit": _commit(),
         "command": shlex.join(sys.orig_argv),
     }
+
+
+def as_csv(rows: Sequence[Mapping[str, object]]) -> bytes:
+    """Rows of a table as CSV: a column for each name in any row, in their order."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode(errors="backslashreplace")
 
 
 def placeless(environment: Mapping[str, object]) -> dict[str, object]:

@@ -50,6 +50,8 @@ class Audit(Stage):
       detector: how they are judged.
       baselines: other defenses to compare with, each with a verdict of its own, such as
         `Elijah()`; that of `inversion` and `detector` counts.
+      budget: gradients of the network on an image in each inversion of each defense, to
+        compare them at equal cost; 0 for their own settings.
       scheduler: the folder or file from which `schedule` and `prediction` of the run
         were read, where weights have no scheduler of their own; the report names it.
     """
@@ -65,9 +67,12 @@ class Audit(Stage):
     inversion: Inversion = Inversion()
     detector: Detector = Detector()
     baselines: tuple[Defense, ...] = ()
+    budget: int = 0
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
+        if self.budget < 0:
+            raise ValueError(f"budget must be 0 or more, found {self.budget}")
         names = [hypothesis.name for hypothesis in self.hypotheses]
         if not names or len(set(names)) < len(names):
             raise ValueError(
@@ -84,7 +89,10 @@ class Audit(Stage):
     @property
     def defenses(self) -> tuple[Defense, ...]:
         """All that look at each model; the verdict of the first counts."""
-        return (Puredif(self.inversion, self.detector), *self.baselines)
+        found = (Puredif(self.inversion, self.detector), *self.baselines)
+        if not self.budget:
+            return found
+        return tuple(dataclasses.replace(each, budget=self.budget) for each in found)
 
     def searches(self, schedule: NoiseSchedule) -> list[tuple[Hypothesis, Inversion]]:
         """All that are made of a model of a process."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -28,7 +26,7 @@ from puredif_jax.files.whole import write_whole
 from puredif_jax.runs import parallel
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
-from puredif_jax.runs.report import progress
+from puredif_jax.runs.report import as_csv, progress
 from puredif_jax.runs.run import compiling
 from puredif_jax.stages.base import Context, Outcome, Result, Row, Stage, State
 from puredif_jax.stages.evaluation import at_least
@@ -205,7 +203,7 @@ class Screen(Stage):
             for i in range(len(z))
         )
         if parallel.is_host_zero():
-            write_whole(lab.run.folder / "noise.csv", _csv(rows))
+            write_whole(lab.run.folder / "noise.csv", as_csv(rows))
         text = (
             f"{flagged['all']} of {len(z)} starts are called triggered, at a share of "
             f"{self.level:g} of false alarms. The audit called the model "
@@ -236,11 +234,3 @@ def _testing(setup: Setup, test: InputTest) -> Callable[..., Array]:
 def _many(shape: tuple[int, ...]) -> str:
     """A shape of several, for a message."""
     return f"[N, {', '.join(map(str, shape))}]"
-
-
-def _csv(rows: tuple[Row, ...]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()

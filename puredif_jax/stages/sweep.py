@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from puredif_jax.files.whole import shortened
+from puredif_jax.files.whole import safe_name, shortened, write_whole
 from puredif_jax.runs import config, parallel
 from puredif_jax.runs.binding import (
     RunError,
@@ -25,7 +25,7 @@ from puredif_jax.runs.binding import (
     pin,
 )
 from puredif_jax.runs.page import Section
-from puredif_jax.runs.report import Report, environment
+from puredif_jax.runs.report import Report, as_csv, environment
 from puredif_jax.stages.base import results
 from puredif_jax.stages.experiment import Experiment, Sweep
 from puredif_jax.stages.models import Models
@@ -177,7 +177,7 @@ def _claim(folder: pathlib.Path) -> Iterator[bool]:
 
 
 def _summary(sweep: Sweep) -> Report | None:
-    """The numbers of all runs as one table a kind, if all are done."""
+    """The numbers of all runs as one table a kind, if all are done; also as CSV."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for experiment in sweep.experiments:
         folder = pathlib.Path(sweep.workdir) / experiment.workdir
@@ -198,5 +198,8 @@ def _summary(sweep: Sweep) -> Report | None:
         environment=environment() | {"device": jax.devices()[0].device_kind},
     )
     if parallel.is_host_zero():
+        for kind, table in tables.items():
+            name = f"{safe_name(kind)}.csv"
+            write_whole(pathlib.Path(sweep.workdir) / name, as_csv(table))
         report.write(sweep.workdir)
     return report
