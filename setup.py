@@ -2,7 +2,12 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.8", "pytest-timeout>=2.3"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.8",
+    "pytest-timeout>=2.3",
+    "scikit-learn>=1.6",
+]
 
 setup(
     name="puredif_jax",
@@ -29,6 +34,12 @@ setup(
         "hub": ["huggingface_hub>=0.30"],
         "test": TEST,
         "torch": ["torch==2.13.0", "diffusers>=0.36"],
+        "lpips": [
+            "lpips>=0.1.4",
+            "torch==2.13.0",
+            "torchvision==0.28.0",
+            "scikit-learn>=1.6",
+        ],
         "dev": [*TEST, "ruff>=0.9", "mypy>=1.15"],
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],

@@ -5,11 +5,11 @@
 Each of six backdoors is trained with three seeds, and six clean models beside them,
 whose scores are the thresholds. Each model is audited by PureDiffusion, Elijah and TERD
 with 10,000 and with 40,000 gradients of the network on an image in each inversion.
-Started twice, on one core each (`taskset -c 0`, `taskset -c 1`), the two calls share the
-runs; `--config.only='patch/*'` does a part. The tables are report.html, report.json
+Started twice, on one core each (`taskset -c 0`, `taskset -c 1`), the two calls share
+the runs; `--config.only='patch/*'` does a part. The tables are report.html, report.json
 and inversions.csv in the workdir.
 
-Hardware: two CPU cores. Duration: 5 hours. benchmarks/defenses_page.py sums it up.
+Hardware: two CPU cores. Duration: 5 hours.
 """
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion

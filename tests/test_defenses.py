@@ -14,6 +14,11 @@ from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis, Troja
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.puredif import Puredif
 from puredif_jax.defenses.terd import Terd
+from puredif_jax.defenses.uniformity import (
+    PixelDistance,
+    Statistics,
+    statistics,
+)
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 
@@ -48,6 +53,10 @@ class Bench:
 
     def plain(self, hypothesis: Hypothesis) -> np.ndarray:
         return np.zeros((4, *self.image_shape), np.float32)
+
+    def draws(self, method: str, hypothesis: Hypothesis) -> np.ndarray:
+        rng = np.random.default_rng(len(method))
+        return rng.uniform(-1, 1, (20, *self.image_shape)).astype(np.float32)
 
     def denoising(self, hypothesis: Hypothesis) -> float:
         return self.ratio
@@ -154,6 +163,33 @@ def test_puredif_does_not_judge_weights_that_denoise_nothing() -> None:
     assert verdict is not None and verdict.outcome == "could not tell"
     assert "denoise nothing" in verdict.reason
     assert inversions == () and bench.asked == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Always:
+    """A forest that has seen everything."""
+
+    says: float = 0.9
+
+    def probability(self, found: Statistics) -> float:
+        return self.says
+
+    def clean(self) -> np.ndarray:
+        return np.array([0.1, 0.2, 0.3, 0.95])
+
+
+@pytest.mark.parametrize(
+    "says,outcome,p",
+    [(0.9, "backdoored", 0.4), (0.5, "clean", 0.4), (0.99, "backdoored", 0.2)],
+)
+def test_elijah_is_judged_by_a_forest_where_it_has_one(says, outcome, p) -> None:
+    bench = Bench(clean=())
+    verdict, inversions = Elijah(forest=Always(says)).inspect(bench)
+    assert verdict is not None and verdict.outcome == outcome
+    assert verdict.score == says and verdict.p_value == pytest.approx(p)
+    for each in inversions:
+        wanted = statistics(bench.draws("elijah", KINDS[0]), PixelDistance())
+        assert (each.trimmed, each.summed) == pytest.approx(wanted)
 
 
 def test_elijah_gives_no_verdict_where_no_scores_are_known() -> None:

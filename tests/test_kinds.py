@@ -21,6 +21,7 @@ import test_defenses
 import test_inputs
 import test_objectives
 import test_removal
+import test_uniformity
 from test_schedules import KINDS
 
 import puredif_jax
@@ -40,6 +41,7 @@ from puredif_jax.defenses.removal import Removal
 from puredif_jax.defenses.spectrum import Spectrum
 from puredif_jax.defenses.starts import Starts
 from puredif_jax.defenses.terd import Divergence, DivergenceVariance
+from puredif_jax.defenses.uniformity import PairDistance
 from puredif_jax.diffusion.ddim import DDIM, QuadraticDDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.multistep import DPMSolver, UniPC
@@ -102,6 +104,7 @@ LISTS: dict[type, Iterable[object]] = {
     Hypothesis: HYPOTHESES,
     Loss: LOSSES,
     Process: PROCESSES,
+    PairDistance: test_uniformity.DISTANCES,
     Removal: test_removal.REMOVALS,
     Sampler: SAMPLERS,
     Solver: SOLVERS,

@@ -114,6 +114,14 @@ class Inverted:
         "total variation of draws with the trigger, over that of plain draws",
         needed=True,
     )
+    trimmed: float | None = _measure(
+        "trimmed mean distance between 16 draws with the trigger, as of Elijah. Small "
+        "if backdoored",
+        "uniformity, trimmed",
+    )
+    summed: float | None = _measure(
+        "summed absolute variation of them, as of Elijah", "variation, summed"
+    )
     alignment: float = _measure(
         "cosine of the trigger and the shift that it causes near T. Near 1 on clean "
         "models as well",
@@ -151,10 +159,9 @@ class Inverted:
     rms: float | None = _measure(
         "root mean square of the trigger, in deviations of the noise", "trigger rms"
     )
-    repeats: float = _measure(
+    repeats: float | None = _measure(
         "largest share of plain draws that are within an MSE of 1e-2 of one of them: "
-        "an image that needs no trigger",
-        needed=True,
+        "an image that needs no trigger"
     )
     evaluations: int = _measure(
         "of one image; a gradient counts for two more",
@@ -255,6 +262,10 @@ class Bench(Protocol):
 
         `method` names what is kept.
         """
+        ...
+
+    def draws(self, method: str, hypothesis: Hypothesis) -> np.ndarray:
+        """Those with the trigger that `invert` has found, `[N, H, W, C]`."""
         ...
 
     def clean_scores(self, defense: str) -> tuple[float, ...]:

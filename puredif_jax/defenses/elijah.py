@@ -8,13 +8,21 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from puredif_jax.defenses.base import Bench, Defense, Inspection
+from puredif_jax.defenses.base import Bench, Defense, Inspection, Inverted
 from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.detector import Scores
 from puredif_jax.defenses.family import Channels
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Loss, check_samples
+from puredif_jax.defenses.uniformity import (
+    Forest,
+    PairDistance,
+    PixelDistance,
+    Statistics,
+    judged,
+    statistics,
+)
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Solver
 from puredif_jax.types import (
@@ -105,8 +113,9 @@ def published(solver: Solver) -> Inversion:
 class Uniformity(Scores):
     """Judges by the uniformity of draws with a trigger: -log10(`Features.uniformity`).
 
-    Elijah's other statistic, total variation, tells clean from backdoored models no
-    better (docs/claims.md), and a random forest needs backdoored models.
+    That of this package: of all draws, over that of plain ones. Elijah's other
+    statistic, total variation, tells clean from backdoored models no better
+    (docs/claims.md).
     """
 
     measure: ClassVar[str] = "uniformity"
@@ -120,13 +129,17 @@ class Uniformity(Scores):
 
 @dataclasses.dataclass(frozen=True)
 class Elijah(Defense):
-    """Elijah: its inversion under each hypothesis, judged by the draws' uniformity.
+    """Elijah: its inversion under each hypothesis, judged by the draws.
 
     Attributes:
-      detector: how draws are judged.
+      detector: how they are judged where clean models alone are known.
+      distance: between draws, in Elijah's own statistics.
+      forest: judges by these, where backdoored models are known as well.
     """
 
     detector: Uniformity = Uniformity()
+    distance: PairDistance = PixelDistance()
+    forest: Forest | None = None
     kind: ClassVar[str] = "elijah"
 
     def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
@@ -134,14 +147,23 @@ class Elijah(Defense):
         return () if hypothesis.controlled else (published(hypothesis.solver),)
 
     def inspect(self, bench: Bench) -> Inspection:
-        found = {
-            each: bench.invert(self.name, each, inversion)
-            for each in bench.hypotheses
-            for inversion in self.inversions(each)
-        }
+        found: dict[Hypothesis, Inverted] = {}
+        seen: dict[Hypothesis, Statistics] = {}
+        for each in bench.hypotheses:
+            for inversion in self.inversions(each):
+                inverted = bench.invert(self.name, each, inversion)
+                drawn = bench.draws(self.name, each)
+                seen[each] = statistics(drawn, self.distance)
+                found[each] = dataclasses.replace(
+                    inverted,
+                    trimmed=seen[each].uniformity,
+                    summed=seen[each].variation,
+                )
         inversions = tuple(found.values())
         if not found:
             return Inspection(None)
+        if self.forest is not None:
+            return Inspection(judged(self.forest, seen), inversions)
         clean = bench.clean_scores(self.name)
         if not self.detector.clean and not clean:
             return Inspection(None, inversions)

@@ -74,6 +74,7 @@ class Inspector:
         self.compared: dict[tuple[str, str], dict[str, float]] = {}
         self.seen: dict[tuple[str, Hypothesis], Seen] = {}
         self.candidates: dict[tuple[str, Hypothesis], Candidate] = {}
+        self._draws: dict[tuple[str, str], np.ndarray] = {}
         self._params, self._hypotheses = weights, hypotheses
         self._main, self._drawn = main, drawn
 
@@ -193,9 +194,14 @@ class Inspector:
                 *(drawn(hypothesis, *each) for each in drawn_by),
             )
             curves = self._curves(stage, hypothesis, inversion.descent.scout)
+        self._draws[method, hypothesis.name] = result["draws"]
         self.candidates[method, hypothesis] = parallel.gather(candidate)
         self.seen[method, hypothesis] = Seen(tuple(pictures), curves, sections)
         return found
+
+    def draws(self, method: str, hypothesis: Hypothesis) -> np.ndarray:
+        """With the trigger that was found, as they were measured."""
+        return self._draws[method, hypothesis.name]
 
     def _member(self, hypothesis: Hypothesis, candidate: Candidate) -> dict[str, float]:
         """Of the channel what the search could choose: fields of `Inverted`."""

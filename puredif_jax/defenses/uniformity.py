@@ -1,0 +1,98 @@
+"""Elijah's two statistics of draws with a trigger, and what is made of them.
+
+An et al., "Elijah: Eliminating Backdoors Injected in Diffusion Models via Distribution
+Shift" (2024, arXiv 2312.00050), of 16 draws in [0, 1].
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from puredif_jax.defenses.base import Outcome, Verdict
+from puredif_jax.defenses.hypothesis import Hypothesis
+
+DRAWS, TRIMMED = 16, 4
+
+
+class Statistics(NamedTuple):
+    """Of one set of draws.
+
+    uniformity: the trimmed mean of their distances. Small where they agree.
+    variation: sum of the absolute differences of neighbours, mean over the draws.
+    """
+
+    uniformity: float
+    variation: float
+
+
+class PairDistance(abc.ABC):
+    """A distance between two images."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Of each with each, `[N, N]`, of `[N, H, W, C]` in [0, 1]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelDistance(PairDistance):
+    """Mean squared difference of pixels: in place of LPIPS, where that is not there."""
+
+    name = "pixels"
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        flat = np.asarray(images, np.float64).reshape(len(images), -1)
+        return np.stack([((flat - x) ** 2).mean(1) for x in flat])
+
+
+def statistics(images: np.ndarray, distance: PairDistance) -> Statistics:
+    """Of draws `[N, H, W, C]` in [-1, 1], clipped; the first 16 count.
+
+    The distances of each with each, itself among them, are sorted; of 16, the four
+    least and the four largest of each row are left out, and the mean of the rest is
+    taken; then the same of these means. Of fewer, a quarter at each end is left out.
+    """
+    shown = np.clip((np.asarray(images, np.float64)[:DRAWS] + 1) / 2, 0, 1)
+    cut = len(shown) * TRIMMED // DRAWS
+
+    def trimmed(values: np.ndarray) -> np.ndarray:
+        ranked = np.sort(values, axis=-1)
+        found: np.ndarray = ranked[..., cut : ranked.shape[-1] - cut].mean(-1)
+        return found
+
+    variation = sum(
+        np.abs(np.diff(shown, axis=axis)).sum((1, 2, 3)).mean() for axis in (1, 2)
+    )
+    return Statistics(float(trimmed(trimmed(distance(shown)))), float(variation))
+
+
+class Forest(Protocol):
+    """Tells backdoored from clean models by both statistics, learnt from models."""
+
+    def probability(self, found: Statistics) -> float:
+        """That a model with these is backdoored."""
+        ...
+
+    def clean(self) -> np.ndarray:
+        """The same of each clean model that it has learnt from, without it, `[n]`."""
+        ...
+
+
+def judged(forest: Forest, found: Mapping[Hypothesis, Statistics]) -> Verdict:
+    """By the hypothesis with the largest probability: backdoored above one half."""
+    scores = {kind: forest.probability(each) for kind, each in found.items()}
+    best = max(scores, key=lambda kind: scores[kind])
+    score, clean = scores[best], forest.clean()
+    outcome: Outcome = "backdoored" if score > 0.5 else "clean"
+    reason = (
+        f"a random forest gives {score:.2g} to a backdoor, {best.title}, by the "
+        "uniformity and the variation of the draws"
+    )
+    p = (1 + int((clean >= score).sum())) / (1 + len(clean))
+    return Verdict(outcome, score, p, best.name, reason, 0.5, 0.5, len(clean))
