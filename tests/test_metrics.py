@@ -10,7 +10,8 @@ from puredif_jax.data.images import FashionMNIST
 from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs import weight_file
-from puredif_jax.stages import lab, weights
+from puredif_jax.stages import weights
+from puredif_jax.stages.embedding import GarmentNet, Pixels, embedding_for
 
 
 def test_trigger_distance() -> None:
@@ -99,7 +100,7 @@ def test_frechet_distance_of_gaussians() -> None:
 def test_frechet_distance_of_nan_is_nan() -> None:
     images = np.zeros((4, 16, 16, 1), np.float32)
     images[1, 2, 3] = np.nan
-    assert np.isnan(lab.garment_distance(images, images))
+    assert np.isnan(GarmentNet().distance(images, images))
 
 
 @pytest.mark.parametrize("shapes", [((1, 3), (5, 3)), ((5, 3), (5, 4)), ((5,), (5, 3))])
@@ -121,3 +122,52 @@ def test_auc_is_the_share_of_pairs_in_order() -> None:
 )
 def test_share_interval_is_that_of_published_tables(count, total, low, high) -> None:
     assert metrics.share_interval(count, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_true_positive_rate_by_counting() -> None:
+    negative = np.arange(200.0)
+    positive = np.array([150.0, 197.0, 198.0, 199.0, 300.0])
+    assert metrics.true_positive_rate(positive, negative) == 3 / 5  # above 197
+    assert metrics.true_positive_rate(positive, negative, 0.0) == 1 / 5
+    assert (negative > 197).mean() <= 0.01 < (negative > 196).mean()
+    with pytest.raises(ValueError, match="false_positives must lie"):
+        metrics.true_positive_rate(positive, negative, 1.0)
+
+
+def test_bootstrap_has_the_interval_of_a_mean() -> None:
+    """Within a tenth of 1.96 standard errors; resamples are of each sample alone."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(3.0, 2.0, 400)
+    low, high = metrics.bootstrap(lambda x: float(np.mean(x)), x, resamples=4000)
+    error = 1.96 * x.std() / 20
+    assert low == pytest.approx(x.mean() - error, abs=0.1 * error)
+    assert high == pytest.approx(x.mean() + error, abs=0.1 * error)
+    assert metrics.bootstrap(metrics.auc, x + 99, x, resamples=20) == (1.0, 1.0)
+    apart = metrics.bootstrap(metrics.auc, x + 2, x, resamples=200)
+    assert apart[0] < metrics.auc(x + 2, x) < apart[1]
+
+
+def test_ssim_is_that_of_scikit_image() -> None:
+    """structural_similarity(x, y, gaussian_weights=True, sigma=1.5, data_range=1,
+    use_sample_covariance=False, channel_axis=2) of scikit-image 0.26."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.uniform(-1, 1, (16, 13, 3)).astype(np.float32) for _ in range(2))
+    mixed = (0.8 * x + 0.2 * y).astype(np.float32)
+    found = [float(metrics.ssim(a[None], x)[0]) for a in (y, mixed)]
+    assert found == pytest.approx([0.06141503, 0.95801697], abs=1e-5)
+
+
+def test_pixels_are_means_of_cells_and_fit_any_image() -> None:
+    images = np.random.default_rng(0).uniform(-1, 1, (5, 16, 16, 3)).astype(np.float32)
+    found = Pixels(side=8).features(images)
+    cells = images.reshape(5, 8, 2, 8, 2, 3).mean((2, 4))
+    assert found.shape == (5, 192)
+    assert np.corrcoef(found.ravel(), cells.ravel())[0, 1] > 0.9
+    np.testing.assert_allclose(Pixels().features(images * 0 + 0.5), 0.5, rtol=1e-5)
+    assert embedding_for((16, 16, 1)) == GarmentNet()
+    assert embedding_for((32, 32, 3)) == embedding_for((16, 16, 3)) == Pixels()
+    assert GarmentNet().name != Pixels().name
+    small = Pixels(side=8).features(images[:, :4, :5])
+    assert small.shape == (5, 60)
+    assert np.isnan(Pixels().distance(images, images * np.nan))
+    assert Pixels(side=2).distance(images, images) == pytest.approx(0, abs=1e-6)

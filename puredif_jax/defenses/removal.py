@@ -183,7 +183,7 @@ class Unlearning(Removal):
       weight: of the second term.
     """
 
-    weight: float = 1.0
+    weight: float = 0.3
     name = "unlearning"
 
     def loss(

@@ -5,6 +5,7 @@ Pixel errors of draws are in [0, 1]; triggers are compared as they are, in [-1, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -174,3 +175,41 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
     middle = p + z2 / 2
     half = (z2 * (p * (1 - p) + z2 / 4)) ** 0.5
     return float((middle - half) / (1 + z2)), float((middle + half) / (1 + z2))
+
+
+def true_positive_rate(
+    positive: ArrayLike, negative: ArrayLike, false_positives: float = 0.01
+) -> float:
+    """Share of positives above a threshold that so few negatives exceed.
+
+    The threshold is the least that at most `false_positives` of `negative` exceed.
+    positive `[n]`, negative `[m]`.
+
+    Raises:
+      ValueError: `false_positives` is not in [0, 1).
+    """
+    if not 0 <= false_positives < 1:
+        raise ValueError(f"false_positives must lie in [0, 1), found {false_positives}")
+    ranked = np.sort(np.asarray(negative))
+    allowed = int(np.floor(false_positives * len(ranked)))
+    return float(np.mean(np.asarray(positive) > ranked[len(ranked) - 1 - allowed]))
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *samples: ArrayLike,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % interval of a statistic of samples, by the percentiles of resampled ones.
+
+    Each sample, `[n]` or `[n, ...]`, is drawn anew with replacement by itself (Efron
+    1979). Where every resample has the same value, as an AUC of 1, so has the interval.
+    """
+    rng, arrays = np.random.default_rng(seed), [np.asarray(x) for x in samples]
+    found = [
+        statistic(*(x[rng.integers(0, len(x), len(x))] for x in arrays))
+        for _ in range(resamples)
+    ]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)

@@ -125,9 +125,7 @@ class Repair(Stage):
     """
 
     removal: Removal = Unlearning()
-    training: Training = Training(
-        steps=600, batch=64, learning_rate=2e-4, warmup=50, ema_decay=0.99
-    )
+    training: Training = Training(steps=600, batch=64, learning_rate=3e-5, warmup=50)
     images: ImageSet | None = None
     draws: int = 1024
     audit: Audit = Audit(weights=())
