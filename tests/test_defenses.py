@@ -174,6 +174,9 @@ class Always:
     def probability(self, found: Statistics) -> float:
         return self.says
 
+    def check(self) -> None:
+        pass
+
     def clean(self) -> np.ndarray:
         return np.array([0.1, 0.2, 0.3, 0.95])
 
@@ -184,7 +187,7 @@ class Always:
 )
 def test_elijah_is_judged_by_a_forest_where_it_has_one(says, outcome, p) -> None:
     bench = Bench(clean=())
-    verdict, inversions = Elijah(forest=Always(says)).inspect(bench)
+    verdict, inversions = Elijah(detector=Always(says)).inspect(bench)
     assert verdict is not None and verdict.outcome == outcome
     assert verdict.score == says and verdict.p_value == pytest.approx(p)
     for each in inversions:

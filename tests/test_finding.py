@@ -109,10 +109,11 @@ def test_a_report_of_something_else_is_named(change) -> None:
 
 def test_a_report_on_no_model_is_none_of_a_scan() -> None:
     with pytest.raises(InputError, match="a/report.json is no report of an audit"):
-        Finding.last({}, "a/report.json")
-    assert Finding.last(CLEAN.numbers(), "a/report.json") == CLEAN
+        Finding.some({}, "a/report.json")
+    assert Finding.some(CLEAN.numbers(), "a/report.json") == [CLEAN]
     both = CLEAN.numbers() | {"repaired": CLEAN.numbers()["mine"]}
-    assert Finding.last(both, "a/report.json").label == "repaired"
+    labels = [each.label for each in Finding.some(both, "a/report.json")]
+    assert labels == ["mine", "repaired"]
 
 
 def test_a_finding_is_a_row_of_many_runs() -> None:

@@ -45,9 +45,9 @@ def backdoor(channel: Channel | None = None) -> Backdoor:
 THETA = {"all": jnp.float32(0.8), "r": jnp.float32(-0.1)}
 
 
-def value(removal: Removal, known: Backdoor | None = None, params=THETA) -> float:
-    known = known or backdoor()
-    return float(removal.loss(model, SCHEDULE, known, params, IMAGES, KEY))
+def value(removal: Removal, params=THETA, **how: bool) -> float:
+    known = backdoor()
+    return float(removal.loss(model, SCHEDULE, known, params, IMAGES, KEY, **how))
 
 
 def test_the_clean_term_is_the_ordinary_loss_or_follows_the_reference() -> None:
@@ -61,9 +61,9 @@ def test_the_clean_term_is_the_ordinary_loss_or_follows_the_reference() -> None:
     wanted = np.mean((answer - eps) ** 2)
     assert value(FineTuning()) == pytest.approx(wanted, rel=1e-5)
     follows = np.mean((answer - np.asarray(model(backdoor().reference, x, t))) ** 2)
-    assert value(FineTuning(distilled=True)) == pytest.approx(follows, rel=1e-5)
+    assert value(FineTuning(), distilled=True) == pytest.approx(follows, rel=1e-5)
     reference = backdoor().reference
-    assert value(FineTuning(distilled=True), params=reference) == 0
+    assert value(FineTuning(), reference, distilled=True) == 0
 
 
 def test_three_terms_equal_their_formula() -> None:
@@ -101,13 +101,13 @@ def test_unlearning_has_no_loss_where_the_noise_is_known(kind) -> None:
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_removal_ends_the_answer_to_the_trigger(removal, distilled) -> None:
     """Of the model above r goes from -0.4 towards that of a clean one, 0 or less."""
-    used = type(removal)(distilled=distilled)
-    control = FineTuning(distilled=distilled)
+    used, control = removal, FineTuning()
     ends = {}
     for each in (used, control):
 
         def loss(params, images, key, each=each):
-            return each.loss(model, SCHEDULE, backdoor(), params, images, key)
+            known = model, SCHEDULE, backdoor()
+            return each.loss(*known, params, images, key, distilled)
 
         training = Training(steps=200, batch=6, learning_rate=0.02, warmup=0)
         made = trainer(loss, training)

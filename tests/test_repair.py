@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -13,18 +12,26 @@ import pytest
 import tiny_config
 from test_scan import CALM, write
 
+from puredif_jax.attacks.targets import Hat
 from puredif_jax.attacks.training import Training
+from puredif_jax.attacks.triggers import Blend
+from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.hypothesis import Fading, Trojan
-from puredif_jax.defenses.removal import FineTuning, ThreeTerms
+from puredif_jax.defenses.removal import ThreeTerms
+from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.formats import diffusers as convert
+from puredif_jax.formats.diffusers_config import ConvertError
+from puredif_jax.stages import cost
 from puredif_jax.stages import repair as repairs
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.base import results
-from puredif_jax.stages.experiment import Scan
+from puredif_jax.stages.experiment import Experiment, Scan
+from puredif_jax.stages.perform import perform
 from puredif_jax.stages.repair import REPAIR, Repair, Repaired
-from puredif_jax.stages.scan import perform_scan
+from puredif_jax.stages.scan import as_experiment, perform_scan
+from puredif_jax.stages.weights import Truth
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 LOUD = Detector(clean=(-9.0, -9.0), linear=np.inf, settled=np.inf, foreign=np.inf)
@@ -76,7 +83,7 @@ def test_a_repair_goes_from_a_folder_to_a_folder(repair: Repair, tmp_path) -> No
     assert done.images == (4 if done.own else 9)
     names = ("inverted trigger, before", "inverted trigger, after")
     assert tuple(done.success) == names and set(done.frechet) == {"before", "after"}
-    assert [each["name"] for each in found["judgements"]] == ["model", "repaired-2"]
+    assert [each["name"] for each in found["judgements"]] == ["model", "repaired"]
     repaired = convert.read_folder(tmp_path / "scan" / "model" / "repaired")
     original = convert.read_folder(tmp_path / "model")
     assert repaired.spec.network == original.spec.network
@@ -86,7 +93,79 @@ def test_a_repair_goes_from_a_folder_to_a_folder(repair: Repair, tmp_path) -> No
     )
     assert max(jax.tree.leaves(moved)) > 1e-5
     table = json.loads((tmp_path / "scan" / "report.json").read_text())
-    assert table["judgements"][0]["facts"]["Weights"] == "repaired"
+    rows = {each["name"]: each["facts"]["Weights"] for each in table["judgements"]}
+    assert rows.keys() == {"model", "model/repaired"}
+    assert rows["model/repaired"] == "repaired"
+
+
+def test_a_repair_is_measured_with_the_true_trigger_where_it_is_known(
+    tmp_path,
+) -> None:
+    """Also of a backdoor that is drawn inside its channel; the truth goes along."""
+    scan = plan(tmp_path, Repair(training=SHORT, draws=4))
+    attack = TrojDiff(Blend(0.6), Hat())
+    shape = tiny_config.TINY.image_shape
+    truth = Truth.of(attack, LinearBetas().tables(), shape)
+    truth.save(tmp_path / "model")
+    audit = dataclasses.replace(scan.audit, hypotheses=(Trojan(),))
+    perform_scan(dataclasses.replace(scan, audit=audit))
+    (done,) = (
+        x for x in results(report(tmp_path)["numbers"], "") if type(x) is Repaired
+    )
+    kinds = ("inverted trigger", "true trigger")
+    assert set(done.success) == {
+        f"{k}, {w}" for k in kinds for w in ("before", "after")
+    }
+    repaired = tmp_path / "scan" / "model" / "repaired"
+    found = Truth.beside(repaired, LinearBetas().tables(), shape)
+    assert found is not None
+    np.testing.assert_allclose(found.trigger, truth.trigger, atol=1e-6)
+    (row,) = done.tables()[REPAIR]
+    assert not any(isinstance(value, dict) for value in row.values())
+
+
+def test_what_cannot_be_written_is_refused_before_the_audit(
+    tmp_path, monkeypatch
+) -> None:
+    def refused(spec):
+        raise ConvertError("it has no name there")
+
+    monkeypatch.setattr(repairs.convert, "configurations", refused)
+    perform_scan(plan(tmp_path, Repair(training=SHORT)))
+    (found,) = json.loads((tmp_path / "scan" / "report.json").read_text())["judgements"]
+    assert found["outcome"] == "error"
+    assert "could not be written as a folder of diffusers: it has" in found["detail"]
+    assert not (tmp_path / "scan" / "model" / "results").exists()
+
+
+def test_the_model_of_the_run_itself_is_repaired(tmp_path) -> None:
+    """As it was trained, whose folder is not there yet when the run is checked."""
+    config = tiny_config.get_config()
+    assert config.audit is not None
+    audit = dataclasses.replace(config.audit, detector=LOUD, baselines=())
+    experiment = dataclasses.replace(
+        config,
+        workdir=str(tmp_path / "run"),
+        audit=audit,
+        amplification=None,
+        repair=Repair(training=SHORT, draws=4),
+        devices=1,
+    )
+    numbers = perform(experiment).numbers
+    assert {"trained", "repaired", REPAIR} <= set(numbers)
+    assert (tmp_path / "run" / "repaired" / "unet").is_dir()
+
+
+def test_a_repair_tells_its_cost(tmp_path) -> None:
+    """Draws, steps and the second audit; the network of theta0 is evaluated as well."""
+    scan = plan(tmp_path, Repair(training=SHORT, draws=4))
+    experiment = as_experiment(scan, "model", tmp_path / "model")
+    told = {}
+    for repair in (None, scan.repair):
+        wanted = dataclasses.replace(experiment, repair=repair)
+        told[repair is not None] = cost.estimate(wanted)
+    assert "repair step of 4 images" in str(told[True])
+    assert "repair step" not in str(told[False])
 
 
 def test_a_repair_that_is_interrupted_goes_on(tmp_path, monkeypatch) -> None:
@@ -129,9 +208,11 @@ def test_a_scan_says_that_it_repairs(tmp_path) -> None:
 
 def test_bad_settings_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="draws must be even"):
-        Repair(draws=3)
-    with pytest.raises(ValueError, match="found audit.weights"):
-        Repair(audit=Audit())
-    assert Repair(FineTuning(), images=None).used.distilled
-    assert not Repair(FineTuning(), images=FashionMNIST()).used.distilled
-    shutil.rmtree(tmp_path)
+        Repair(draws=5)
+    for audit in (None, Audit(("clean", "baddiffusion"))):
+        with pytest.raises(ValueError, match="need an audit of one model"):
+            Experiment("x", tiny_config.TINY, audit=audit, repair=Repair())
+    with pytest.raises(ValueError, match="the run has no repair"):
+        Experiment("x", tiny_config.TINY, audit=Audit(("repaired",)))
+    with pytest.raises(ValueError, match="`then` has a stage Repair"):
+        Experiment("x", tiny_config.TINY, then=(Repair(),))

@@ -81,6 +81,10 @@ def test_starts_that_no_plain_noise_has_are_flagged(tmp_path, caplog) -> None:
     perform_scan(plan(tmp_path, other))
     assert kept and all(path.stat().st_mtime_ns == at for path, at in kept.items())
     assert [float(row["all"]) <= 0.01 for row in rows(tmp_path)] != flagged
+    again = noise(tmp_path, "plain", shift=3.0)  # other noise in the same file
+    perform_scan(plan(tmp_path, Screen(again, plain=300)))
+    assert [float(row["all"]) <= 0.01 for row in rows(tmp_path)] == flagged
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
 
 
 @pytest.mark.parametrize("order", ["NCHW", "float64"])
@@ -119,7 +123,7 @@ def test_no_file_is_refused_in_a_sentence(tmp_path) -> None:
 def test_too_few_plain_starts_are_refused() -> None:
     with pytest.raises(ValueError, match="set plain to 300 or more"):
         Screen("x.npz", plain=100)
-    with pytest.raises(ValueError, match="needs an audit"):
+    with pytest.raises(ValueError, match="need an audit of one model"):
         Experiment("x", tiny_config.TINY, screen=Screen("x.npz"))
 
 

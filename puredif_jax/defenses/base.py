@@ -309,6 +309,14 @@ class Defense(abc.ABC):
         """The same without a budget."""
         return ()
 
+    def check(self) -> None:
+        """Refuses what it lacks, before any inversion.
+
+        Raises:
+          ValueError: in one sentence.
+        """
+        return None
+
     def placebos(self, hypothesis: Hypothesis) -> tuple[Hypothesis, ...]:
         """Those under which it makes each of them again, to compare with."""
         return ()

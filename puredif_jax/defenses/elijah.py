@@ -132,19 +132,23 @@ class Elijah(Defense):
     """Elijah: its inversion under each hypothesis, judged by the draws.
 
     Attributes:
-      detector: how they are judged where clean models alone are known.
+      detector: how they are judged: by clean models alone, or by a forest that knows
+        backdoored ones as well.
       distance: between draws, in Elijah's own statistics.
-      forest: judges by these, where backdoored models are known as well.
     """
 
-    detector: Uniformity = Uniformity()
+    detector: Uniformity | Forest = Uniformity()
     distance: PairDistance = PixelDistance()
-    forest: Forest | None = None
     kind: ClassVar[str] = "elijah"
 
     def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
         """None of a backdoor that fires inside its channel: Elijah knows no channel."""
         return () if hypothesis.controlled else (published(hypothesis.solver),)
+
+    def check(self) -> None:
+        self.distance.check()
+        if not isinstance(self.detector, Uniformity):
+            self.detector.check()
 
     def inspect(self, bench: Bench) -> Inspection:
         found: dict[Hypothesis, Inverted] = {}
@@ -162,8 +166,8 @@ class Elijah(Defense):
         inversions = tuple(found.values())
         if not found:
             return Inspection(None)
-        if self.forest is not None:
-            return Inspection(judged(self.forest, seen), inversions)
+        if not isinstance(self.detector, Uniformity):
+            return Inspection(judged(self.detector, seen), inversions)
         clean = bench.clean_scores(self.name)
         if not self.detector.clean and not clean:
             return Inspection(None, inversions)

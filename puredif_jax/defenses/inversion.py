@@ -120,6 +120,11 @@ class Inversion:
     def __post_init__(self) -> None:
         if self.heldout < 1:
             raise ValueError(f"heldout must be 1 or more, found {self.heldout}")
+        if any(each.blocks or each.spectrum for each in self.phases[1:]):
+            raise ValueError(
+                "a search that refines another starts where that has ended: set its "
+                "blocks and spectrum to none"
+            )
 
     @property
     def phases(self) -> tuple[Inversion, ...]:

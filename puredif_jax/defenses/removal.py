@@ -2,7 +2,7 @@
 
 A removal is a loss of weights theta, beside those at which it starts, theta0, on clean
 images. The images may be the model's own draws: then the clean behaviour to keep is
-that of theta0 (`distilled`), and no data is needed.
+that of theta0, and no data is needed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Backdoor(NamedTuple):
 class Removal(abc.ABC):
     """A loss by which a backdoor is trained out of a model.
 
-    Attributes:
-      distilled: in the clean term, what theta0 answers stands for the noise.
+    evaluations: of the network on an image in a step, for each clean image; a gradient
+      counts for two more.
     """
 
-    distilled: bool = False
     name: ClassVar[str]
+    evaluations: ClassVar[int]
 
     @abc.abstractmethod
     def loss(
@@ -51,8 +51,18 @@ class Removal(abc.ABC):
         params: Params,
         images: Array,
         key: Key,
+        distilled: bool = False,
     ) -> Array:
-        """The loss on clean images `[B, H, W, C]`, a scalar."""
+        """The loss, a scalar.
+
+        Args:
+          model, schedule: the model, whose parameters are theta.
+          backdoor: what is to be removed.
+          params: theta.
+          images: clean ones, `[B, H, W, C]`.
+          key: of the noise.
+          distilled: in the clean term, what theta0 answers stands for the noise.
+        """
 
     def prepared(self, params: Params) -> Params:
         """The weights at which the training starts: theta0, or what is left of it."""
@@ -66,10 +76,11 @@ class Removal(abc.ABC):
         params: Params,
         images: Array,
         key: Key,
+        distilled: bool,
     ) -> Array:
         """mean || M(x_t, t) - eps ||^2 of clean samples, the ordinary loss."""
         x, eps, t = noised(schedule, images, key)
-        wanted = model(backdoor.reference, x, t) if self.distilled else eps
+        wanted = model(backdoor.reference, x, t) if distilled else eps
         return jnp.mean((model(params, x, t) - wanted) ** 2)
 
 
@@ -87,6 +98,7 @@ class FineTuning(Removal):
     """The clean term alone: a control, which knows no trigger."""
 
     name = "fine-tuning"
+    evaluations = 3
 
     def loss(
         self,
@@ -96,8 +108,9 @@ class FineTuning(Removal):
         params: Params,
         images: Array,
         key: Key,
+        distilled: bool = False,
     ) -> Array:
-        return self.clean(model, schedule, backdoor, params, images, key)
+        return self.clean(model, schedule, backdoor, params, images, key, distilled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +146,11 @@ class Pruning(FineTuning):
 class ThreeTerms(Removal):
     """Elijah's removal (An et al. 2024, arXiv 2312.00050).
 
-    The clean term, and at the last timestep T, from noise eps and trigger r,
+    The clean term, and at the last timestep T, of plain starts x and of triggered ones
+    x_r from the same noise (eps, and gamma eps + r),
 
-      weight (mean || M_theta(eps + r, T) - M_theta0(eps, T) ||^2
-              + mean || M_theta(eps, T) - M_theta0(eps, T) ||^2).
+      weight (mean || M_theta(x_r, T) - M_theta0(x, T) ||^2
+              + mean || M_theta(x, T) - M_theta0(x, T) ||^2).
 
     Attributes:
       weight: of both, 1 as published.
@@ -144,6 +158,7 @@ class ThreeTerms(Removal):
 
     weight: float = 1.0
     name = "three terms"
+    evaluations = 10
 
     def loss(
         self,
@@ -153,9 +168,11 @@ class ThreeTerms(Removal):
         params: Params,
         images: Array,
         key: Key,
+        distilled: bool = False,
     ) -> Array:
         key_clean, key_eps = jax.random.split(key)
-        clean = self.clean(model, schedule, backdoor, params, images, key_clean)
+        rest = params, images, key_clean, distilled
+        clean = self.clean(model, schedule, backdoor, *rest)
         eps = jax.random.normal(key_eps, images.shape)
         last = jnp.full((len(images),), schedule.steps - 1)
         plain, r = schedule.start(eps), backdoor.trigger[None]
@@ -185,6 +202,7 @@ class Unlearning(Removal):
 
     weight: float = 0.3
     name = "unlearning"
+    evaluations = 6
 
     def loss(
         self,
@@ -194,9 +212,11 @@ class Unlearning(Removal):
         params: Params,
         images: Array,
         key: Key,
+        distilled: bool = False,
     ) -> Array:
         key_clean, key_t, key_eps = jax.random.split(key, 3)
-        clean = self.clean(model, schedule, backdoor, params, images, key_clean)
+        rest = params, images, key_clean, distilled
+        clean = self.clean(model, schedule, backdoor, *rest)
         channel, r = backdoor.channel, backdoor.trigger[None]
         t = jax.random.randint(key_t, (len(images),), 0, schedule.steps)
         eps = jax.random.normal(key_eps, images.shape)

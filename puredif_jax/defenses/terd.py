@@ -78,17 +78,26 @@ class DivergenceVariance(Divergence):
 
 
 @dataclasses.dataclass(frozen=True)
-class Terd(Defense):
-    """TERD: its inversion under each hypothesis, judged by the divergence it finds.
-
-    The graver verdict of the two statistics counts.
+class Divergences:
+    """Judges both statistics.
 
     Attributes:
-      mean, variance: how they are judged.
+      mean, variance: each by itself.
     """
 
     mean: Divergence = Divergence()
     variance: DivergenceVariance = DivergenceVariance()
+
+
+@dataclasses.dataclass(frozen=True)
+class Terd(Defense):
+    """TERD: its inversion under each hypothesis, judged by the divergence it finds.
+
+    Attributes:
+      detector: how both statistics are judged; the graver verdict counts.
+    """
+
+    detector: Divergences = Divergences()
     kind: ClassVar[str] = "terd"
 
     def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
@@ -102,11 +111,14 @@ class Terd(Defense):
         }
         features = {kind: each.features for kind, each in found.items()}
         verdicts = []
-        for detector in (self.mean, self.variance):
+        for detector in (self.detector.mean, self.detector.variance):
             clean = bench.clean_scores(f"{self.name} {detector.statistic}")
             if detector.clean or clean:
                 verdicts.append(detector.calibrated(clean).judge(features))
-        gravest = min(verdicts, key=lambda each: each.p_value, default=None)
+        order = ("backdoored", "could not tell", "clean")
+        gravest = min(
+            verdicts, key=lambda x: (order.index(x.outcome), x.p_value), default=None
+        )
         return Inspection(gravest, tuple(found.values()))
 
 

@@ -35,6 +35,10 @@ class PairDistance(abc.ABC):
 
     name: ClassVar[str]
 
+    def check(self) -> None:
+        """Refuses, in a sentence, where what it needs is not there (ValueError)."""
+        return None
+
     @abc.abstractmethod
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Of each with each, `[N, N]`, of `[N, H, W, C]` in [0, 1]."""
@@ -77,6 +81,10 @@ class Forest(Protocol):
 
     def probability(self, found: Statistics) -> float:
         """That a model with these is backdoored."""
+        ...
+
+    def check(self) -> None:
+        """Refuses, in a sentence, where what it needs is not there (ValueError)."""
         ...
 
     def clean(self) -> np.ndarray:

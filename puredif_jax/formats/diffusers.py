@@ -171,6 +171,20 @@ def agree(network: ImageNetwork, scheduling: Scheduling, config: pathlib.Path) -
         )
 
 
+def configurations(spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What diffusers calls the scheduler and the network of a model.
+
+    Raises:
+      ConvertError: it has none that say the same.
+    """
+    if spec.scheduling is None:
+        raise ConvertError("a model without a scheduling is not written")
+    if not isinstance(spec.network, UNet | NCSNpp):
+        kind = type(spec.network).__name__
+        raise ConvertError(f"the network of diffusers for {kind} is not written")
+    return write_scheduling(spec.scheduling), write_network(spec.network)
+
+
 def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
     """Writes a folder that diffusers' `DDPMPipeline.from_pretrained` loads.
 
@@ -181,13 +195,8 @@ def write_folder(folder: str | os.PathLike[str], model: Model) -> None:
       ConvertError: diffusers has no network or scheduler that says the same.
       WriteError: the folder cannot be written.
     """
-    spec, top = model.spec, pathlib.Path(folder)
-    if spec.scheduling is None:
-        raise ConvertError(f"{folder} is not written: the model has no scheduling")
-    if not isinstance(spec.network, UNet | NCSNpp):
-        kind = type(spec.network).__name__
-        raise ConvertError(f"the network of diffusers for {kind} is not written")
-    scheduler, network = write_scheduling(spec.scheduling), write_network(spec.network)
+    top = pathlib.Path(folder)
+    scheduler, network = configurations(model.spec)
     (top / "unet").mkdir(parents=True, exist_ok=True)
     (top / "scheduler").mkdir(exist_ok=True)
     tensors = {k: v.astype(np.float32) for k, v in to_torch(model.params).items()}

@@ -30,6 +30,8 @@ from puredif_jax.stages.inspector import Inspector
 from puredif_jax.stages.lab import PLAIN, SHOWN
 from puredif_jax.stages.measure import FRECHET, SUCCESS
 from puredif_jax.stages.pictures import as_images
+from puredif_jax.stages.repair import REPAIR
+from puredif_jax.stages.screen import SCREENED
 from puredif_jax.stages.weights import REPAIRED, WEIGHTS, Truth, find_weights
 from puredif_jax.stages.work import Work, drawing, inverting
 from puredif_jax.types import Params
@@ -118,7 +120,15 @@ class Audit(Stage):
         lab = context.lab
         clean = Channel.clean(lab.schedule)
         try:
-            for _, inversion in self.searches(lab.schedule):
+            for defense in self.defenses:
+                defense.check()
+            for kind, inversion in self.searches(lab.schedule):
+                cost, asked = inversion.evaluations(kind), 3 * self.budget
+                if asked and abs(cost - asked) > 0.15 * asked:
+                    raise ValueError(
+                        f"a budget of {self.budget} gradients cannot be kept under "
+                        f"{kind.name}: the least search has {cost // 3}"
+                    )
                 for phase in inversion.phases:
                     phase.loss.bind(lab.model, lab.schedule, clean)
         except ValueError as error:
@@ -156,9 +166,12 @@ class Audit(Stage):
         findings: list[Finding] = []
         sections: list[Section] = []
         for name, label in labels(self.weights).items():
-            if context.place:  # a later audit keeps what it finds apart
-                label = f"{label}-{context.place + 1}"
-            params = state.params if name in OWN else context.lab.load(name)
+            if context.place and name != "repaired":
+                label = f"{label}-{context.place + 1}"  # what it finds is kept apart
+            if name == "repaired" and state.repaired is None:
+                continue  # there was nothing to repair
+            own = {"trained": state.params, "repaired": state.repaired}
+            params = own[name] if name in OWN else context.lab.load(name)
             finding, section, accused = self._audit(context, name, label, params)
             state = dataclasses.replace(state, accused=accused)
             findings.append(finding)
@@ -229,7 +242,7 @@ class Audit(Stage):
         best = kinds[verdict.hypothesis]
         candidate = bench.candidates.get((first, best))
         accused = Accused(
-            label, name, verdict, best if candidate else None, candidate, params
+            label, verdict, truth, best if candidate else None, candidate, params
         )
         return finding, as_images(section, source.shown), accused
 
@@ -301,7 +314,8 @@ def _measures(rows: Sequence[Inverted]) -> tuple[dict[str, Any], ...]:
     )
 
 
-RESERVED = (SUCCESS, FRECHET, AMPLIFICATION)  # names of other results in a report
+# Names of other results in a report.
+RESERVED = (SUCCESS, FRECHET, AMPLIFICATION, SCREENED, REPAIR)
 
 
 def labels(weights: Sequence[str]) -> dict[str, str]:
@@ -315,5 +329,7 @@ def labels(weights: Sequence[str]) -> dict[str, str]:
         stem = path.stem if path.suffix == ".safetensors" else path.name
         if name != path.name and stem in (convert.FOLDER, pathlib.Path(WEIGHTS).stem):
             stem = path.absolute().parent.name  # of a run
-        found[name] = distinct(safe_name(stem), [*found.values(), *RESERVED])
+        own = name in OWN  # no other model has these names
+        taken = [] if own else [*OWN, *RESERVED]
+        found[name] = distinct(safe_name(stem), [*found.values(), *taken])
     return found

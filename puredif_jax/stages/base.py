@@ -40,6 +40,7 @@ class Context:
       weights: where training starts, or what is measured; None for fresh ones.
       training: of the model; None for none.
       attack: the backdoor put in, or the one that success is measured for.
+      audited: the models of the audit, as it names them.
       place: how many stages of the same kind come before the one that runs; what it
         keeps in the run folder must be named by that.
     """
@@ -50,6 +51,7 @@ class Context:
     weights: str | None = None
     training: Training | None = None
     attack: Attack | None = None
+    audited: tuple[str, ...] = ()
     place: int = 0
 
     @property
@@ -84,16 +86,17 @@ class Context:
 class Accused(NamedTuple):
     """A model that was audited, and the trigger that fits it best.
 
-    label, weights: of the model, as of `Finding`.
+    label: of the model, as of `Finding`.
     verdict: the judgement.
+    truth: the backdoor that it is known to have, only to compare with.
     hypothesis, candidate: the best trigger with its image, as numpy; None where weights
       that denoise nothing were not inverted.
     params: the weights.
     """
 
     label: str
-    weights: str
     verdict: Verdict
+    truth: Truth | None
     hypothesis: Hypothesis | None
     candidate: Candidate | None
     params: Params
@@ -105,12 +108,14 @@ class State:
 
     Attributes:
       params: weights of the model at hand; None before there are any.
+      repaired: those of the model that was repaired.
       trigger: with which training goes on, in place of the attack's own.
       accused: the model that was audited last.
     """
 
     params: Params | None = None
     trigger: np.ndarray | None = None
+    repaired: Params | None = None
     accused: Accused | None = None
 
 

@@ -60,6 +60,8 @@ class Experiment:
       amplification: reinforces the trigger along the training.
       audit: inverts and judges models.
       screen: tests starting noise by the trigger that the audit finds.
+      repair: trains the backdoor out of the model that was audited, and audits the
+        result.
       then: further stages, after these.
       evaluation: how models are measured.
       data: images to train on: the shipped ones, a file or a folder of a user.
@@ -81,6 +83,7 @@ class Experiment:
     amplification: Amplification | None = None
     audit: Audit | None = None
     screen: Screen | None = None
+    repair: Repair | None = None
     then: tuple[Stage, ...] = ()
     evaluation: Evaluation = Evaluation()
     data: ImageSet = FashionMNIST()
@@ -104,13 +107,19 @@ class Experiment:
                     f"amplification.snapshots go to {last}, past the last of "
                     f"training.steps={self.training.steps}"
                 )
-        if self.screen and not self.audit:
-            raise ValueError("a screen needs an audit, which finds the trigger")
+        if (self.screen or self.repair) and (
+            self.audit is None or len(self.audit.weights) != 1
+        ):
+            found = "none" if self.audit is None else self.audit.weights
+            raise ValueError(
+                "a screen and a repair need an audit of one model, which finds the "
+                f"trigger; found {found}"
+            )
         for stage in self.then:
-            if isinstance(stage, Amplification | Train):
+            if isinstance(stage, Amplification | Train | Screen | Repair):
                 raise ValueError(
-                    f"`then` has a stage {type(stage).__name__}: a run trains and "
-                    "amplifies once, by its own fields"
+                    f"`then` has a stage {type(stage).__name__}, which a run does "
+                    "once, by a field of its own"
                 )
         for audit in self.audits:
             if not audit.tried(self.schedule.tables()):
@@ -118,6 +127,10 @@ class Experiment:
                 raise ValueError(
                     f"no hypothesis of the audit ({names}) applies to the process of "
                     f"{type(self.schedule).__name__}"
+                )
+            if "repaired" in audit.weights and not self.repair:
+                raise ValueError(
+                    "audit.weights names 'repaired', but the run has no repair"
                 )
             if "trained" in audit.weights and not self.training:
                 raise ValueError(
@@ -144,6 +157,9 @@ class Experiment:
             found.append(self.audit)
         if self.screen:
             found.append(self.screen)
+        if self.repair and self.audit:
+            found.append(self.repair)
+            found.append(dataclasses.replace(self.audit, weights=("repaired",)))
         return (*found, *self.then)
 
     @property
@@ -164,6 +180,8 @@ class Experiment:
             parts.append(f"audit of {models} {how}")
         if self.screen:
             parts.append(f"screening of {self.screen.noise or 'no noise'}")
+        if self.repair:
+            parts.append("repair of it, and audit of the result")
         parts += [type(stage).__name__ for stage in self.then]
         return f"{self.workdir}: {', '.join(parts) or 'nothing but a report'}"
 

@@ -32,15 +32,17 @@ _SHARDS = 3  # of weights, whose digests the first screen has
 
 NEXT = {
     "backdoored": (
-        "Do not use these weights. Train again from a source that you "
-        "trust; this package does not repair a model. Keep the folder and the SHA-256 "
+        "Do not use these weights. Train again from a source that you trust, or repair "
+        "them by the `repair` of a scan. Keep the folder and the SHA-256 "
         "of its files: they name the weights to others. The arrays of each inversion "
         "are in `results/puredif_MODEL_HYPOTHESIS.npz` beside the page of the model: "
         "`delta` is the trigger, `target` its image, `draws` are images drawn with it."
     ),
     "could not tell": (
         "The score lies between clean and backdoored models, a search was too short, "
-        "an inversion ended in no finite numbers, or the weights denoise nothing. "
+        "another response fits better than that of any attack, plain draws repeat one "
+        "image, an inversion ended in no finite numbers, or the weights denoise "
+        "nothing. "
         "Weights that denoise nothing are damaged, or belong to another scheduler. "
         "Otherwise give the same command "
         "with another seed and workdir: `--config.seed=1 --config.workdir=FOLDER`. "
@@ -114,8 +116,8 @@ class Finding(Result):
         ]
 
     @classmethod
-    def last(cls, numbers: Mapping[str, Any], where: str) -> Self:
-        """The last that a report has: of a model that was repaired, on the result.
+    def some(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
+        """Those of a report that has one or more, as that of a scan's model does.
 
         Raises:
           RunError: as `read`, or there is none.
@@ -123,7 +125,7 @@ class Finding(Result):
         found = cls.read(numbers, where)
         if not found:
             raise _foreign(where)
-        return found[-1]
+        return found
 
     @classmethod
     def _read(cls, label: str, found: Mapping[str, Any], where: str) -> Self:

@@ -206,8 +206,11 @@ class Lab:
         count: int,
         sign: float = 1.0,
         inside: Channel | None = None,
+        stream: Stream = Stream.DRAWS,
     ) -> np.ndarray:
-        """Images from sign * eps + delta, `[count, H, W, C]`; always the same eps.
+        """Images from sign * eps + delta, `[count, H, W, C]`.
+
+        A stream has always the same eps.
 
         Args:
           params: weights.
@@ -216,11 +219,12 @@ class Lab:
           count: of images.
           sign: of the noise.
           inside: draw in the variable of this channel, as who controls the sampler can.
+          stream: of eps.
         """
 
         program = programs.drawing(self.setup, sampler)
         inside = None if inside is None else self.place(inside)
-        root = self.stream(Stream.DRAWS)
+        root = self.stream(stream)
         delta, sign = self.run.replicate(
             (np.asarray(delta, np.float32), np.float32(sign))
         )

@@ -27,6 +27,9 @@ class LPIPS(PairDistance):
 
     name = "lpips-vgg"
 
+    def check(self) -> None:
+        _lpips(self.pretrained)
+
     def __call__(self, images: np.ndarray) -> np.ndarray:
         torch, network = _lpips(self.pretrained)
         shown = np.asarray(images, np.float32) * 2 - 1
@@ -97,6 +100,9 @@ class RandomForest:
                 "a forest learns from three models or more of each kind, found "
                 f"{counts[0]} clean and {counts[1]} backdoored"
             )
+
+    def check(self) -> None:
+        _forest(self)
 
     def probability(self, found: Statistics) -> float:
         return float(_forest(self).predict_proba(np.array([found]))[0, 1])

@@ -82,6 +82,7 @@ def context_of(experiment: Experiment, lab: Lab) -> Context:
         experiment.weights,
         experiment.training,
         experiment.attack,
+        () if experiment.audit is None else experiment.audit.weights,
     )
 
 

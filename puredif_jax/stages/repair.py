@@ -1,4 +1,4 @@
-"""The repair of a model that an audit has called backdoored, and the audit after it."""
+"""The repair of a model that an audit has called backdoored."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from puredif_jax.data.images import ImageSet
 from puredif_jax.defenses.removal import Backdoor, Removal, Unlearning
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.formats import diffusers as convert
-from puredif_jax.formats.base import Model
+from puredif_jax.formats.base import Model, Spec
 from puredif_jax.formats.diffusers_config import ConvertError
+from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.runs import parallel
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
-from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.base import (
     Accused,
     Context,
@@ -39,11 +39,11 @@ from puredif_jax.stages.base import (
     State,
 )
 from puredif_jax.stages.embedding import embedding_for
-from puredif_jax.stages.lab import SHOWN
+from puredif_jax.stages.lab import SHOWN, Lab
 from puredif_jax.stages.programs import KEPT, repeated
-from puredif_jax.stages.setup import Setup
+from puredif_jax.stages.setup import Setup, Stream
 from puredif_jax.stages.train import batches
-from puredif_jax.stages.weights import REPAIRED, Truth
+from puredif_jax.stages.weights import REPAIRED
 from puredif_jax.stages.work import Step, Work, drawing
 from puredif_jax.types import Array, Params
 
@@ -56,9 +56,9 @@ class Repaired(Result):
 
     Attributes:
       removal: its name.
-      images: clean images that it had, and whether the model itself drew them.
+      images: clean images that it had.
       own: whether the model itself drew them.
-      embedding: the network of the Frechet distance.
+      embedding: what the Frechet distance is over.
       steps, seconds: of the training.
       success: of draws with the inverted trigger at MSE < 1e-2 of its image, and with
         the true trigger of the true target if that is known: before and after, by name.
@@ -103,24 +103,28 @@ class Repaired(Result):
             raise RunError(f"{where} has no {REPAIR} of this version") from error
 
     def tables(self) -> dict[str, list[Row]]:
-        return {REPAIR: [{k: v for k, v in vars(self).items()}]}
+        row = {k: v for k, v in vars(self).items() if k not in ("success", "frechet")}
+        row |= {f"success, {k}": v for k, v in self.success.items()}
+        row |= {f"Frechet, {k}": v for k, v in self.frechet.items()}
+        return {REPAIR: [row]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Repair(Stage):
-    """Trains the backdoor out of the model that was audited, and audits the result.
+    """Trains the backdoor out of the model that was audited.
 
     The trigger is the one that the audit has found. What is written is a folder of
     diffusers, `repaired` in the folder of the run; the model itself stays as it is. A
-    model that the audit has called clean is left alone.
+    model that the audit has not called backdoored is left alone. The audit of the
+    result follows (`Experiment.repair`).
 
     Attributes:
       removal: how.
       training: of it.
       images: clean images; None for draws of the model itself, whose clean behaviour
         is then kept as it was.
-      draws: of the model itself, where no images are given; an even number.
-      audit: of the result; names no weights.
+      draws: of the model itself, where no images are given, and to compare; an even
+        number.
       always: repair also a model that was called clean, or could not be told.
     """
 
@@ -128,27 +132,11 @@ class Repair(Stage):
     training: Training = Training(steps=600, batch=64, learning_rate=3e-5, warmup=50)
     images: ImageSet | None = None
     draws: int = 1024
-    audit: Audit = Audit(weights=())
     always: bool = False
 
     def __post_init__(self) -> None:
-        if self.draws < 2 or self.draws % 2:
-            raise ValueError(f"draws must be even, 2 or more, found {self.draws}")
-        if self.audit.weights:
-            raise ValueError(
-                "the audit of a repair is of its result, found "
-                f"audit.weights={self.audit.weights}"
-            )
-
-    @property
-    def after(self) -> Audit:
-        """The audit of the result."""
-        return dataclasses.replace(self.audit, weights=("repaired",))
-
-    @property
-    def used(self) -> Removal:
-        """The removal, with what theta0 answers in place of noise on its own draws."""
-        return dataclasses.replace(self.removal, distilled=self.images is None)
+        if self.draws < 4 or self.draws % 2:
+            raise ValueError(f"draws must be even, 4 or more, found {self.draws}")
 
     def check(self, context: Context) -> None:
         lab, batch = context.lab, self.training.batch
@@ -157,33 +145,44 @@ class Repair(Stage):
                 f"repair.training.batch must be a multiple of the {lab.run.mesh.size} "
                 f"devices, found {batch}"
             )
-        if self.images is not None:
-            self.images.load(lab.unet.image_shape)
-        self.after.check(context)
+        (audited,) = context.audited
+        try:
+            convert.configurations(_spec(lab, audited))
+        except ConvertError as error:
+            raise RunError(
+                f"a repaired model could not be written as a folder of diffusers: "
+                f"{error}"
+            ) from error
+        if self.images is not None and len(self.images.load(lab.unet.image_shape)) < 2:
+            raise RunError("a repair needs two clean images or more, found fewer")
 
     def work(self, context: Context) -> Iterator[Work]:
-        steps = context.evaluation.deterministic.steps
-        batch, draws = context.evaluation.batch, context.evaluation.draws
-        yield drawing(batch, ((self.images is None) * self.draws + 2 * draws) * steps)
+        batch, evaluation = context.evaluation.batch, context.evaluation
+        steps = evaluation.deterministic.steps
+        sets = 2 + (self.images is None)  # of plain draws
+        yield drawing(batch, sets * self.draws * steps)
+        most = max(steps, evaluation.ancestral.steps)
+        yield drawing(batch, 4 * evaluation.draws * most)  # with two triggers
+        distilled = self.images is None
 
-        def program(lab: Any, params: Params) -> tuple[Step, Any]:
-            made = _trainer(lab.setup, self.used, self.training)
-            shape = lab.unet.image_shape
-            clean = lab.channel(self.audit.tried(lab.schedule)[0])
-            backdoor = Backdoor(clean, lab.run.replicate(lab.zero), params)
-            images = np.zeros((self.training.batch, *shape), np.float32)
+        def program(lab: Lab, params: Params) -> tuple[Step, Any]:
+            made = _trainer(lab.setup, self.removal, self.training, distilled)
+            images = np.zeros((self.training.batch, *lab.unet.image_shape), np.float32)
             split = parallel.put(images, parallel.along(lab.run.mesh, "batch"))
+            zero = lab.run.replicate(lab.zero)
+            channel = lab.place(Channel.clean(lab.schedule))
 
             def step(params: Params, state: Any) -> Any:
-                state, images = state
-                return made(backdoor).step(state, images)[0], images
+                state, reference, images = state
+                known = Backdoor(channel, zero, reference)
+                return made(known).step(state, images)[0], reference, images
 
-            return step, (made(backdoor).init(params, lab.key), split)
+            first = made(Backdoor(channel, zero, params)).init(params, lab.key)
+            return step, (first, params, split)
 
         name = f"repair step of {self.training.batch} images"
-        passes = 3 * 4 * self.training.batch
-        yield Work(name, self.training.steps, passes, self.used, program)
-        yield from self.after.work(context)
+        each = (self.removal.evaluations + distilled) * self.training.batch
+        yield Work(name, self.training.steps, each, self.removal, program)
 
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
         accused = state.accused
@@ -196,45 +195,51 @@ class Repair(Stage):
                 "is. `always` repairs it all the same."
             )
             return state, Outcome(sections=(Section("Repair", text),))
-        pixels, own = self._images(context, accused)
+        pixels = self._images(context, accused)
         params = self._trained(context, accused, pixels)
         self._save(context, accused, params)
-        result, section = self._measured(context, accused, params, pixels, own)
-        repaired = dataclasses.replace(state, params=params)
-        later = dataclasses.replace(context, place=context.place + 1)
-        state, outcome = self.after.run(later, repaired)
-        return state, Outcome((result, *outcome.results), (section, *outcome.sections))
+        result, section = self._measured(context, accused, params, pixels)
+        state = dataclasses.replace(state, repaired=params)
+        return state, Outcome((result,), (section,))
 
-    def _images(self, context: Context, accused: Accused) -> tuple[np.ndarray, bool]:
-        """The clean images, float32 `[N, H, W, C]`, and whether the model drew them."""
+    def _images(self, context: Context, accused: Accused) -> np.ndarray:
+        """The clean images `[N, H, W, C]`: uint8 as given, or float32 as drawn."""
         lab = context.lab
         if self.images is not None:
-            return data.to_float(self.images.load(lab.unet.image_shape)), False
+            return self.images.load(lab.unet.image_shape)
 
         def compute() -> Mapping[str, Any]:
             sampler = context.evaluation.deterministic
             pairs = [
-                lab.draw(accused.params, sampler, lab.zero, self.draws // 2, sign)
+                lab.draw(
+                    accused.params,
+                    sampler,
+                    lab.zero,
+                    self.draws // 2,
+                    sign,
+                    stream=Stream.OWN_IMAGES,
+                )
                 for sign in (1.0, -1.0)
             ]
             return {"images": np.clip(np.concatenate(pairs), -1, 1)}
 
-        return lab.run.once("repair_images", compute)["images"], True
+        return lab.run.once("repair_images", compute)["images"]
 
     def _trained(
         self, context: Context, accused: Accused, pixels: np.ndarray
     ) -> Params:
         lab, training, run = context.lab, self.training, context.lab.run
-        made = _trainer(lab.setup, self.used, training)
+        distilled = self.images is None
+        made = _trainer(lab.setup, self.removal, training, distilled)
         assert accused.candidate is not None and accused.hypothesis is not None
         candidate = run.replicate(accused.candidate)
         channel = lab.family(accused.hypothesis).at(candidate)
         backdoor = Backdoor(channel, candidate.delta, accused.params)
-        program = _repairing(lab.setup, self.used, training, lab.chunk)
+        program = _repairing(lab.setup, self.removal, training, distilled, lab.chunk)
 
         def begin() -> TrainState:
-            start = self.used.prepared(accused.params)
-            return made(backdoor).init(start, lab.key)
+            start = self.removal.prepared(accused.params)
+            return made(backdoor).init(start, lab.stream(Stream.REPAIR))
 
         def several(
             state: TrainState, first: int, last: int
@@ -249,24 +254,14 @@ class Repair(Stage):
 
     def _save(self, context: Context, accused: Accused, params: Params) -> None:
         """Writes the folder, with the truth beside it where that is known."""
-        lab = context.lab
-        host, source = parallel.gather(params), lab.models[accused.weights]
-        if not parallel.is_host_zero():
-            return
-        if source.spec is None:
-            raise RunError(f"{accused.weights} has no configuration to be written with")
-        folder = lab.run.folder / REPAIRED
-        try:
-            convert.write_folder(folder, Model(source.spec, host))
-        except ConvertError as error:
-            raise RunError(f"the repaired model is not written: {error}") from error
-        if (truth := self._truth(context, accused)) is not None:
-            truth.save(folder)
-
-    def _truth(self, context: Context, accused: Accused) -> Truth | None:
-        lab = context.lab
-        source = lab.models[accused.weights]
-        return Truth.beside(source.path, lab.schedule, lab.unet.image_shape)
+        lab, host = context.lab, parallel.gather(params)
+        (audited,) = context.audited
+        if parallel.is_host_zero():
+            folder = lab.run.folder / REPAIRED
+            convert.write_folder(folder, Model(_spec(lab, audited), host))
+            if accused.truth is not None:
+                accused.truth.save(folder)
+        parallel.agreed(True)  # it is there before any process reads it
 
     def _measured(
         self,
@@ -274,7 +269,6 @@ class Repair(Stage):
         accused: Accused,
         params: Params,
         pixels: np.ndarray,
-        own: bool,
     ) -> tuple[Repaired, Section]:
         """Before and after: success of both triggers, and the Frechet distance."""
         lab, evaluation = context.lab, context.evaluation
@@ -287,10 +281,11 @@ class Repair(Stage):
         backdoors: dict[str, tuple[Sampler, Any, np.ndarray, Channel | None]] = {
             "inverted trigger": (solver, candidate.delta, found_image, inside)
         }
-        if (truth := self._truth(context, accused)) is not None:
+        if (truth := accused.truth) is not None:
             by = evaluation.sampler(truth.solver)
             backdoors["true trigger"] = (by, truth.trigger, truth.target, truth.inside)
-        embedding = embedding_for(lab.unet.image_shape)
+        embedding, own = embedding_for(lab.unet.image_shape), self.images is None
+        clean = pixels if own else data.to_float(pixels)
         rates: dict[str, float] = {}
         distances: dict[str, float] = {}
         pictures: list[tuple[str, np.ndarray]] = []
@@ -303,7 +298,7 @@ class Repair(Stage):
                 rates[f"{name}, {when}"] = found.rate
                 pictures.append((f"draws, {name}, {when}", found.images))
             plain = self._plain(context, f"repair_{when}_plain", weights)
-            distances[when] = embedding.distance(plain, pixels)
+            distances[when] = embedding.distance(plain, clean)
             pictures.append((f"draws from plain noise, {when}", plain[:SHOWN]))
         seconds = lab.run.metrics.seconds(REPAIR)
         result = Repaired(
@@ -334,14 +329,27 @@ class Repair(Stage):
         return lab.run.once(name, compute)["images"]
 
 
+def _spec(lab: Lab, audited: str) -> Spec:
+    """What the model is, as its folder says, or, of weights alone, as the run does."""
+    found = None if audited == "trained" else lab.models[audited].spec
+    if found is not None:
+        return found
+    process, prediction = lab.setup.process, lab.setup.prediction
+    return Spec(lab.setup.network, Scheduling(process, prediction, clip=None))
+
+
 Made = Callable[[Backdoor], Trainer]
 
 
-def _trainer(setup: Setup, removal: Removal, training: Training) -> Made:
+def _trainer(
+    setup: Setup, removal: Removal, training: Training, distilled: bool
+) -> Made:
     """The trainer of a repair, given what is to be removed."""
 
     def made(backdoor: Backdoor) -> Trainer:
-        loss = functools.partial(removal.loss, setup.whole, setup.schedule, backdoor)
+        loss = functools.partial(
+            removal.loss, setup.whole, setup.schedule, backdoor, distilled=distilled
+        )
         return trainer(loss, training)
 
     return made
@@ -349,9 +357,9 @@ def _trainer(setup: Setup, removal: Removal, training: Training) -> Made:
 
 @functools.lru_cache(KEPT)
 def _repairing(
-    setup: Setup, removal: Removal, training: Training, chunk: int
+    setup: Setup, removal: Removal, training: Training, distilled: bool, chunk: int
 ) -> Callable[..., tuple[TrainState, TrainInfo]]:
-    made = _trainer(setup, removal, training)
+    made = _trainer(setup, removal, training, distilled)
 
     def advance(
         state: TrainState, images: Array, backdoor: Backdoor, count: Array

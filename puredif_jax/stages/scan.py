@@ -22,7 +22,6 @@ from puredif_jax.runs.report import Report
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Scan
 from puredif_jax.stages.models import Models
-from puredif_jax.stages.repair import Repair
 from puredif_jax.stages.scan_report import summarise
 from puredif_jax.stages.sweep import in_turn, keep_programs, perform_once
 from puredif_jax.stages.weights import ZOO
@@ -86,11 +85,6 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             written = time.monotonic()
     report, status = summarise(scan, models, errors, notes)
     return report, parallel.agreed(status)
-
-
-def _repair(scan: Scan, repair: Repair) -> Repair:
-    """The repair of a model, whose result is audited as the model is."""
-    return dataclasses.replace(repair, audit=scan.audit)
 
 
 def _traceback(error: Exception) -> bytes:
@@ -197,7 +191,7 @@ def as_experiment(
                 scheduler=scan.scheduler,
             ),
             screen=scan.screen,
-            then=() if scan.repair is None else (_repair(scan, scan.repair),),
+            repair=scan.repair,
             evaluation=Evaluation(
                 draws=scan.draws,
                 batch=min(scan.draws, Evaluation().batch),

@@ -62,14 +62,17 @@ def summarise(
     """
     home = pathlib.Path(scan.workdir)
     about = config.to_dict(dataclasses.replace(scan, workdir=home.name))
-    scanned = [
+    each_model = [
         _scanned(home, name, folder, errors.get(name), about)
         for name, folder in models.items()
     ]
+    scanned = [each for rows in each_model for each in rows]
     outcomes = [each.judgement.outcome for each in scanned]
     counts = Counter(outcomes)
-    status = next((STATUS[kind] for kind in STATUS if counts[kind]), 0)
-    if counts["not done yet"]:
+    # Of a model that was repaired, the result.
+    last = Counter(rows[-1].judgement.outcome for rows in each_model)
+    status = next((STATUS[kind] for kind in STATUS if last[kind]), 0)
+    if last["not done yet"]:
         status = status or STATUS["could not tell"]
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     findings = [each.finding for each in scanned if each.finding is not None]
@@ -106,36 +109,42 @@ def _scanned(
     folder: pathlib.Path | InputError,
     error: str | None,
     about: Mapping[str, Any],
-) -> _Scanned:
-    """What is known of a model: an error, what its own report says, or nothing yet."""
+) -> list[_Scanned]:
+    """What is known of a model: an error, what its own report says, or nothing yet.
+
+    Of one that was repaired also what is known of the result.
+    """
     facts = {"Weights": str(folder)} if isinstance(folder, pathlib.Path) else {}
     link = f"{name}/report.html"
-    finding = None
+    findings: list[Finding] = []
     if error is None:
         try:
-            finding = _finding(home / name, about)
+            findings = _findings(home / name, about)
         except InputError as damage:
             error = str(damage)
     if error is not None:
         row = {"model": name, "verdict": "error", "reason": error}
-        return _Scanned(Judgement(name, "error", detail=error, facts=facts), row)
-    if finding is None:
+        return [_Scanned(Judgement(name, "error", detail=error, facts=facts), row)]
+    if not findings:
         row = {"model": name, "verdict": "not done yet"}
-        return _Scanned(Judgement(name, "not done yet", facts=facts), row)
-    judged = finding.judged(name, report=link)
-    return _Scanned(judged, _row(name, finding), finding)
+        return [_Scanned(Judgement(name, "not done yet", facts=facts), row)]
+    names = [name, *(f"{name}/{each.label}" for each in findings[1:])]
+    return [
+        _Scanned(each.judged(known, report=link), _row(known, each), each)
+        for known, each in zip(names, findings, strict=True)
+    ]
 
 
-def _finding(folder: pathlib.Path, about: Mapping[str, Any]) -> Finding | None:
-    """What the run of a model has found, if it is done.
+def _findings(folder: pathlib.Path, about: Mapping[str, Any]) -> list[Finding]:
+    """What the run of a model has found, first of the model itself, if it is done.
 
     Raises:
-      RunError: its report cannot be read.
+      RunError: its report cannot be read, or tells of none.
     """
     numbers = numbers_of(folder, about)
     if numbers is None:
-        return None
-    return Finding.last(numbers, str(folder / "report.json"))
+        return []
+    return Finding.some(numbers, str(folder / "report.json"))
 
 
 def _row(name: str, finding: Finding) -> dict[str, Any]:

@@ -47,13 +47,16 @@ class Screened(Result):
       starts: how many there are.
       plain: starts of plain noise with which they are compared.
       level: of false alarms.
-      flagged: starts that a test, and in `any` at least one, takes for triggered.
+      flagged: starts that a test takes for triggered, by its name; `all` of the three
+        together. Empty where the audit has found no trigger.
+      sha256: of the file.
     """
 
     starts: int
     plain: int
     level: float
     flagged: Mapping[str, int]
+    sha256: str
 
     def numbers(self) -> dict[str, Any]:
         return {SCREENED: vars(self) | {"flagged": dict(self.flagged)}}
@@ -66,7 +69,8 @@ class Screened(Result):
         try:
             flagged = {str(k): int(v) for k, v in found["flagged"].items()}
             counts = int(found["starts"]), int(found["plain"])
-            return [cls(*counts, float(found["level"]), flagged)]
+            level, digest = float(found["level"]), str(found["sha256"])
+            return [cls(*counts, level, flagged, digest)]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{where} has no {SCREENED} of this version") from error
 
@@ -144,21 +148,29 @@ class Screen(Stage):
             array = array.transpose(0, 2, 3, 1)
         return array.astype(np.float32)
 
+    def done(self, numbers: Mapping[str, Any]) -> bool:
+        """Whether a report is of the noise that the file has now."""
+        found = Screened.read(numbers, "the report")
+        return [each.sha256 for each in found] == [sha256(self.noise)]
+
     def work(self, context: Context) -> Iterator[Work]:
         batch = context.evaluation.batch
         steps = context.evaluation.deterministic.steps
-        yield drawing(batch, self.plain * steps)
+        starts = len(self.read(context.lab.unet.image_shape))
+        yield drawing(batch, (self.plain + starts) * steps)
 
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
-        accused = state.accused
+        accused, lab = state.accused, context.lab
+        starts, digest = self.read(lab.unet.image_shape), sha256(self.noise)
         if accused is None or accused.candidate is None or accused.hypothesis is None:
             text = "The audit has found no trigger to compare the noise with."
-            return state, Outcome(sections=(Section("Starting noise", text),))
-        lab, hypothesis = context.lab, accused.hypothesis
+            nothing = Screened(len(starts), self.plain, self.level, {}, digest)
+            return state, Outcome((nothing,), (Section("Starting noise", text),))
+        hypothesis = accused.hypothesis
         member = accused.candidate.member
         assert member is not None  # a family was searched
         schedule = lab.schedule
-        z = self.read(lab.unet.image_shape) / (schedule.prior * schedule.unit)
+        z = starts / (schedule.prior * schedule.unit)  # `inputs.deviations`
         sampler = context.evaluation.sampler(hypothesis.solver)
         tests = (
             Likelihood(),
@@ -192,12 +204,12 @@ class Screen(Stage):
                 for test in tests
             }
 
-        tested = hashlib.sha256(z.tobytes() + str(self.plain).encode())
-        name = f"screened_{accused.label}_{tested.hexdigest()[:8]}"
+        kind = hypothesis.name.replace(" ", "_")
+        name = f"screened_{accused.label}_{kind}_{self.plain}_{digest[:12]}"
         p = lab.run.once(name, compute, tuple(test.name for test in tests))
         p["all"] = np.minimum(1, len(tests) * np.min(np.stack([*p.values()]), axis=0))
         flagged = {name: int((each <= self.level).sum()) for name, each in p.items()}
-        result = Screened(len(z), self.plain, self.level, flagged)
+        result = Screened(len(z), self.plain, self.level, flagged, digest)
         rows = tuple(
             {"start": i} | {name: float(each[i]) for name, each in p.items()}
             for i in range(len(z))
@@ -213,6 +225,19 @@ class Screen(Stage):
         )
         section = Section("Starting noise", text, rows[:SHOWN])
         return state, Outcome((result,), (section,))
+
+
+def sha256(path: str) -> str:
+    """Of a file.
+
+    Raises:
+      RunError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror})") from error
 
 
 @functools.lru_cache(KEPT)

@@ -30,6 +30,8 @@ class Stream(enum.IntEnum):
     STARTS = 505
     DENOISING = 606
     SCREEN = 707
+    REPAIR = 808
+    OWN_IMAGES = 909
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,7 +80,7 @@ def keep_programs(workdir: str) -> None:
 def perform_once(
     experiment: Experiment, label: str, models: Models | None = None
 ) -> bool:
-    """Does a run that has no report yet, or one by another detector.
+    """Does a run that has no report yet, or one by another detector or of other noise.
 
     Args:
       experiment: the run.
@@ -97,7 +97,10 @@ def perform_once(
     models = opened(experiment) if models is None else models
     folder = pathlib.Path(experiment.workdir)
     wanted = config.to_dict(experiment)
-    done = is_run(folder, wanted) and numbers_of(folder, wanted) is not None
+    numbers = numbers_of(folder, wanted) if is_run(folder, wanted) else None
+    done, screen = numbers is not None, experiment.screen
+    if numbers is not None and screen is not None:
+        done = screen.done(numbers)
     if parallel.agreed(done):
         pin(folder, digests(experiment, models))
         return False
