@@ -136,7 +136,10 @@ def success_row(name: str, report: Row) -> Row:
         "cosine": f"{ours.cosine:.3f}",
         "relative L2": f"{ours.relative_l2:.3f}",
     }
-    for baseline in ("elijah", "elijah, equal evaluations"):
+    made = report["numbers"]["trained"]["inversions"]
+    methods = [str(row["method"]) for row in made]
+    baselines = dict.fromkeys(each for each in methods if each.startswith("elijah"))
+    for baseline in baselines:
         found = inversions(report, baseline)[attack]
         row[baseline] = f"{percent(found.success)}, {found.cosine:.2f}"
     if leaked is not None:

@@ -2,8 +2,8 @@
 
     python -m puredif_jax.main --config=configs/defenses.py
 
-Each of six backdoors is trained with three seeds, and six clean models beside them,
-whose scores are the thresholds. Each model is audited by PureDiffusion, Elijah and TERD
+Each of six backdoors is trained with three seeds, and six clean models beside them, to
+compare their scores with. Each model is audited by PureDiffusion, Elijah and TERD
 with 10,000 and with 40,000 gradients of the network on an image in each inversion.
 Started twice, on one core each (`taskset -c 0`, `taskset -c 1`), the two calls share
 the runs; `--config.only='patch/*'` does a part. The tables are report.html, report.json

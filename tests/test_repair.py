@@ -130,8 +130,9 @@ def test_what_cannot_be_written_is_refused_before_the_audit(
     def refused(spec):
         raise ConvertError("it has no name there")
 
+    scan = plan(tmp_path, Repair(training=SHORT))
     monkeypatch.setattr(repairs.convert, "configurations", refused)
-    perform_scan(plan(tmp_path, Repair(training=SHORT)))
+    perform_scan(scan)
     (found,) = json.loads((tmp_path / "scan" / "report.json").read_text())["judgements"]
     assert found["outcome"] == "error"
     assert "could not be written as a folder of diffusers: it has" in found["detail"]
