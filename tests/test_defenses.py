@@ -219,6 +219,7 @@ def test_a_budget_is_kept(defense: type[Defense], budget: int) -> None:
             assert each.evaluations(kind) == pytest.approx(3 * budget, rel=0.1)
             assert 1 <= each.descent.candidates <= before.descent.candidates
             assert each.descent.scout < each.descent.steps
+            assert each.images <= before.images
             assert len(each.phases) == len(before.phases)
             for new, old in zip(each.phases, before.phases, strict=True):
                 assert new.loss == old.loss

@@ -107,6 +107,8 @@ def published(solver: Solver) -> Inversion:
             bound=None,
             cosine=False,
         ),
+        blocks=None,
+        spectrum=None,
     )
 
 

@@ -146,16 +146,22 @@ class Inversion:
     def within(self, gradients: int, hypothesis: Hypothesis) -> Inversion:
         """The same search at another cost, that of so many gradients on an image.
 
-        Steps, candidates and the draws of starts change in proportion, in each phase.
+        Steps change in proportion, in each phase; at a smaller cost so do candidates
+        and the draws of starts.
         """
-        factor = 3 * gradients / self.evaluations(hypothesis)
+        wanted, whole = 3 * gradients, self.evaluations(hypothesis)
+        fewer = min(1.0, wanted / whole)
+        starts = self.starts(hypothesis)
+        before = 0 if starts is None else starts.evaluations
+        after = 0 if starts is None else starts.times(fewer).evaluations
+        factor = max(0.0, wanted - after) / (whole - before)
 
         def times(phase: Inversion) -> Inversion:
             return dataclasses.replace(
                 phase,
                 descent=phase.descent.times(factor),
-                blocks=phase.blocks and phase.blocks.times(factor),
-                spectrum=phase.spectrum and phase.spectrum.times(factor),
+                blocks=phase.blocks and phase.blocks.times(fewer),
+                spectrum=phase.spectrum and phase.spectrum.times(fewer),
                 refined=phase.refined and times(phase.refined),
             )
 
