@@ -83,8 +83,8 @@ def test_a_repair_goes_from_a_folder_to_a_folder(repair: Repair, tmp_path) -> No
     assert done.images == (4 if done.own else 9)
     names = ("inverted trigger, before", "inverted trigger, after")
     assert tuple(done.success) == names and set(done.frechet) == {"before", "after"}
-    assert [each["name"] for each in found["judgements"]] == ["model", "repaired"]
-    repaired = convert.read_folder(tmp_path / "scan" / "model" / "repaired")
+    assert [each["name"] for each in found["judgements"]] == ["model", repair.name]
+    repaired = convert.read_folder(tmp_path / "scan" / "model" / repair.name)
     original = convert.read_folder(tmp_path / "model")
     assert repaired.spec.network == original.spec.network
     assert repaired.spec.scheduling == original.spec.scheduling
@@ -94,15 +94,16 @@ def test_a_repair_goes_from_a_folder_to_a_folder(repair: Repair, tmp_path) -> No
     assert max(jax.tree.leaves(moved)) > 1e-5
     table = json.loads((tmp_path / "scan" / "report.json").read_text())
     rows = {each["name"]: each["facts"]["Weights"] for each in table["judgements"]}
-    assert rows.keys() == {"model", "model/repaired"}
-    assert rows["model/repaired"] == "repaired"
+    assert rows.keys() == {"model", f"model/{repair.name}"}
+    assert rows[f"model/{repair.name}"] == repair.name
 
 
 def test_a_repair_is_measured_with_the_true_trigger_where_it_is_known(
     tmp_path,
 ) -> None:
     """Also of a backdoor that is drawn inside its channel; the truth goes along."""
-    scan = plan(tmp_path, Repair(training=SHORT, draws=4))
+    repair = Repair(training=SHORT, draws=4)
+    scan = plan(tmp_path, repair)
     attack = TrojDiff(Blend(0.6), Hat())
     shape = tiny_config.TINY.image_shape
     truth = Truth.of(attack, LinearBetas().tables(), shape)
@@ -116,7 +117,7 @@ def test_a_repair_is_measured_with_the_true_trigger_where_it_is_known(
     assert set(done.success) == {
         f"{k}, {w}" for k in kinds for w in ("before", "after")
     }
-    repaired = tmp_path / "scan" / "model" / "repaired"
+    repaired = tmp_path / "scan" / "model" / repair.name
     found = Truth.beside(repaired, LinearBetas().tables(), shape)
     assert found is not None
     np.testing.assert_allclose(found.trigger, truth.trigger, atol=1e-6)
@@ -152,9 +153,10 @@ def test_the_model_of_the_run_itself_is_repaired(tmp_path) -> None:
         repair=Repair(training=SHORT, draws=4),
         devices=1,
     )
-    numbers = perform(experiment).numbers
-    assert {"trained", "repaired", REPAIR} <= set(numbers)
-    assert (tmp_path / "run" / "repaired" / "unet").is_dir()
+    assert experiment.repair is not None
+    name = experiment.repair.name
+    assert {"trained", name, REPAIR} <= set(perform(experiment).numbers)
+    assert (tmp_path / "run" / name / "unet").is_dir()
 
 
 def test_a_repair_tells_its_cost(tmp_path) -> None:
@@ -183,7 +185,7 @@ def test_a_repair_that_is_interrupted_goes_on(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(repairs, "_repairing", lambda *_: None)  # no step again
     perform_scan(plan(tmp_path, repair))
     pair = [
-        convert.read_folder(tmp_path / home / "model" / "repaired").params
+        convert.read_folder(tmp_path / home / "model" / repair.name).params
         for home in ("whole", "scan")
     ]
     jax.tree.map(np.testing.assert_array_equal, *pair)
@@ -194,10 +196,30 @@ def test_a_model_that_was_called_clean_is_left_alone(always: bool, tmp_path) -> 
     repair = Repair(training=SHORT, draws=4, always=always)
     perform_scan(plan(tmp_path, repair, CALM))
     folder = tmp_path / "scan" / "model"
-    assert (folder / "repaired").exists() == always
+    assert (folder / repair.name).exists() == always
     assert (REPAIR in report(tmp_path)["numbers"]) == always
     said = "the model is left as it is" in (folder / "report.html").read_text()
     assert said != always
+
+
+def test_an_audit_that_is_done_is_repaired_later_and_in_two_ways(tmp_path) -> None:
+    """Without another inversion of the model; neither result replaces the other."""
+    ways = [Repair(training=SHORT, draws=4), Repair(ThreeTerms(), SHORT, draws=4)]
+    scan = plan(tmp_path, ways[0])
+    perform_scan(dataclasses.replace(scan, repair=None))
+    results_ = tmp_path / "scan" / "model" / "results"
+    kept = {path: path.stat().st_mtime_ns for path in results_.glob("puredif_model*")}
+    for repair in ways:
+        perform_scan(dataclasses.replace(scan, repair=repair))
+        names = [each["name"] for each in report(tmp_path)["judgements"]]
+        assert names == ["model", repair.name]
+    assert kept and all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    first, second = (
+        convert.read_folder(tmp_path / "scan" / "model" / repair.name).params
+        for repair in ways
+    )
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first, second)
+    assert max(jax.tree.leaves(moved)) > 0
 
 
 def test_a_scan_says_that_it_repairs(tmp_path) -> None:

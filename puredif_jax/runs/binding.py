@@ -21,7 +21,7 @@ from puredif_jax.runs import parallel
 from puredif_jax.types import InputError
 
 # What does not change what a run finds, or comes after all that it keeps.
-PLACE = ("workdir", "devices", "save_every", "screen")
+PLACE = ("workdir", "devices", "save_every", "screen", "repair")
 BEGUN = ("checkpoints", "results", "report.json")
 
 
@@ -55,8 +55,9 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     """Whether a folder holds a run of this configuration; False if it holds none.
 
     Where the run lies and how many devices it has may change while it goes on, by
-    which detector it is judged, and which starting noise is screened. A configuration
-    under which nothing was begun, for what it names was wrong, binds nothing.
+    which detector it is judged, which starting noise is screened, and how the model is
+    repaired. A configuration under which nothing was begun, for what it names was
+    wrong, binds nothing.
 
     Raises:
       RunError: it holds a run of another one, a scan or a sweep, or a file that is no
@@ -153,7 +154,7 @@ def _configuration(folder: pathlib.Path, kind: str) -> dict[str, Any] | None:
 def numbers_of(
     folder: pathlib.Path, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What the report of a run has in `numbers`, if it is by this detector and screen.
+    """What the report of a run has in `numbers`, if it was judged in this way.
 
     One that is damaged is named in the log; the run then writes it again.
     """
@@ -172,12 +173,12 @@ def numbers_of(
 def _judging(config: Mapping[str, Any]) -> Any:
     """How a run judges: the detectors of its audit and of each defense in it.
 
-    And which starting noise it screens.
+    And which starting noise it screens, and how it repairs the model.
     """
     audit = config.get("audit") or {}
     defenses = audit.get("baselines") or ()
     detectors = [audit.get("detector"), *(each.get("detector") for each in defenses)]
-    return [*detectors, config.get("screen")]
+    return [*detectors, config.get("screen"), config.get("repair")]
 
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,12 +32,12 @@ from puredif_jax.stages.measure import FRECHET, SUCCESS
 from puredif_jax.stages.pictures import as_images
 from puredif_jax.stages.repair import REPAIR
 from puredif_jax.stages.screen import SCREENED
-from puredif_jax.stages.weights import REPAIRED, WEIGHTS, Truth, find_weights
+from puredif_jax.stages.weights import WEIGHTS, Truth, find_weights
 from puredif_jax.stages.work import Work, drawing, inverting
 from puredif_jax.types import Params
 
-OWN = {"trained": WEIGHTS, "repaired": REPAIRED}
-"""Names of the results of a run itself, and where they lie in its folder."""
+OWN = ("trained", "repaired")
+"""Names of the results of a run itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +166,20 @@ class Audit(Stage):
         findings: list[Finding] = []
         sections: list[Section] = []
         for name, label in labels(self.weights).items():
-            if context.place and name != "repaired":
-                label = f"{label}-{context.place + 1}"  # what it finds is kept apart
-            if name == "repaired" and state.repaired is None:
-                continue  # there was nothing to repair
-            own = {"trained": state.params, "repaired": state.repaired}
-            params = own[name] if name in OWN else context.lab.load(name)
-            finding, section, accused = self._audit(context, name, label, params)
+            where = name
+            if name == "repaired":
+                if state.repaired is None:
+                    continue  # there was nothing to repair
+                where, params = state.repaired
+                label = where
+            else:
+                if name == "trained":
+                    where, params = WEIGHTS, state.params
+                else:
+                    params = context.lab.load(name)
+                if context.place:  # what it finds is kept apart
+                    label = f"{label}-{context.place + 1}"
+            finding, section, accused = self._audit(context, name, label, params, where)
             state = dataclasses.replace(state, accused=accused)
             findings.append(finding)
             sections.append(section)
@@ -186,12 +193,14 @@ class Audit(Stage):
         return Truth.beside(find_weights(name), setup.schedule, setup.image_shape)
 
     def _audit(
-        self, context: Context, name: str, label: str, params: Params
+        self, context: Context, name: str, label: str, params: Params, where: str
     ) -> tuple[Finding, Section, Accused]:
-        """Inverts and judges one model, from the model alone."""
+        """Inverts and judges one model, from the model alone.
+
+        `where` is its name, or for one of the run itself its place in the folder.
+        """
         lab = context.lab
-        place = {each: lab.run.folder / path for each, path in OWN.items()}
-        source = lab.models[place.get(name, name)]
+        source = lab.models[lab.run.folder / where if name in OWN else where]
         truth = Truth.beside(source.path, lab.schedule, lab.setup.image_shape)
         bench = Inspector(
             lab,
@@ -210,7 +219,7 @@ class Audit(Stage):
         assert verdict is not None
         finding = Finding(
             label=label,
-            weights=OWN.get(name, name),
+            weights=where,
             # Process 0 has written them, and it alone writes of them.
             sha256=source.digests if parallel.is_host_zero() else {},
             remarks=() if name in OWN else source.remarks,

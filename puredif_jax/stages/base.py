@@ -108,14 +108,15 @@ class State:
 
     Attributes:
       params: weights of the model at hand; None before there are any.
-      repaired: those of the model that was repaired.
+      repaired: the folder, in that of the run, and the weights of the model that was
+        repaired.
       trigger: with which training goes on, in place of the attack's own.
       accused: the model that was audited last.
     """
 
     params: Params | None = None
     trigger: np.ndarray | None = None
-    repaired: Params | None = None
+    repaired: tuple[str, Params] | None = None
     accused: Accused | None = None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -26,7 +28,7 @@ from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.base import Model, Spec
 from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.scheduling import Scheduling
-from puredif_jax.runs import parallel
+from puredif_jax.runs import config, parallel
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
 from puredif_jax.stages.base import (
@@ -43,7 +45,6 @@ from puredif_jax.stages.lab import SHOWN, Lab
 from puredif_jax.stages.programs import KEPT, repeated
 from puredif_jax.stages.setup import Setup, Stream
 from puredif_jax.stages.train import batches
-from puredif_jax.stages.weights import REPAIRED
 from puredif_jax.stages.work import Step, Work, drawing
 from puredif_jax.types import Array, Params
 
@@ -114,9 +115,10 @@ class Repair(Stage):
     """Trains the backdoor out of the model that was audited.
 
     The trigger is the one that the audit has found. What is written is a folder of
-    diffusers, `repaired` in the folder of the run; the model itself stays as it is. A
-    model that the audit has not called backdoored is left alone. The audit of the
-    result follows (`Experiment.repair`).
+    diffusers in that of the run; the model itself stays as it is. A model that the
+    audit has not called backdoored is left alone. The audit of the result follows
+    (`Experiment.repair`). A run that is done may be given a repair later, or another
+    one: the audit is not done again, and what an earlier one made stays.
 
     Attributes:
       removal: how.
@@ -137,6 +139,12 @@ class Repair(Stage):
     def __post_init__(self) -> None:
         if self.draws < 4 or self.draws % 2:
             raise ValueError(f"draws must be even, 4 or more, found {self.draws}")
+
+    @property
+    def name(self) -> str:
+        """Its own, by its settings: of the folder that it writes, for one."""
+        settings = json.dumps(config.to_dict(self), sort_keys=True)
+        return f"repaired-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
     def check(self, context: Context) -> None:
         lab, batch = context.lab, self.training.batch
@@ -199,7 +207,7 @@ class Repair(Stage):
         params = self._trained(context, accused, pixels)
         self._save(context, accused, params)
         result, section = self._measured(context, accused, params, pixels)
-        state = dataclasses.replace(state, repaired=params)
+        state = dataclasses.replace(state, repaired=(self.name, params))
         return state, Outcome((result,), (section,))
 
     def _images(self, context: Context, accused: Accused) -> np.ndarray:
@@ -223,7 +231,7 @@ class Repair(Stage):
             ]
             return {"images": np.clip(np.concatenate(pairs), -1, 1)}
 
-        return lab.run.once("repair_images", compute)["images"]
+        return lab.run.once(f"{self.name}_images", compute)["images"]
 
     def _trained(
         self, context: Context, accused: Accused, pixels: np.ndarray
@@ -249,7 +257,9 @@ class Repair(Stage):
 
         shapes = jax.eval_shape(begin)
         steps = training.steps
-        found: TrainState = run.loop(REPAIR, several, begin, shapes, steps, lab.chunk)
+        found: TrainState = run.loop(
+            self.name, several, begin, shapes, steps, lab.chunk
+        )
         return found.ema_params
 
     def _save(self, context: Context, accused: Accused, params: Params) -> None:
@@ -257,7 +267,7 @@ class Repair(Stage):
         lab, host = context.lab, parallel.gather(params)
         (audited,) = context.audited
         if parallel.is_host_zero():
-            folder = lab.run.folder / REPAIRED
+            folder = lab.run.folder / self.name
             convert.write_folder(folder, Model(_spec(lab, audited), host))
             if accused.truth is not None:
                 accused.truth.save(folder)
@@ -291,16 +301,16 @@ class Repair(Stage):
         pictures: list[tuple[str, np.ndarray]] = []
         for when, weights in (("before", accused.params), ("after", params)):
             for name, (by, r, target, inner) in backdoors.items():
-                file = f"repair_{when}_{name.replace(' ', '_')}"
+                file = f"{self.name}_{when}_{name.replace(' ', '_')}"
                 found = lab.success(
                     file, weights, by, r, target, evaluation.draws, inner
                 )
                 rates[f"{name}, {when}"] = found.rate
                 pictures.append((f"draws, {name}, {when}", found.images))
-            plain = self._plain(context, f"repair_{when}_plain", weights)
+            plain = self._plain(context, f"{self.name}_{when}_plain", weights)
             distances[when] = embedding.distance(plain, clean)
             pictures.append((f"draws from plain noise, {when}", plain[:SHOWN]))
-        seconds = lab.run.metrics.seconds(REPAIR)
+        seconds = lab.run.metrics.seconds(self.name)
         result = Repaired(
             self.removal.name,
             embedding.name,
@@ -315,7 +325,7 @@ class Repair(Stage):
         text = (
             f"By {self.removal.name}: {self.training.steps:,} steps of "
             f"{self.training.batch} images, of {len(pixels):,} {whose}, in "
-            f"{seconds / 60:.1f} minutes. The repaired model is in {REPAIRED}."
+            f"{seconds / 60:.1f} minutes. The repaired model is in {self.name}."
         )
         table = tuple({"draws": k, "at MSE < 0.01": v} for k, v in rates.items())
         return result, Section("Repair", text, table, tuple(pictures))

@@ -24,7 +24,6 @@ from puredif_jax.types import InputError
 
 ASSETS = pathlib.Path(str(importlib.resources.files("puredif_jax") / "assets"))
 WEIGHTS = "weights.safetensors"  # in a run, those of the model that it has trained
-REPAIRED = "repaired"  # in a run, the folder of the model that it has repaired
 ZOO = ASSETS / "zoo"  # models that ship, as diffusers folders
 
 
