@@ -384,4 +384,4 @@ def test_each_use_of_randomness_has_a_stream_of_its_own(tmp_path) -> None:
     lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
     keys = {name: lab.stream(x) for name, x in Stream.__members__.items()}
     words = {tuple(jax.random.key_data(key).tolist()) for key in keys.values()}
-    assert len(words) == len(keys) == 6
+    assert len(words) == len(keys) > 1

@@ -126,7 +126,7 @@ def test_seconds_are_those_of_all_calls(tmp_path: pathlib.Path) -> None:
     metrics.write("x_end", 1, seconds=32.0)
     metrics.write("y", 2, seconds=16.0)
     once = Inversion()
-    twice = Inversion(refined=Inversion())
+    twice = Inversion(refined=Inversion(blocks=None, spectrum=None))
     assert search.seconds(lab, "x", once) == 47
     metrics.rewind("x", 2)
     assert search.seconds(lab, "x", once) == 39
