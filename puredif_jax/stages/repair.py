@@ -128,6 +128,7 @@ class Repair(Stage):
       draws: of the model itself, where no images are given, and to compare; an even
         number.
       always: repair also a model that was called clean, or could not be told.
+      seed: of the noise in the training; the same audit can be repaired with several.
     """
 
     removal: Removal = Unlearning()
@@ -135,10 +136,13 @@ class Repair(Stage):
     images: ImageSet | None = None
     draws: int = 1024
     always: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.draws < 4 or self.draws % 2:
             raise ValueError(f"draws must be even, 4 or more, found {self.draws}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in 0..{2**32 - 1}, found {self.seed}")
 
     @property
     def name(self) -> str:
@@ -247,7 +251,8 @@ class Repair(Stage):
 
         def begin() -> TrainState:
             start = self.removal.prepared(accused.params)
-            return made(backdoor).init(start, lab.stream(Stream.REPAIR))
+            key = jax.random.fold_in(lab.stream(Stream.REPAIR), self.seed)
+            return made(backdoor).init(start, key)
 
         def several(
             state: TrainState, first: int, last: int
