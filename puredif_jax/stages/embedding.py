@@ -18,6 +18,8 @@ from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs import weight_file
 from puredif_jax.stages.weights import ASSETS
 
+CELLS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Embedding(abc.ABC):
@@ -62,15 +64,9 @@ class GarmentNet(Embedding):
         return np.asarray(embed(images))
 
 
-@dataclasses.dataclass(frozen=True)
 class Pixels(Embedding):
-    """Mean pixels of a grid, of any images.
+    """Mean pixels of a grid of 8x8 cells, or fewer, of any images."""
 
-    Attributes:
-      side: cells along each axis, at most.
-    """
-
-    side: int = 8
     name = "pixels"
 
     def fits(self, shape: Shape) -> bool:
@@ -78,7 +74,7 @@ class Pixels(Embedding):
 
     def features(self, images: np.ndarray) -> np.ndarray:
         count, height, width, channels = images.shape
-        cells = min(self.side, height), min(self.side, width)
+        cells = min(CELLS, height), min(CELLS, width)
         clipped = jnp.clip(jnp.asarray(images, jnp.float32), -1, 1)
         small = jax.image.resize(
             clipped, (count, *cells, channels), "linear", antialias=True
