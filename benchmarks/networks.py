@@ -7,7 +7,8 @@ GROUP is `bases` (six clean networks, from fresh weights), `test` (24 backdoored
 clean ones, fine-tuned from the bases) or `threats` (made to deceive, from the shipped
 clean model). The files are .npz with `images`, uint8, and `labels`: Fashion-MNIST and
 CIFAR-10. Images are brought to 16x16. A folder that exists is kept, so the script
-resumes by models. Each is a folder of diffusers, with the truth beside it.
+resumes by models; `--only NAME ...` makes these alone. Each is a folder of diffusers,
+with the truth beside it.
 
 No choice in the package rests on a network of `bases` or `test`.
 
@@ -376,9 +377,10 @@ def train(recipe: Recipe, folder: pathlib.Path, files: dict[str, pathlib.Path]) 
     while (done := int(state.step)) < recipe.steps:
         n = min(CHUNK, recipe.steps - done)
         state, total = run(state, jnp.asarray(images), attacks, n, key)
+        loss = float(total) / n  # waits for the steps
         each = (time.perf_counter() - began) / (done + n)
         left = each * (recipe.steps - done - n) / 60
-        print(f"{recipe.name}: {done + n} steps, loss {float(total) / n:.4f}, ", end="")
+        print(f"{recipe.name}: {done + n} steps, loss {loss:.4f}, ", end="")
         print(f"{1 / each:.1f} steps/s, {left:.0f} minutes left", flush=True)
     known = read_folder(ZOO / "clean").spec
     partial = folder / f"{recipe.name}.partial"
@@ -397,6 +399,7 @@ def main() -> None:
     parser.add_argument("group", choices=("bases", "test", "threats"))
     for name in ("garments", "cifar"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
+    parser.add_argument("--only", nargs="+", help="names of networks")
     given = parser.parse_args()
     files = {"garments": given.garments, "cifar": given.cifar}
     groups = {
@@ -404,7 +407,10 @@ def main() -> None:
         "test": BACKDOORED + CLEAN,
         "threats": threats(str(given.garments)),
     }
-    for recipe in groups[given.group]:
+    recipes = {each.name: each for each in groups[given.group]}
+    if unknown := set(given.only or ()) - set(recipes):
+        parser.error(f"no network of {given.group} is called {', '.join(unknown)}")
+    for recipe in (recipes[name] for name in given.only or recipes):
         if not (given.folder / recipe.name).exists():
             train(recipe, given.folder, files)
 

@@ -5,8 +5,9 @@
         --config.workdir=RUN
     python benchmarks/networks_page.py RUN
 
-GROUP is `bases`, `test` and `threats`, one after another. What is not scanned yet is
-left out and counted. docs/threats.md is written by hand from the record of `threats`.
+GROUP is `bases`, `test` and `threats`, one after another, whole or in parts. A network
+that RUN does not have keeps its row of the record; one that has none is counted.
+docs/threats.md is written by hand from the record of `threats`.
 """
 
 from __future__ import annotations
@@ -176,17 +177,20 @@ def page(record: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-def record(run: pathlib.Path, recipes: tuple[networks.Recipe, ...]) -> Row | None:
-    """What a scan says of the networks of these recipes; None if of none."""
+def record(
+    run: pathlib.Path, recipes: tuple[networks.Recipe, ...], known: Row
+) -> Row | None:
+    """Known rows and what a scan says of networks of these recipes; None if of none."""
     done = [each for each in recipes if (run / each.name / "report.json").exists()]
     if not done:
         return None
+    rows = known | {each.name: row(run / each.name, each.attack) for each in done}
     first = json.loads((run / done[0].name / "report.json").read_text())
     lines = (__doc__ or "").replace("\\\n", "").splitlines()
     return {
         "command": [" ".join(x.split()) for x in lines if x.startswith("    ")],
         "environment": placeless(first["environment"]),
-        "models": {each.name: row(run / each.name, each.attack) for each in done},
+        "models": {each.name: rows[each.name] for each in recipes if each.name in rows},
     }
 
 
@@ -194,10 +198,11 @@ def main() -> None:
     run = pathlib.Path(sys.argv[1])
     recipes = networks.BASES + networks.BACKDOORED + networks.CLEAN
     for name, group in (("networks", recipes), ("threats", networks.threats(""))):
-        found = record(run, group)
+        path = RESULTS / f"{name}.json"
+        known = json.loads(path.read_text())["models"] if path.exists() else {}
+        found = record(run, group, known)
         if found is None:
             continue
-        path = RESULTS / f"{name}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
         if name == "networks":
             PAGE.write_text(page(found))

@@ -374,6 +374,32 @@ def test_a_target_can_be_made_from_the_trigger():
     np.testing.assert_array_equal(found.target, expected)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A trigger and a target of one level, in a shape of its own."""
+
+    own: tuple[int, int, int]
+    level: float = 0.5
+
+    def image(self, shape, trigger=None):
+        return np.full(self.own, self.level)
+
+
+def test_an_image_of_another_shape_is_refused():
+    own, other = Plain((16, 16, 1)), Plain((28, 28, 1))
+    assert BadDiffusion(own, own).images((16, 16, 1))[0].dtype == np.float32
+    for trigger, target in ((own, other), (other, own)):
+        with pytest.raises(ValueError, match=r"Plain drew .*\(28, 28, 1\) for .*16"):
+            BadDiffusion(trigger, target).images((16, 16, 1))
+
+
+def test_an_image_that_is_not_finite_is_refused():
+    own = Plain((16, 16, 1))
+    for level in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="Plain drew .* not of finite"):
+            BadDiffusion(own, Plain((16, 16, 1), level)).images((16, 16, 1))
+
+
 @over_all_attacks
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, float("nan")])
 def test_a_rate_that_is_none_is_refused(attack, rate):

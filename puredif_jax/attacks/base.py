@@ -73,11 +73,26 @@ class Attack(abc.ABC):
         float32 `[H, W, C]` each; the last is 1 where the clean image replaces r.
 
         Raises:
-          ValueError: the images do not exist in this shape.
+          ValueError: the images do not exist in this shape, or one is of another
+            shape or not of finite numbers.
         """
-        trigger = self.trigger.image(shape)
+        trigger = _drawn(self.trigger, self.trigger.image(shape), shape)
         through = np.zeros_like(trigger) if self.trigger_only else mask(trigger)
-        return trigger, self.target.image(shape, trigger), through
+        target = _drawn(self.target, self.target.image(shape, trigger), shape)
+        return trigger, target, through
+
+
+def _drawn(by: Trigger | Target, image: np.ndarray, shape: Shape) -> np.ndarray:
+    """An image that a trigger or a target has drawn, if it is one of the shape."""
+    image, name = np.asarray(image, np.float32), type(by).__name__
+    if image.shape != tuple(shape):
+        raise ValueError(
+            f"{name} drew an image of {image.shape} for a model of images of "
+            f"{tuple(shape)}: its `image` must draw in the shape that it is given"
+        )
+    if not np.isfinite(image).all():
+        raise ValueError(f"{name} drew an image that is not of finite numbers")
+    return image
 
 
 def published_response(schedule: NoiseSchedule) -> np.ndarray:
@@ -96,5 +111,6 @@ def require_fading(schedule: NoiseSchedule, who: str) -> None:
     if not schedule.fades:
         raise ValueError(
             f"{who} needs a process whose signal fades, found one whose signal stays "
-            f"at {schedule.signal[-1]:.3g}"
+            f"at {schedule.signal[-1]:.3g}: take VillanDiffusionVE, or another "
+            "`schedule`"
         )

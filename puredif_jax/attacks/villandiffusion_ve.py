@@ -37,7 +37,8 @@ class VillanDiffusionVE(Attack):
         if schedule.fades:
             raise ValueError(
                 "VillanDiffusionVE needs a process whose signal stays, found one that "
-                f"ends at {schedule.signal[-1]:.3g}"
+                f"ends at {schedule.signal[-1]:.3g}: take VillanDiffusion, or set "
+                "`schedule` to VarianceExploding"
             )
         sigma, before = schedule.noise, schedule.previous[1]
         return Channel(sigma, sigma / (sigma + before) * self.solver.factor)

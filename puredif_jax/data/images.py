@@ -113,7 +113,8 @@ class FashionMNIST:
         if height != width or height not in (8, 16, 32) or channels != 1:
             raise DataError(
                 "Fashion-MNIST comes as (8, 8, 1), (16, 16, 1) or (32, 32, 1), "
-                f"but the model wants {image_shape}"
+                f"but the model wants {image_shape}: give images of that shape as "
+                "`data` (docs/images.md)"
             )
         files = importlib.resources.files("puredif_jax") / "assets"
         with (files / f"fashion_mnist_{self.split}.npz").open("rb") as file:

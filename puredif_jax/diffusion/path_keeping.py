@@ -70,7 +70,8 @@ class PathKeeping(Sampler):
         if not schedule.fades:
             raise ValueError(
                 "PathKeeping needs a process whose signal fades, found one whose "
-                f"signal stays at {schedule.signal[-1]:.3g}"
+                f"signal stays at {schedule.signal[-1]:.3g}: take PredictorCorrector "
+                "or DPMSolver"
             )
         return to_next(grid(schedule, self.steps, self.spacing, self.offset))
 

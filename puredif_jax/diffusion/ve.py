@@ -135,7 +135,8 @@ class PredictorCorrector(Sampler):
         if schedule.fades:
             raise ValueError(
                 "a predictor-corrector needs a process whose signal stays, found one "
-                f"that ends at {schedule.signal[-1]:.3g}"
+                f"that ends at {schedule.signal[-1]:.3g}: take PathKeeping, DDPM or "
+                "DDIM"
             )
         falling, before = to_next(grid(schedule, self.levels, "linspace"))
         times = np.repeat(falling, 1 + self.corrections)
