@@ -26,14 +26,15 @@ from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
-from puredif_jax.metrics import garment_net
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.stages.amplify import Amplification
 from puredif_jax.stages.audit import Audit
+from puredif_jax.stages.embedding import Pixels
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Scan, Sweep
 from puredif_jax.stages.measure import Measure
 from puredif_jax.stages.perform import names, open_lab
+from puredif_jax.stages.quality import quality
 from puredif_jax.stages.train import Train
 from puredif_jax.types import Candidate
 
@@ -154,22 +155,24 @@ def test_frechet_draws_come_in_pairs(tmp_path, monkeypatch) -> None:
     """A network that says 0 draws eps, scaled: each pair then sums to nothing."""
     asked: list[np.ndarray] = []
 
-    def distance(drawn: np.ndarray, real: np.ndarray) -> float:
-        asked.append(drawn)
-        return 1.0
+    def features(self: Pixels, images: np.ndarray) -> np.ndarray:
+        asked.append(images)
+        return images.reshape(len(images), -1)[:, :2]
 
-    monkeypatch.setattr(garment_net, "embed", lambda weights, images: images)
-    monkeypatch.setattr(metrics, "frechet_distance", distance)
-    options = Evaluation(batch=8, deterministic=DDIM(steps=2, clip=None))
+    monkeypatch.setattr(metrics, "frechet_distance", lambda *_: 1.0)
+    monkeypatch.setattr(Pixels, "features", features)
+    sampler = DDIM(steps=2, clip=None)
+    options = Evaluation(
+        batch=8, deterministic=sampler, frechet_draws=24, embedding=Pixels()
+    )
     lab = open_lab(Experiment(str(tmp_path), model=TINY, evaluation=options))
     silent = draw_params(TINY, scale=0.0)
-    sampler, images = options.deterministic, FashionMNIST()
-    found = lab.frechet("silent", silent, sampler, images, 24)
+    found = quality(lab, options, "silent", silent, FashionMNIST())
     assert found == (1.0, {})
-    (drawn,) = asked
+    _, drawn = asked
     assert drawn.shape == (24, *TINY.image_shape) and np.ptp(drawn[:12]) > 1
     np.testing.assert_array_equal(drawn[:12], -drawn[12:])
-    _, rates = lab.frechet("same", silent, sampler, images, 24, drawn[5])
+    _, rates = quality(lab, options, "same", silent, FashionMNIST(), drawn[5])
     assert rates == metrics.success(drawn, drawn[5]) and rates["mse<0.001"] == 1 / 24
 
 

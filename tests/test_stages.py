@@ -26,12 +26,14 @@ from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.diffusion.ve import VarianceExploding
+from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs import weight_file
-from puredif_jax.stages import lab, search, train
+from puredif_jax.stages import search, train
 from puredif_jax.stages import perform as stages
 from puredif_jax.stages.amplify import Amplification, Amplified, Snapshot
 from puredif_jax.stages.audit import Audit, labels
 from puredif_jax.stages.base import Context, Result, State, results
+from puredif_jax.stages.embedding import GarmentNet
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.measure import Measure, Measured, Rate
@@ -110,8 +112,10 @@ def test_leaks_are_counted_in_the_draws_of_the_frechet_distance(
     tmp_path, monkeypatch
 ) -> None:
     """By a network that draws the target, whatever the noise, and one that cannot."""
-    counting = lambda self, drawn, real: float(len(drawn))  # noqa: E731
-    monkeypatch.setattr(lab.GarmentNet, "distance", counting)
+    counting = lambda drawn, real: float(drawn.mean[0])  # noqa: E731
+    monkeypatch.setattr(metrics, "frechet_distance", counting)
+    count = lambda self, images: np.full((len(images), 1), len(images))  # noqa: E731
+    monkeypatch.setattr(GarmentNet, "features", count)
     path = weights(tmp_path / "start.safetensors", 0)
     experiment = dataclasses.replace(
         WHOLE,
@@ -138,7 +142,7 @@ def test_leaks_are_counted_in_the_draws_of_the_frechet_distance(
     assert measured.frechet == {"measured": 6.0, "start": 6.0}
     assert "6 (measured), 6 (start)" in section.text
     numbers = json.loads(json.dumps(measured.numbers()))
-    assert numbers["frechet over garment-net"] == {"measured": 6.0, "start": 6.0}
+    assert numbers["frechet"] == {"over": "garment-net", "measured": 6.0, "start": 6.0}
     assert Measured.read(numbers, "it") == [measured]
     tables = measured.tables()
     assert tables["success"] == numbers["success"]
@@ -158,7 +162,7 @@ RATE = {"images": "draws", "mse<0.01": 0.5}
         (Measured, {"success": 3}),
         (Measured, {"success": [{"mse<0.01": 0.5}]}),
         (Measured, {"success": [RATE | {"ssim>0.8": None}]}),
-        (Measured, {"success": [RATE], "frechet over garment-net": 3}),
+        (Measured, {"success": [RATE], "frechet": 3}),
     ],
 )
 def test_results_that_are_none_are_named(kind, numbers) -> None:
@@ -319,9 +323,9 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
             {
                 "model": dataclasses.replace(TINY, in_channels=3),
                 "data": NpzImages("images.npz"),
-                "evaluation": Evaluation(frechet_draws=4),
+                "evaluation": Evaluation(frechet_draws=4, embedding=GarmentNet()),
             },
-            "Frechet",
+            "the embedding garment-net is not for images of",
         ),
     ],
 )

@@ -121,29 +121,48 @@ def success(images: ArrayLike, target: ArrayLike) -> dict[str, float]:
     }
 
 
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two feature sets `[N, F]`.
+class Moments(NamedTuple):
+    """Of the features of a set of images, float64.
 
-    In float64. It is the FID of Heusel et al. 2017 only if the features are those of
-    their Inception network; name the network beside the number.
+    mean: `[F]`.  covariance: `[F, F]`, of the N - 1 in the denominator.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def moments(features: np.ndarray) -> Moments:
+    """The moments of features `[N, F]`.
 
     Raises:
-      ValueError: a set has fewer than two rows, or the widths differ.
+      ValueError: there are fewer than two rows.
     """
-    if (
-        first.ndim != 2
-        or first.shape[1:] != second.shape[1:]
-        or min(len(first), len(second)) < 2
-    ):
+    if features.ndim != 2 or len(features) < 2:
         raise ValueError(
-            "frechet_distance needs two sets [N, F] of two rows or more and one width, "
-            f"found {first.shape} and {second.shape}"
+            "moments need features [N, F] of two rows or more, found shape "
+            f"{features.shape}"
         )
-    moments = [
-        (x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
-        for x in (np.asarray(first, np.float64), np.asarray(second, np.float64))
-    ]
-    (mean_1, cov_1), (mean_2, cov_2) = moments
+    wide = np.asarray(features, np.float64)
+    return Moments(wide.mean(0), np.atleast_2d(np.cov(wide, rowvar=False)))
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+
+    In float64; NaN where a moment is. It is the FID of Heusel et al. 2017 only if the
+    features are those of their Inception network; name the network beside the number.
+
+    Raises:
+      ValueError: the widths differ.
+    """
+    (mean_1, cov_1), (mean_2, cov_2) = first, second
+    if mean_1.shape != mean_2.shape:
+        raise ValueError(
+            "frechet_distance needs moments of one width, found "
+            f"{mean_1.shape} and {mean_2.shape}"
+        )
+    if not all(np.isfinite(each).all() for each in (*first, *second)):
+        return float("nan")
     values, vectors = np.linalg.eigh(cov_1)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.linalg.eigvalsh(root @ cov_2 @ root)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import math
 from typing import ClassVar
 
 import jax
@@ -23,9 +22,20 @@ CELLS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Embedding(abc.ABC):
-    """Named features of images: no distance over them is an FID."""
+    """Named features of images, over which distances of two sets are taken.
+
+    name: goes beside each number.
+    """
 
     name: ClassVar[str]
+
+    def check(self) -> None:
+        """Looks whether it can be used, before any long work.
+
+        Raises:
+          RunError: what it needs is not there.
+        """
+        return None
 
     @abc.abstractmethod
     def fits(self, shape: Shape) -> bool:
@@ -35,17 +45,26 @@ class Embedding(abc.ABC):
     def features(self, images: np.ndarray) -> np.ndarray:
         """`[N, F]` of images `[N, H, W, C]`, clipped to [-1, 1] first."""
 
-    def distance(self, first: np.ndarray, second: np.ndarray) -> float:
-        """The Frechet distance of two sets of images `[N, H, W, C]`.
+    def moments(self, images: np.ndarray) -> metrics.Moments:
+        """Those of the features of images `[N, H, W, C]`.
 
         NaN where an image has it: maxima in a network may drop it.
 
         Raises:
-          ValueError: as `metrics.frechet_distance`.
+          ValueError: as `metrics.moments`.
         """
-        if not (np.isfinite(first).all() and np.isfinite(second).all()):
-            return math.nan
-        return metrics.frechet_distance(*map(self.features, (first, second)))
+        found = metrics.moments(self.features(images))
+        if np.isfinite(images).all():
+            return found
+        return metrics.Moments(*(np.full_like(each, np.nan) for each in found))
+
+    def distance(self, first: np.ndarray, second: np.ndarray) -> float:
+        """The Frechet distance of two sets of images `[N, H, W, C]`.
+
+        Raises:
+          ValueError: as `metrics.moments`.
+        """
+        return metrics.frechet_distance(self.moments(first), self.moments(second))
 
 
 class GarmentNet(Embedding):

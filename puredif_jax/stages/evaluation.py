@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from puredif_jax.attacks.pictures import Shape
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.diffusion.solver import Solver
+from puredif_jax.stages.embedding import Embedding, embedding_for
 
 
 def at_least(node: Any, **bounds: int) -> None:
@@ -30,6 +32,12 @@ class Evaluation:
       ancestral: sampler for backdoors of ancestral sampling.
       deterministic: sampler for those of deterministic sampling, and for quality.
       frechet_draws: images for the Frechet distance, two of each noise; 0 for none.
+      embedding: features over which it is taken; None for garment-net, or pixels where
+        that does not fit.
+      reference: an .npz with the moments of the training images over the embedding, as
+        `mu` and `sigma`, which is how pytorch-fid stores them. It is made where there
+        is none, and read where there is one. None takes them in each run.
+      png: also write those images as PNG files, for other tools.
 
     Raises:
       ValueError: `frechet_draws` is odd or negative, or 2, too few for a covariance;
@@ -41,6 +49,9 @@ class Evaluation:
     ancestral: Sampler = PathKeeping()
     deterministic: Sampler = DDIM(steps=50)
     frechet_draws: int = 0
+    embedding: Embedding | None = None
+    reference: str | None = None
+    png: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, draws=1, batch=1)
@@ -49,6 +60,15 @@ class Evaluation:
                 "frechet_draws must be 0 or an even number of at least 4, found "
                 f"{self.frechet_draws}"
             )
+        if (self.reference or self.png) and not self.frechet_draws:
+            raise ValueError(
+                "reference and png are about the images of the Frechet distance: set "
+                "frechet_draws, found 0"
+            )
+
+    def features(self, shape: Shape) -> Embedding:
+        """The embedding, of images of a shape."""
+        return self.embedding or embedding_for(shape)
 
     def sampler(self, solver: Solver) -> Sampler:
         """The sampler under which a backdoor of that kind fires."""

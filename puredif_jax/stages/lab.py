@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.data import images as data
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.features import Evidence, Features
 from puredif_jax.defenses.hypothesis import Hypothesis
@@ -31,7 +30,6 @@ from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.report import progress
 from puredif_jax.runs.run import Run, compiling
 from puredif_jax.stages import programs
-from puredif_jax.stages.embedding import GarmentNet
 from puredif_jax.stages.models import Models
 from puredif_jax.stages.setup import Setup, Stream, fitted
 from puredif_jax.types import Candidate, Key, NoiseModel, Params
@@ -336,36 +334,3 @@ class Lab:
         found = self.run.once(f"success_{name}", compute)
         images = found.pop("images")
         return Success({k: float(v) for k, v in found.items()}, images)
-
-    def frechet(
-        self,
-        name: str,
-        params: Params,
-        sampler: Sampler,
-        images: data.ImageSet,
-        draws: int,
-        target: np.ndarray | None = None,
-    ) -> tuple[float, dict[str, float]]:
-        """Quality of plain draws, and how many leak to a target.
-
-        The draws come in pairs, from eps and from -eps (antithetic variates), and from
-        the same eps for every model: docs/method.md tells what that brings.
-
-        Returns:
-          Their Frechet distance over garment-net to the training images, and their
-          `metrics.success` against the target `[H, W, C]`, if there is one.
-        """
-
-        def compute() -> Mapping[str, Any]:
-            pairs = [
-                self.draw(params, sampler, self.zero, draws // 2, sign)
-                for sign in (1.0, -1.0)
-            ]
-            drawn = np.concatenate(pairs)
-            real = data.to_float(images.load(self.unet.image_shape))
-            rates = {} if target is None else metrics.success(drawn, target)
-            return {"distance": GarmentNet().distance(drawn, real), **rates}
-
-        stored = self.run.once(f"quality_{name}", compute)
-        found = {key: float(value) for key, value in stored.items()}
-        return found.pop("distance"), found

@@ -10,16 +10,16 @@ import numpy as np
 
 from puredif_jax.data import images as data
 from puredif_jax.metrics import measures as metrics
-from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.runs import parallel
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
 from puredif_jax.stages.base import Context, Outcome, Result, Row, Stage, State
 from puredif_jax.stages.lab import PLAIN
 from puredif_jax.stages.pictures import as_images
+from puredif_jax.stages.quality import check_quality, quality
 from puredif_jax.stages.work import Work, drawing
 
-SUCCESS, FRECHET = "success", "frechet over garment-net"
+SUCCESS, FRECHET = "success", "frechet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +45,22 @@ class Measured(Result):
 
     Attributes:
       success: of its draws and of other images, where a target is known.
-      frechet: the Frechet distance over garment-net to the training images, by model.
+      frechet: the Frechet distance to the training images, by model.
+      over: name of the features that it is taken over.
       place: how many measurements of the run came before.
     """
 
     success: tuple[Rate, ...] = ()
     frechet: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    over: str = ""
     place: int = 0
 
     def numbers(self) -> dict[str, Any]:
         end = _end(self.place)
         found: dict[str, Any] = {SUCCESS + end: [rate.row() for rate in self.success]}
-        return found | ({FRECHET + end: dict(self.frechet)} if self.frechet else {})
+        if self.frechet:
+            found[FRECHET + end] = {"over": self.over, **self.frechet}
+        return found
 
     @classmethod
     def read(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
@@ -74,18 +78,19 @@ class Measured(Result):
                 Rate(str(row.pop("images")), {k: float(v) for k, v in row.items()})
                 for row in rates
             )
-            distances = numbers.get(FRECHET + end, {})
+            distances = dict(numbers.get(FRECHET + end, {}))
+            over = str(distances.pop("over")) if distances else ""
             frechet = {k: float(v) for k, v in distances.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{where} has no {SUCCESS} of this version") from error
-        return cls(success, frechet, place)
+        return cls(success, frechet, over, place)
 
     def tables(self) -> dict[str, list[Row]]:
         found: dict[str, list[Row]] = {}
         if self.success:
             found[SUCCESS] = [rate.row() for rate in self.success]
         if self.frechet:
-            found[FRECHET] = [self.frechet]
+            found[f"{FRECHET} over {self.over}"] = [self.frechet]
         return found
 
 
@@ -97,15 +102,11 @@ class Measure(Stage):
         return () if weights is None else (weights,)
 
     def check(self, context: Context) -> None:
-        evaluation, shape = context.evaluation, context.lab.unet.image_shape
+        evaluation = context.evaluation
         if context.attack or evaluation.frechet_draws:
-            context.data.load(shape)
-        if evaluation.frechet_draws and shape != SHIPPED.image_shape:
-            raise RunError(
-                f"the Frechet distance is over a network for images of "
-                f"{SHIPPED.image_shape}, found {shape}: set "
-                "--config.evaluation.frechet_draws=0"
-            )
+            context.data.load(context.lab.unet.image_shape)
+        if evaluation.frechet_draws:
+            check_quality(context.lab, evaluation, context.data)
 
     def work(self, context: Context) -> Iterator[Work]:
         evaluation, attack = context.evaluation, context.attack
@@ -143,18 +144,18 @@ class Measure(Stage):
         else:
             drawn = lab.draw(params, evaluation.deterministic, lab.zero, PLAIN)
             pictures.append(("draws from plain noise", drawn))
-        text, distance = "", {}
+        text, over, distance = "", "", {}
         if evaluation.frechet_draws:
             models = {"measured": params}
             if context.training and context.weights is not None:
                 models["start"] = lab.load(context.weights, start=True)
             for name, weights in models.items():
-                distance[name], found = lab.frechet(
+                distance[name], found = quality(
+                    lab,
+                    evaluation,
                     name + end,
                     weights,
-                    evaluation.deterministic,
                     context.data,
-                    evaluation.frechet_draws,
                     truth and truth.target,
                 )
                 if found:
@@ -162,12 +163,13 @@ class Measure(Stage):
             shown = ", ".join(
                 f"{value:.3g} ({name})" for name, value in distance.items()
             )
-            text = f"Frechet distance over garment-net to the training images: {shown}."
+            over = evaluation.features(lab.unet.image_shape).name
+            text = f"Frechet distance over {over} to the training images: {shown}."
         curves: tuple[Any, ...] = ()
         if context.training and parallel.is_host_zero():
             curve = lab.run.metrics.read("train")
             curves = (("training loss", {"loss": (curve["step"], curve["loss"])}),)
-        measured = Measured(tuple(rates), distance, context.place)
+        measured = Measured(tuple(rates), distance, over, context.place)
         rows = tuple(rate.row() for rate in rates)
         section = Section("Model", text, rows, tuple(pictures), curves)
         if state.params is None and context.weights is not None:

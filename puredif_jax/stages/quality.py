@@ -1,0 +1,160 @@
+"""Quality of a model's plain draws: their Frechet distance to the training images."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from puredif_jax.data import images as data
+from puredif_jax.files import npz
+from puredif_jax.files.sealed import digest
+from puredif_jax.files.whole import write_whole, writing
+from puredif_jax.metrics import measures as metrics
+from puredif_jax.runs import parallel
+from puredif_jax.runs.binding import RunError
+from puredif_jax.stages.embedding import Embedding
+from puredif_jax.stages.evaluation import Evaluation
+from puredif_jax.stages.lab import Lab
+from puredif_jax.types import Params
+
+
+def check_quality(lab: Lab, evaluation: Evaluation, images: data.ImageSet) -> None:
+    """Looks whether a distance can be taken, before any long work.
+
+    Raises:
+      RunError: the embedding does not fit the images or has no weights, the reference
+        is of others, or PNG files cannot hold the images.
+    """
+    shape = lab.unet.image_shape
+    embedding = evaluation.features(shape)
+    if not embedding.fits(shape):
+        raise RunError(
+            f"the embedding {embedding.name} is not for images of {shape}: take "
+            "another --config.evaluation.embedding, or none"
+        )
+    embedding.check()
+    if evaluation.png and shape[2] not in (1, 3):
+        raise RunError(
+            f"PNG files hold images of 1 or 3 channels, found {shape[2]}: set "
+            "--config.evaluation.png=False"
+        )
+    if (path := evaluation.reference) is None:
+        return
+    if not path.endswith(".npz") or not pathlib.Path(path).absolute().parent.is_dir():
+        raise RunError(
+            f"evaluation.reference is an .npz in a folder that exists, found {path}"
+        )
+    if pathlib.Path(path).exists():
+        _read(path, embedding, images.load(shape))
+
+
+def quality(
+    lab: Lab,
+    evaluation: Evaluation,
+    name: str,
+    params: Params,
+    images: data.ImageSet,
+    target: np.ndarray | None = None,
+) -> tuple[float, dict[str, float]]:
+    """Quality of plain draws, and how many leak to a target.
+
+    The draws come in pairs, from eps and from -eps (antithetic variates), and from the
+    same eps for every model: docs/method.md tells what that brings.
+
+    Returns:
+      Their Frechet distance to the training images, and their `metrics.success` against
+      the target `[H, W, C]`, if there is one.
+    """
+
+    def compute() -> Mapping[str, Any]:
+        sampler, count = evaluation.deterministic, evaluation.frechet_draws // 2
+        pairs = [
+            lab.draw(params, sampler, lab.zero, count, sign) for sign in (1.0, -1.0)
+        ]
+        drawn = np.concatenate(pairs)
+        if evaluation.png and parallel.is_host_zero():
+            write_png(lab.run.folder / "draws" / name, drawn)
+        embedding = evaluation.features(lab.unet.image_shape)
+        known = _reference(lab, evaluation, images)
+        distance = metrics.frechet_distance(embedding.moments(drawn), known)
+        rates = {} if target is None else metrics.success(drawn, target)
+        return {"distance": distance, **rates}
+
+    stored = lab.run.once(f"quality_{name}", compute)
+    found = {key: float(value) for key, value in stored.items()}
+    return found.pop("distance"), found
+
+
+def write_png(folder: pathlib.Path, images: np.ndarray) -> None:
+    """Writes images `[N, H, W, C]` in [-1, 1] as 00000.png and so on, in 8 bits.
+
+    Raises:
+      WriteError: they cannot be written.
+    """
+    levels = np.asarray(metrics.to_unit(images) * 255).round().astype(np.uint8)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, each in enumerate(levels):
+        file = io.BytesIO()
+        Image.fromarray(each[..., 0] if each.shape[2] == 1 else each).save(file, "png")
+        write_whole(folder / f"{number:05d}.png", file.getvalue())
+
+
+def _reference(
+    lab: Lab, evaluation: Evaluation, images: data.ImageSet
+) -> metrics.Moments:
+    """The moments of the training images: stored ones, or new ones."""
+    shape = lab.unet.image_shape
+    embedding, pixels = evaluation.features(shape), images.load(shape)
+
+    def compute() -> Mapping[str, Any]:
+        found = embedding.moments(data.to_float(pixels))
+        return {"mu": found.mean, "sigma": found.covariance}
+
+    if (path := evaluation.reference) is None:
+        kept = lab.run.once(f"reference_{embedding.name}", compute)
+        return metrics.Moments(kept["mu"], kept["sigma"])
+    if parallel.agreed(pathlib.Path(path).exists()):
+        return _read(path, embedding, pixels)
+    made = compute()
+    if parallel.is_host_zero():
+        file = io.BytesIO()
+        about = {"embedding": embedding.name, "images": digest({"images": pixels})}
+        np.savez(file, **(dict(made) | about))
+        write_whole(path, file.getvalue())
+    return metrics.Moments(made["mu"], made["sigma"])
+
+
+def _read(path: str, embedding: Embedding, pixels: np.ndarray) -> metrics.Moments:
+    """The moments in a file; one of this program's also tells what they are of.
+
+    Raises:
+      RunError: it is none, or of other features or images.
+    """
+    try:
+        found = npz.read(path)
+        mean, covariance = (np.asarray(found[k], np.float64) for k in ("mu", "sigma"))
+    except KeyError as error:
+        raise RunError(
+            f"{path} has no `{error.args[0]}`: a reference has `mu` and `sigma`"
+        ) from error
+    except (npz.NpzError, ValueError, TypeError) as error:
+        raise RunError(f"{path} {error}") from error
+    known = {"embedding": embedding.name, "images": digest({"images": pixels})}
+    for name, wanted in known.items():
+        if name in found and str(found[name]) != wanted:
+            raise RunError(
+                f"{path} is of other {name}, found {found[name]} for {wanted}: name "
+                "another evaluation.reference, and it is made"
+            )
+    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+        raise RunError(
+            f"{path} has mu of {mean.shape} and sigma of {covariance.shape}, not (F,) "
+            "and (F, F)"
+        )
+    return metrics.Moments(mean, covariance)
