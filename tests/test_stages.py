@@ -28,8 +28,8 @@ from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.diffusion.ve import VarianceExploding
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs import weight_file
-from puredif_jax.stages import search, train
 from puredif_jax.stages import perform as stages
+from puredif_jax.stages import search, train
 from puredif_jax.stages.amplify import Amplification, Amplified, Snapshot
 from puredif_jax.stages.audit import Audit, labels
 from puredif_jax.stages.base import Context, Result, State, results
