@@ -9,7 +9,9 @@ import pytest
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.training import Training, trainer
+from puredif_jax.defenses import principal as principal_file
 from puredif_jax.defenses.hypothesis import Fading, Trojan
+from puredif_jax.defenses.principal import noise_in, principal
 from puredif_jax.defenses.removal import (
     Backdoor,
     FineTuning,
@@ -27,6 +29,7 @@ SCHEDULE, SHAPE, KEY = LinearBetas().tables(), (4, 4, 1), jax.random.key(0)
 REMOVALS: list[Removal] = [FineTuning(), Pruning(0.1), ThreeTerms(), Unlearning()]
 IMAGES = jax.random.uniform(jax.random.key(1), (6, *SHAPE), minval=-1)
 TRIGGER = jnp.linspace(-1, 0.5, 16).reshape(SHAPE)
+CLEAN = principal(np.asarray(IMAGES))
 
 
 def model(params, x, t):
@@ -37,9 +40,8 @@ def model(params, x, t):
 
 def backdoor(channel: Channel | None = None) -> Backdoor:
     reference = {"all": jnp.float32(0.9), "r": jnp.float32(-0.4)}
-    return Backdoor(
-        channel or Fading(Ancestral()).channel(SCHEDULE, SHAPE), TRIGGER, reference
-    )
+    channel = channel or Fading(Ancestral()).channel(SCHEDULE, SHAPE)
+    return Backdoor(channel, TRIGGER, reference, CLEAN)
 
 
 THETA = {"all": jnp.float32(0.8), "r": jnp.float32(-0.1)}
@@ -79,22 +81,66 @@ def test_three_terms_equal_their_formula() -> None:
 
 
 @pytest.mark.parametrize("kind", [Fading(Ancestral()), Trojan()], ids=lambda x: x.name)
-def test_unlearning_has_no_loss_where_the_noise_is_known(kind) -> None:
-    """A model that takes gamma eps + (H / v) r for its noise; and it is that alone."""
+def test_unlearning_has_no_loss_where_the_trigger_is_answered_as_by_a_clean_model(kind):
+    """A model that knows the image, and answers the trigger as a linear denoiser."""
     channel = kind.channel(SCHEDULE, SHAPE)
-    s, v = (jnp.asarray(x, jnp.float32) for x in (SCHEDULE.signal, SCHEDULE.noise))
+    s, v, shift = (
+        jnp.asarray(x, jnp.float32)
+        for x in (SCHEDULE.signal, SCHEDULE.noise, channel.shift)
+    )
 
     def knowing(params, x, t):
-        s_t, v_t = (table[t].reshape(-1, 1, 1, 1) for table in (s, v))
-        return (x - s_t * IMAGES) / v_t
+        s_t, v_t, shift_t = (table[t].reshape(-1, 1, 1, 1) for table in (s, v, shift))
+        eps = (x - s_t * IMAGES - shift_t * TRIGGER[None]) / v_t
+        return eps + shift_t * noise_in(SCHEDULE, CLEAN, TRIGGER, t)
 
-    known = Backdoor(channel, TRIGGER, {})
-    found = Unlearning().loss(knowing, SCHEDULE, known, {}, IMAGES, KEY)
-    assert float(found) < 1e-6
-    moved = Unlearning(weight=2.0).loss(
-        lambda *a: knowing(*a) + TRIGGER[None], SCHEDULE, known, {}, IMAGES, KEY
+    known = Backdoor(channel, TRIGGER, {}, CLEAN)
+    removal = Unlearning(weight=2.0)
+    rest = FineTuning().loss(
+        knowing, SCHEDULE, known, {}, IMAGES, jax.random.split(KEY, 3)[0]
     )
-    assert float(moved) == pytest.approx(3 * float(jnp.mean(TRIGGER**2)), rel=1e-4)
+    found = removal.loss(knowing, SCHEDULE, known, {}, IMAGES, KEY)
+    assert float(found) == pytest.approx(float(rest), rel=1e-4)
+    key_t = jax.random.split(KEY, 3)[1]
+    top = jax.random.randint(key_t, (6,), 0, 1000)  # of the second term alone
+    moved = removal.loss(
+        lambda p, x, t: knowing(p, x, t) + 1.0 * (t == top).all(),
+        *(SCHEDULE, known, {}, IMAGES, KEY),
+    )
+    assert float(moved) == pytest.approx(float(rest) + 2.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [40, 6], ids=["many images", "few images"])
+def test_what_is_taken_for_noise_is_that_of_a_dense_covariance(count) -> None:
+    rng = np.random.default_rng(3)
+    images = rng.normal(size=(count, 4, 3, 2)) * np.linspace(0.1, 1, 24).reshape(
+        4, 3, 2
+    )
+    known, trigger = principal(images), rng.normal(size=(4, 3, 2)).astype(np.float32)
+    flat = known.directions.reshape(len(known.directions), -1)
+    np.testing.assert_allclose(flat @ flat.T, np.eye(len(flat)), atol=1e-5)
+    assert len(flat) == min(count - 1, 24) and (np.diff(known.variances) <= 0).all()
+    covariance = np.cov(images.reshape(count, -1), rowvar=False)
+    times = np.array([0, 100, 500, 999])
+    found = noise_in(SCHEDULE, known, jnp.asarray(trigger), jnp.asarray(times))
+    for t, each in zip(times, found, strict=True):
+        s, v = SCHEDULE.signal[t], SCHEDULE.noise[t]
+        dense = s**2 * covariance + v**2 * np.eye(24)
+        wanted = v * np.linalg.solve(dense, trigger.reshape(-1))
+        np.testing.assert_allclose(each.reshape(-1), wanted, rtol=2e-3, atol=1e-4)
+
+
+def test_large_images_keep_the_components_that_fit(monkeypatch) -> None:
+    images = np.random.default_rng(4).normal(size=(30, 4, 4, 1))
+    whole = principal(images)
+    monkeypatch.setattr(principal_file, "MOST", 5 * 16)
+    found = principal(images)
+    np.testing.assert_allclose(found.variances, whole.variances[:5], rtol=1e-5)
+    monkeypatch.setattr(principal_file, "IMAGES", 10)
+    assert len(principal(images).variances) == 5
+    assert len(principal(np.ones((3, 4, 4, 1))).variances) == 0
+    with pytest.raises(ValueError, match="two images or more, found 1"):
+        principal(images[:1])
 
 
 @pytest.mark.parametrize("removal", [ThreeTerms(), Unlearning()], ids=lambda x: x.name)

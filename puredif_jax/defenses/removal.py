@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from puredif_jax.attacks.channel import Channel
+from puredif_jax.defenses.principal import Principal, noise_in
 from puredif_jax.diffusion.prediction import diffuse, lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key, NoiseModel, Params
@@ -24,11 +25,13 @@ class Backdoor(NamedTuple):
     """What is to be removed: arrays.
 
     channel: H, C and gamma.  trigger: `[H, W, C]`.  reference: theta0.
+    clean: principal components of the clean images.
     """
 
     channel: Channel
     trigger: Array
     reference: Params
+    clean: Principal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,15 +189,18 @@ class ThreeTerms(Removal):
 
 @dataclasses.dataclass(frozen=True)
 class Unlearning(Removal):
-    """The trigger is taught as what it is, noise of another mean, at every timestep.
+    """The trigger is taught as what a clean model takes it for, at every timestep.
 
     The clean term, and of images with the trigger
 
-      weight mean || M(x_t, t) - gamma eps - (H_t / v_t) r ||^2,
-      x_t = s_t x_0 + v_t gamma eps + H_t r:
+      weight mean || M(x_t, t) - gamma eps - H_t v_t (s_t^2 S + v_t^2)^-1 r ||^2,
+      x_t = s_t x_0 + v_t gamma eps + H_t r,
 
-    the answer of a clean model that knows the noise. So x0hat is x_0 from the first
-    step on, and no timestep is left at which the trigger leads elsewhere.
+    with S the covariance of the clean images: the best linear clean denoiser's answer
+    to the trigger. Near T the trigger is noise of another mean, so it leads nowhere. At
+    low noise it is an image, as far as images vary along it. The response of a
+    backdoor of deterministic sampling is near H_t / v_t at high noise: to teach that
+    at every timestep would leave most of its path.
 
     Attributes:
       weight: of the second term.
@@ -217,10 +223,10 @@ class Unlearning(Removal):
         key_clean, key_t, key_eps = jax.random.split(key, 3)
         rest = params, images, key_clean, distilled
         clean = self.clean(model, schedule, backdoor, *rest)
-        channel, r = backdoor.channel, backdoor.trigger[None]
+        channel, r = backdoor.channel, backdoor.trigger
         t = jax.random.randint(key_t, (len(images),), 0, schedule.steps)
         eps = jax.random.normal(key_eps, images.shape)
-        x = channel.noisy(schedule, images, eps, r, t)
-        shift = lookup(channel.shift, t) / lookup(schedule.noise, t)
-        answer = channel.scale * eps + shift * r
+        x = channel.noisy(schedule, images, eps, r[None], t)
+        taken = noise_in(schedule, backdoor.clean, r, t)
+        answer = channel.scale * eps + lookup(channel.shift, t) * taken
         return clean + self.weight * jnp.mean((model(params, x, t) - answer) ** 2)

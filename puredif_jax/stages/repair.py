@@ -22,6 +22,7 @@ from puredif_jax.attacks.training import (
 )
 from puredif_jax.data import images as data
 from puredif_jax.data.images import ImageSet
+from puredif_jax.defenses.principal import principal
 from puredif_jax.defenses.removal import Backdoor, Removal, Unlearning
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.formats import diffusers as convert
@@ -183,13 +184,15 @@ class Repair(Stage):
             split = parallel.put(images, parallel.along(lab.run.mesh, "batch"))
             zero = lab.run.replicate(lab.zero)
             channel = lab.place(Channel.clean(lab.schedule))
+            clean = principal(np.eye(2, lab.zero.size).reshape(2, *lab.zero.shape))
 
             def step(params: Params, state: Any) -> Any:
                 state, reference, images = state
-                known = Backdoor(channel, zero, reference)
+                known = Backdoor(channel, zero, reference, clean)
                 return made(known).step(state, images)[0], reference, images
 
-            first = made(Backdoor(channel, zero, params)).init(params, lab.key)
+            known = Backdoor(channel, zero, params, clean)
+            first = made(known).init(params, lab.key)
             return step, (first, params, split)
 
         name = f"repair step of {self.training.batch} images"
@@ -246,7 +249,9 @@ class Repair(Stage):
         assert accused.candidate is not None and accused.hypothesis is not None
         candidate = run.replicate(accused.candidate)
         channel = lab.family(accused.hypothesis).at(candidate)
-        backdoor = Backdoor(channel, candidate.delta, accused.params)
+        clean = pixels if pixels.dtype != np.uint8 else data.to_float(pixels)
+        known = run.replicate(principal(clean))
+        backdoor = Backdoor(channel, candidate.delta, accused.params, known)
         program = _repairing(lab.setup, self.removal, training, distilled, lab.chunk)
 
         def begin() -> TrainState:
