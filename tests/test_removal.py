@@ -113,9 +113,8 @@ def test_unlearning_has_no_loss_where_the_trigger_is_answered_as_by_a_clean_mode
 @pytest.mark.parametrize("count", [40, 6], ids=["many images", "few images"])
 def test_what_is_taken_for_noise_is_that_of_a_dense_covariance(count) -> None:
     rng = np.random.default_rng(3)
-    images = rng.normal(size=(count, 4, 3, 2)) * np.linspace(0.1, 1, 24).reshape(
-        4, 3, 2
-    )
+    spread = np.linspace(0.1, 1, 24).reshape(4, 3, 2)
+    images = rng.normal(size=(count, 4, 3, 2)) * spread
     known, trigger = principal(images), rng.normal(size=(4, 3, 2)).astype(np.float32)
     flat = known.directions.reshape(len(known.directions), -1)
     np.testing.assert_allclose(flat @ flat.T, np.eye(len(flat)), atol=1e-5)
@@ -138,7 +137,10 @@ def test_large_images_keep_the_components_that_fit(monkeypatch) -> None:
     np.testing.assert_allclose(found.variances, whole.variances[:5], rtol=1e-5)
     monkeypatch.setattr(principal_file, "IMAGES", 10)
     assert len(principal(images).variances) == 5
-    assert len(principal(np.ones((3, 4, 4, 1))).variances) == 0
+    alike = principal(np.ones((3, 4, 4, 1)))
+    assert len(alike.variances) == 0
+    found = noise_in(SCHEDULE, alike, TRIGGER, jnp.array([500]))
+    np.testing.assert_allclose(found[0], TRIGGER / SCHEDULE.noise[500], rtol=1e-5)
     with pytest.raises(ValueError, match="two images or more, found 1"):
         principal(images[:1])
 

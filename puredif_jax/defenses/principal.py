@@ -81,7 +81,7 @@ def noise_in(
       t: timesteps, `[B]`.
     """
     signal, noise = (lookup(x, t) for x in (schedule.signal, schedule.noise))
-    flat = known.directions.reshape(len(known.variances), -1)
+    flat = known.directions.reshape(len(known.variances), image.size)
     power = (signal**2).reshape(-1, 1) * known.variances[None]
     part = power / (power + (noise**2).reshape(-1, 1))  # that is taken for image
     shown = (part * (flat @ image.reshape(-1))[None]) @ flat
