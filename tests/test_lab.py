@@ -30,6 +30,7 @@ from puredif_jax.defenses.denoising_consistency import (
     DenoisingConsistency,
     estimated_target,
 )
+from puredif_jax.defenses.denoising_error import DenoisingError
 from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
@@ -45,13 +46,13 @@ from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.memory import activations
 from puredif_jax.runs import parallel
 from puredif_jax.runs.run import Run
-from puredif_jax.stages import programs, search, train
+from puredif_jax.stages import programs, scouting, search, train
 from puredif_jax.stages.experiment import Experiment
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.perform import open_lab
 from puredif_jax.stages.setup import Setup, Stream
 from puredif_jax.stages.weights import Truth
-from puredif_jax.types import Array, Candidate, NoiseModel, Params
+from puredif_jax.types import Array, Candidate, Member, NoiseModel, Params
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SCHEDULE = LinearBetas().tables()
@@ -155,9 +156,67 @@ def test_a_trigger_is_found_from_what_the_model_answers(
     assert cosines[0] > 0.99 > 0.5 > cosines[1], cosines
     results = lab.run.folder / "results"
     assert [path.name for path in results.iterdir()] == ["led_starts.npz"]
-    before = search._answering.cache_info()
+    before = scouting._answering.cache_info()
     search.invert(lab, "led", points, kind, wanted)
-    assert search._answering.cache_info() == before
+    assert scouting._answering.cache_info() == before
+
+
+def test_a_scout_that_is_stuck_at_a_part_of_the_trigger_leaps_to_it(tmp_path) -> None:
+    """With the other psi and the image there; one that is right stays as it is."""
+    lab, points = exact_lab(tmp_path, ATTACKS[SDE])
+    truth = Truth.of(ATTACKS[SDE], SCHEDULE, TINY.image_shape)
+    family = lab.family(SDE)
+    inversion = Inversion(descent=Descent(steps=2, candidates=2, scout=1))
+    small = jnp.asarray(truth.trigger) / inversion.leap
+    right = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
+    stuck = Candidate(small, jnp.zeros(TINY.image_shape))
+    state = inverter(
+        DenoisingError().bind(lab.model, SCHEDULE, family),
+        inversion.descent,
+        TINY.image_shape,
+        family=family,
+    ).init(lab.key)
+    one = Member(jnp.ones(()), jnp.ones(TINY.image_shape))
+    zero = Member(jnp.zeros(()), jnp.ones(TINY.image_shape))
+    pair = [
+        dataclasses.replace(stuck, member=zero),
+        dataclasses.replace(right, member=one),
+    ]
+    state = dataclasses.replace(
+        state, candidate=jax.tree.map(lambda *x: jnp.stack(x), *pair)
+    )
+    judge = jax.jit(DenoisingError(samples=8).bind(lab.model, SCHEDULE, family))
+    before = np.array([judge(points, each, lab.key) for each in pair])
+    assert before[0] > before[1] + 1
+    found, errors = scouting.leapt(lab, points, family, inversion, state, before)
+    first, second = (
+        jax.tree.map(lambda x, k=k: x[k], found.candidate) for k in range(2)
+    )
+    assert errors[0] < before[0] - 1 and errors[1] == before[1]
+    np.testing.assert_allclose(first.delta, truth.trigger, atol=1e-6)
+    assert float(first.member.psi) == 1
+    assert float(metrics.mse(first.target[None], truth.target)[0]) < 1e-2
+    jax.tree.map(np.testing.assert_array_equal, second, pair[1])
+    assert before[0] != errors[0], "the errors that were given are not written to"
+
+
+def test_a_leap_stays_within_the_bound_and_may_be_left_out() -> None:
+    family = SDE.family(SCHEDULE, TINY.image_shape)
+    shape = TINY.image_shape
+    given = Candidate(
+        jnp.full(shape, -0.5), jnp.zeros(shape), Member(jnp.ones(()), jnp.ones(shape))
+    )
+    found = Inversion(leap=3.0).leapt(family, given)
+    assert [float(each.member.psi) for each in found] == [0.0, 1.0]
+    assert all((each.delta == -1).all() for each in found)
+    free = Inversion(leap=3.0, descent=Descent(bound=None)).leapt(family, given)
+    assert all((each.delta == -1.5).all() for each in free)
+    assert Inversion().leaps and not Inversion(leap=0).leaps
+    assert not Inversion(descent=Descent(scout=0)).leaps
+    more = Inversion().evaluations(SDE) - Inversion(leap=0).evaluations(SDE)
+    assert more == 16 * 2 * (4 * 10 + 4 * 10)
+    with pytest.raises(ValueError, match="leap must be 0 or more, found -1"):
+        Inversion(leap=-1)
 
 
 def test_a_target_that_no_loss_seeks_is_what_the_trigger_shows(tmp_path) -> None:
@@ -292,9 +351,10 @@ MAKERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "denoising": (programs.judging_denoiser, ()),
     "judging": (search._judging, (8, False)),
     "descent": (search._descending, (LOSS, DESCENT, 20)),
-    "answers": (search._answering, (Blocks(),)),
-    "leads": (search._leading, (Spectrum(), 2)),
-    "starts": (search._showing, ()),
+    "answers": (scouting._answering, (Blocks(),)),
+    "leads": (scouting._leading, (Spectrum(), 2)),
+    "starts": (scouting._showing, ()),
+    "leaps": (scouting._leaping, (Inversion(),)),
     "training": (train._training, (TRAINING, ATTACKS[ODE], 20)),
 }
 OTHERS: dict[str, tuple[Any, ...]] = {
@@ -304,6 +364,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "descent": (ElijahLoss(), Descent(steps=3), 21),
     "answers": (Spectrum(),),
     "leads": (Blocks(), 4),
+    "leaps": (Inversion(leap=2.0),),
     "training": (Training(8, warmup=1), None, 21),
 }
 """Another value of each argument beside the setup."""

@@ -164,10 +164,12 @@ def estimated_target(
     schedule: NoiseSchedule,
     channel: Channels,
     shard: Shard = unsharded,
+    samples: int = ESTIMATE.samples,
 ) -> Callable[[Params, Candidate, Key], Array]:
     """The image that a trigger leads to: (params, candidate, key) -> `[H, W, C]`.
 
-    The mean over noise of the last x0hat of `ESTIMATE`, within [-1, 1].
+    The mean over so many draws of noise of the last x0hat of `ESTIMATE`, within
+    [-1, 1].
     """
 
     def estimate(params: Params, candidate: Candidate, key: Key) -> Array:
@@ -178,7 +180,7 @@ def estimated_target(
             channel.at(candidate),
             ESTIMATE.sampler,
             candidate.delta,
-            ESTIMATE.samples,
+            samples,
             key,
             shard=shard,
         )

@@ -13,6 +13,7 @@ import optax
 from flax import struct
 
 from puredif_jax.defenses.blocks import Blocks
+from puredif_jax.defenses.denoising_consistency import ESTIMATE
 from puredif_jax.defenses.denoising_error import DenoisingError
 from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.family import Family
@@ -24,6 +25,7 @@ from puredif_jax.types import (
     Array,
     Candidate,
     Key,
+    Member,
     Objective,
     Params,
     Shard,
@@ -88,6 +90,10 @@ def keep(state: InversionState, chosen: Sequence[int] | np.ndarray) -> Inversion
     )
 
 
+GLANCE = DenoisingError(samples=4)
+"""By which scouts are compared at several sizes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Inversion:
     """How a trigger is sought, under one hypothesis.
@@ -98,6 +104,10 @@ class Inversion:
       blocks: where the first candidates start under hypotheses that narrow the noise
         (`Hypothesis.narrows`); the others, and with none all, start at random.
       spectrum: the same under the other hypotheses.
+      leap: a factor. Each scout is also tried at so many times its size, within the
+        bound, at the least and the most psi, with the image to which it then leads. It
+        goes on from there where the error is less: a descent can have found the
+        direction of a trigger and be stuck at half its size. 0 for none.
       heldout: noise draws at each timestep on which the scouts that go on, and the kept
         candidate, are chosen.
       refined: a further search that starts from what this one has found, with an
@@ -114,12 +124,15 @@ class Inversion:
     )
     blocks: Blocks | None = Blocks()
     spectrum: Spectrum | None = Spectrum()
+    leap: float = 2.5
     heldout: int = 64
     refined: Inversion | None = None
 
     def __post_init__(self) -> None:
         if self.heldout < 1:
             raise ValueError(f"heldout must be 1 or more, found {self.heldout}")
+        if self.leap < 0:
+            raise ValueError(f"leap must be 0 or more, found {self.leap}")
         if any(each.blocks or each.spectrum for each in self.phases[1:]):
             raise ValueError(
                 "a search that refines another starts where that has ended: set its "
@@ -135,6 +148,23 @@ class Inversion:
     def judge(self) -> DenoisingError:
         """By which candidates are compared on held-out noise."""
         return DenoisingError(samples=self.heldout)
+
+    @property
+    def leaps(self) -> bool:
+        """Whether scouts are tried at another size."""
+        return self.leap > 0 and self.descent.scout > 0 and self.loss.seeks_member
+
+    def leapt(self, family: Family, candidate: Candidate) -> tuple[Candidate, ...]:
+        """A candidate at another size; its image is the old one."""
+        member = candidate.member
+        assert member is not None  # a loss that seeks it gives it
+        delta = self.leap * candidate.delta
+        if (bound := self.descent.bound) is not None:
+            delta = jnp.clip(delta, -bound, bound)
+        return tuple(
+            Candidate(delta, candidate.target, Member(psi, member.gamma))
+            for psi in jnp.asarray(family.psi, jnp.float32)
+        )
 
     def starts(self, hypothesis: Hypothesis) -> Starts | None:
         """What finds first candidates under a hypothesis; None if all are random."""
@@ -170,12 +200,15 @@ class Inversion:
     def evaluations(self, hypothesis: Hypothesis) -> int:
         """Network evaluations of one image; one with its gradient counts for three.
 
-        Those of starts and descent. Left out is the judging of candidates on held-out
-        noise.
+        Those of starts, descent and leaps. Left out is the judging of candidates on
+        held-out noise.
         """
         starts = self.starts(hypothesis)
         values = 3 * self.descent.candidate_steps * self.loss.evaluations
         values += 0 if starts is None else starts.evaluations
+        if self.leaps:
+            each = GLANCE.evaluations + GLANCE.samples * ESTIMATE.sampler.steps
+            values += 2 * self.descent.candidates * each
         return values + (self.refined.evaluations(hypothesis) if self.refined else 0)
 
     @property

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +30,10 @@ from puredif_jax.defenses.inversion import (
 )
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.defenses.reinforcement import Reinforcement
-from puredif_jax.defenses.starts import Starts
 from puredif_jax.runs import parallel
-from puredif_jax.runs.report import progress
-from puredif_jax.runs.run import compiling
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.programs import KEPT, repeated
+from puredif_jax.stages.scouting import first_candidates, leapt
 from puredif_jax.stages.setup import Setup, Stream
 from puredif_jax.stages.weights import Truth
 from puredif_jax.types import Array, Candidate, Key, Params
@@ -130,14 +127,17 @@ def _found(
     begin, steps = search.first, descent.steps
     if starts is not None:
         count = starts.led(descent.candidates)
-        best = _starts(lab, stage, params, family, starts, count)
+        best = first_candidates(lab, stage, params, family, starts, count)
 
         def begin() -> InversionState:
             return starting(search.first(), best, starts.rate)
 
     if descent.scout:
         scouts = search.run(f"{stage}_scouts", begin, descent.scout)
-        order = np.argsort(judged(scouts.candidate)[0], kind="stable")
+        errors, _ = judged(scouts.candidate)
+        if inversion.leaps:
+            scouts, errors = leapt(lab, params, family, inversion, scouts, errors)
+        order = np.argsort(errors, kind="stable")
         steps -= descent.scout
 
         def begin() -> InversionState:
@@ -259,86 +259,3 @@ class _Search:
             stage, advance, begin, shapes, steps, lab.chunk
         )
         return found
-
-
-@functools.lru_cache(KEPT)
-def _answering(setup: Setup, starts: Starts) -> Callable[..., Array]:
-    """What a model answers to a group of inputs."""
-
-    def answers(params: Params, family: Family, numbers: Array, key: Key) -> Array:
-        return starts.answers(
-            setup.model,
-            params,
-            setup.schedule,
-            family,
-            numbers,
-            setup.image_shape,
-            key,
-            shard=setup.shard,
-        )
-
-    return jax.jit(answers, out_shardings=parallel.replicated(setup.mesh))
-
-
-@functools.lru_cache(KEPT)
-def _leading(setup: Setup, starts: Starts, count: int) -> Callable[..., Array]:
-    """What so many candidates are made of, from all answers."""
-
-    def leads(answers: Array, key: Key) -> Array:
-        return starts.leads(answers, count, setup.image_shape, key)
-
-    return jax.jit(leads, out_shardings=parallel.replicated(setup.mesh))
-
-
-def _starts(
-    lab: Lab,
-    stage: str,
-    params: Params,
-    family: Family,
-    starts: Starts,
-    count: int,
-) -> Candidate:
-    """The first candidates, with the images they lead to.
-
-    Found with progress, and stored; a call that is interrupted asks the model again.
-    """
-    shape, label = lab.setup.image_shape, f"{stage}_starts"
-
-    def compute() -> Mapping[str, Any]:
-        program, key = _answering(lab.setup, starts), lab.stream(Stream.STARTS)
-        total, most = starts.count(shape), starts.together
-        answers = []
-        began = time.perf_counter()
-        with progress(total, 0, label, parallel.is_host_zero()) as bar:
-            for start in range(0, total, most):
-                rows = np.arange(start, start + most).clip(max=total - 1)
-                group = lab.run.replicate(rows.astype(np.int32))
-                with compiling(label, start == 0):
-                    found = program(params, family, group, key)
-                    answers.append(parallel.gather(found))
-                bar.update(min(most, total - start))
-                parallel.safe_point()
-        if parallel.is_host_zero():
-            metrics = lab.run.metrics
-            metrics.rewind(label, 0)
-            metrics.write(label, total, seconds=time.perf_counter() - began)
-        every = lab.run.replicate(np.concatenate(answers)[:total])
-        leads = _leading(lab.setup, starts, count)(every, key)
-        return {"leads": parallel.gather(leads)}
-
-    leads = jnp.asarray(lab.run.once(label, compute, ("leads",))["leads"])
-    found = starts.candidates(leads, count, family, shape)
-    images = _showing(lab.setup)(params, family, found, lab.stream(Stream.HELDOUT))
-    return dataclasses.replace(found, target=images)
-
-
-@functools.lru_cache(KEPT)
-def _showing(setup: Setup) -> Callable[..., Array]:
-    """The images to which candidates lead, one after another."""
-
-    def show(params: Params, family: Family, found: Candidate, key: Key) -> Array:
-        image = estimated_target(setup.model, setup.schedule, family, setup.shard)
-        images: Array = jax.lax.map(lambda each: image(params, each, key), found)
-        return images
-
-    return jax.jit(show, out_shardings=parallel.replicated(setup.mesh))
