@@ -174,7 +174,7 @@ BACKDOORED = (
     bad("b03", "g2", 2000, 503, b(STOP, Cat(), 0.1, True)),
     bad("b04", "cb", 3000, 504, b(BOX, Hat(), 0.3, True)),
     bad("b05", "c2", 3500, 505, b(STOP, Shoe(), 0.4, True)),
-    bad("b06", "c1", 3500, 506, b(STOP, Cat(), 0.3, True)),
+    bad("b06", "c1", 3500, 526, b(STOP, Cat(), 0.3, True)),
     bad("b07", "gb", 2500, 507, b(BOX, Cat(), 0.3, False)),
     bad("b08", "c2", 3500, 508, b(BOX, Hat(), 0.4, False)),
     bad("v01", "g1", 1000, 511, v(STOP, Shoe(), 0.2)),

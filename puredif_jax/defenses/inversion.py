@@ -154,6 +154,14 @@ class Inversion:
         """Whether scouts are tried at another size."""
         return self.leap > 0 and self.descent.scout > 0 and self.loss.seeks_member
 
+    @property
+    def leaping(self) -> int:
+        """Network evaluations of one image that the leaps take."""
+        if not self.leaps:
+            return 0
+        each = GLANCE.evaluations + GLANCE.samples * ESTIMATE.sampler.steps
+        return 2 * self.descent.candidates * each
+
     def leapt(self, family: Family, candidate: Candidate) -> tuple[Candidate, ...]:
         """A candidate at another size; its image is the old one."""
         member = candidate.member
@@ -206,9 +214,7 @@ class Inversion:
         starts = self.starts(hypothesis)
         values = 3 * self.descent.candidate_steps * self.loss.evaluations
         values += 0 if starts is None else starts.evaluations
-        if self.leaps:
-            each = GLANCE.evaluations + GLANCE.samples * ESTIMATE.sampler.steps
-            values += 2 * self.descent.candidates * each
+        values += self.leaping
         return values + (self.refined.evaluations(hypothesis) if self.refined else 0)
 
     @property

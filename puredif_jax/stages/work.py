@@ -13,7 +13,7 @@ from puredif_jax.defenses.denoising_consistency import ESTIMATE
 from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.hypothesis import Hypothesis
-from puredif_jax.defenses.inversion import Inversion
+from puredif_jax.defenses.inversion import GLANCE, Inversion
 from puredif_jax.defenses.objective import Loss
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.search import inverter_of
@@ -101,6 +101,8 @@ def _searching(
     # The scouts, and the others at three quarters of the steps and at their end.
     times = 2 * descent.last + (descent.candidates if descent.scout else 0)
     yield drawing(judged, times * judged)
+    if inversion.leaps:
+        yield drawing(GLANCE.evaluations, inversion.leaping)
     if not loss.seeks_target:
         yield drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)
     if (starts := inversion.starts(hypothesis)) is not None:
