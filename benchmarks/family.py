@@ -61,6 +61,8 @@ DRAWN_VE = Evaluation(
 SOLVERS = (Ancestral(), Deterministic())
 SHOWN = ("psi", "gamma", "cosine", "relative_l2", "success", "true_success", "falling")
 ATTACKS = {
+    "clean": None,
+    "clean VE": None,
     "BadDiffusion": BadDiffusion(StopSign(), Hat()),
     **{
         f"VillanDiffusion, psi {psi:g}, {solver.title}": VillanDiffusion(
@@ -78,8 +80,6 @@ ATTACKS = {
         )
         for solver in SOLVERS
     },
-    "clean": None,
-    "clean VE": None,
 }
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     if stored.get("search") != search:
         stored = {"search": search, "rows": []}
     done = {(each["model"], each["seed"]) for each in stored["rows"]}
-    left = [(n, s) for n in ATTACKS for s in range(seeds) if (n, s) not in done]
+    left = [(n, s) for s in range(seeds) for n in ATTACKS if (n, s) not in done]
     began = time.perf_counter()
     for number, (name, seed) in enumerate(left):
         found = row(name, seed, images)

@@ -39,12 +39,14 @@ def test_an_embedding_shows_images_in_eight_bits_and_grey_ones_in_colour(
     weight_file.save_weights(path, params, {})
     embedding = Inception(str(path), batch=2)
     embedding.check()
+    assert embedding.identity.startswith("inception ") and len(embedding.identity) > 20
     assert embedding.fits((16, 16, 1)) and not embedding.fits((16, 16, 2))
     grey = made.images()[:1, ..., :1]
     levels = (np.clip(grey, -1, 1) + 1) / 2 * 255
     shown = np.repeat(levels.round() / 127.5 - 1, 3, axis=3).astype(np.float32)
     found = embedding.features(np.concatenate([grey] * 3))
     wanted = jax.jit(inception.features)(params, np.concatenate([shown] * 2))
+    assert found.shape == (3, embedding.width((24, 16, 1)))
     np.testing.assert_allclose(
         found, np.repeat(wanted[:1], 3, 0), rtol=1e-3, atol=1e-4 * wanted.std()
     )

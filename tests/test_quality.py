@@ -57,10 +57,16 @@ def test_moments_are_stored_and_read(tmp_path, monkeypatch):
     with np.load(path) as stored:
         assert set(stored) == {"mu", "sigma", "embedding", "images"}
         assert stored["mu"].shape == (64,) and stored["sigma"].shape == (64, 64)
-    content = path.read_bytes()
-    assert measured(tmp_path / "b", evaluation) == first
-    assert path.read_bytes() == content
-    assert measured(tmp_path / "c", DRAWN) == first
+    assert measured(tmp_path / "b", DRAWN) == first
+    plain, asked = Pixels.features, []
+
+    def features(self, images):
+        asked.append(len(images))
+        return plain(self, images)
+
+    monkeypatch.setattr(Pixels, "features", features)
+    assert measured(tmp_path / "c", evaluation) == first
+    assert asked == [6], "the training images were asked again"
 
 
 def test_moments_of_other_tools_are_taken(tmp_path):
@@ -76,7 +82,12 @@ def test_moments_of_other_tools_are_taken(tmp_path):
     "arrays,text",
     [
         ({"mu": np.zeros(64)}, "has no `sigma`"),
-        ({"mu": np.zeros(64), "sigma": np.zeros((3, 3))}, r"not \(F,\) and \(F, F\)"),
+        (
+            {"mu": np.zeros(64), "sigma": np.zeros((3, 3))},
+            r"of pixels they are \(64,\) and \(64, 64\)",
+        ),
+        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, r"has mu of \(3,\)"),
+        ({"mu": np.full(64, np.nan), "sigma": np.zeros((64, 64))}, "not finite"),
         ({"mu": np.array([None]), "sigma": np.zeros((1, 1))}, "Python objects"),
         (
             {"mu": np.zeros(1), "sigma": np.zeros((1, 1)), "embedding": "garment-net"},

@@ -11,7 +11,7 @@ from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.defenses import principal as principal_file
 from puredif_jax.defenses.hypothesis import Fading, Trojan
-from puredif_jax.defenses.principal import noise_in, principal
+from puredif_jax.defenses.principal import noise_in, principal, unknown
 from puredif_jax.defenses.removal import (
     Backdoor,
     FineTuning,
@@ -130,19 +130,47 @@ def test_what_is_taken_for_noise_is_that_of_a_dense_covariance(count) -> None:
 
 
 def test_large_images_keep_the_components_that_fit(monkeypatch) -> None:
+    """What is left of the variance is the same in all other directions."""
     images = np.random.default_rng(4).normal(size=(30, 4, 4, 1))
     whole = principal(images)
+    assert whole.rest == pytest.approx(0, abs=1e-5)
     monkeypatch.setattr(principal_file, "MOST", 5 * 16)
     found = principal(images)
-    np.testing.assert_allclose(found.variances, whole.variances[:5], rtol=1e-5)
+    np.testing.assert_allclose(found.variances, whole.variances[:5], rtol=1e-4)
+    assert found.rest == pytest.approx(whole.variances[5:].sum() / 11, rel=1e-4)
+    flat = found.directions.reshape(5, 16)
+    dense = (flat.T * (found.variances - found.rest)) @ flat + found.rest * np.eye(16)
+    s, v = SCHEDULE.signal[300], SCHEDULE.noise[300]
+    wanted = v * np.linalg.solve(
+        s**2 * dense + v**2 * np.eye(16), np.asarray(TRIGGER).reshape(-1)
+    )
+    taken = noise_in(SCHEDULE, found, TRIGGER, jnp.array([300]))[0]
+    np.testing.assert_allclose(taken.reshape(-1), wanted, rtol=1e-3, atol=1e-5)
     monkeypatch.setattr(principal_file, "IMAGES", 10)
     assert len(principal(images).variances) == 5
-    alike = principal(np.ones((3, 4, 4, 1)))
-    assert len(alike.variances) == 0
-    found = noise_in(SCHEDULE, alike, TRIGGER, jnp.array([500]))
-    np.testing.assert_allclose(found[0], TRIGGER / SCHEDULE.noise[500], rtol=1e-5)
+
+
+def test_images_without_a_variance_leave_the_whole_trigger_noise() -> None:
+    for known in (principal(np.ones((3, 4, 4, 1))), unknown(SHAPE)):
+        assert len(known.variances) == 0 and known.rest == 0
+        found = noise_in(SCHEDULE, known, TRIGGER, jnp.array([500]))
+        np.testing.assert_allclose(found[0], TRIGGER / SCHEDULE.noise[500], rtol=1e-5)
+
+
+def test_bytes_are_read_as_images() -> None:
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (20, 4, 4, 1), np.uint8)
+    first, second = principal(pixels), principal(pixels / 127.5 - 1)
+    np.testing.assert_allclose(first.variances, second.variances, rtol=1e-3)
+
+
+def test_a_covariance_needs_images() -> None:
+    images = np.ones((3, 4, 4, 1))
     with pytest.raises(ValueError, match="two images or more, found 1"):
         principal(images[:1])
+    images[1, 2, 2] = np.nan
+    with pytest.raises(ValueError, match="finite images"):
+        principal(images)
 
 
 @pytest.mark.parametrize("removal", [ThreeTerms(), Unlearning()], ids=lambda x: x.name)

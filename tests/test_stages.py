@@ -41,6 +41,7 @@ from puredif_jax.stages.weights import Truth
 from puredif_jax.types import InputError
 
 WHOLE = tiny_config.get_config()
+RECORD = pathlib.Path(__file__).parents[1] / "docs" / "results" / "baddiffusion.json"
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
@@ -142,11 +143,22 @@ def test_leaks_are_counted_in_the_draws_of_the_frechet_distance(
     assert measured.frechet == {"measured": 6.0, "start": 6.0}
     assert "6 (measured), 6 (start)" in section.text
     numbers = json.loads(json.dumps(measured.numbers()))
-    assert numbers["frechet"] == {"over": "garment-net", "measured": 6.0, "start": 6.0}
+    assert numbers["frechet over garment-net"] == {"measured": 6.0, "start": 6.0}
     assert Measured.read(numbers, "it") == [measured]
     tables = measured.tables()
     assert tables["success"] == numbers["success"]
     assert tables["frechet over garment-net"] == [measured.frechet]
+
+
+def test_a_distance_is_read_over_any_features_and_of_later_measurements() -> None:
+    first = Measured((), {"measured": 1.0}, "pixels", 0)
+    second = Measured((), {"measured": 2.0, "start": 3.0}, "net 2", 1)
+    third = Measured((), {}, "", 2)
+    every = [first, second, third]
+    numbers = {k: v for each in every for k, v in each.numbers().items()}
+    assert Measured.read(json.loads(json.dumps(numbers)), "it") == every
+    (shipped,) = Measured.read(json.loads(RECORD.read_text())["numbers"], "the record")
+    assert shipped.over == "garment-net" and min(shipped.frechet.values()) > 0
 
 
 SNAPSHOT = Snapshot(6, 0.5, 0.75, 1.5, 0.25, 2.0)
@@ -162,7 +174,7 @@ RATE = {"images": "draws", "mse<0.01": 0.5}
         (Measured, {"success": 3}),
         (Measured, {"success": [{"mse<0.01": 0.5}]}),
         (Measured, {"success": [RATE | {"ssim>0.8": None}]}),
-        (Measured, {"success": [RATE], "frechet": 3}),
+        (Measured, {"success": [RATE], "frechet over garment-net": 3}),
     ],
 )
 def test_results_that_are_none_are_named(kind, numbers) -> None:

@@ -91,7 +91,7 @@ def keep(state: InversionState, chosen: Sequence[int] | np.ndarray) -> Inversion
 
 
 GLANCE = DenoisingError(samples=4)
-"""By which scouts are compared at several sizes."""
+"""By which a scout at another size is judged, on fewer draws than `Inversion.judge`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +155,18 @@ class Inversion:
         return self.leap > 0 and self.descent.scout > 0 and self.loss.seeks_member
 
     @property
-    def leaping(self) -> int:
+    def leap_evaluations(self) -> int:
         """Network evaluations of one image that the leaps take."""
         if not self.leaps:
             return 0
         each = GLANCE.evaluations + GLANCE.samples * ESTIMATE.sampler.steps
         return 2 * self.descent.candidates * each
 
-    def leapt(self, family: Family, candidate: Candidate) -> tuple[Candidate, ...]:
-        """A candidate at another size; its image is the old one."""
+    def larger(self, family: Family, candidate: Candidate) -> tuple[Candidate, ...]:
+        """A candidate at another size, with the least and with the most psi.
+
+        Its image is the old one: what it leads to is to be estimated.
+        """
         member = candidate.member
         assert member is not None  # a loss that seeks it gives it
         delta = self.leap * candidate.delta
@@ -214,7 +217,7 @@ class Inversion:
         starts = self.starts(hypothesis)
         values = 3 * self.descent.candidate_steps * self.loss.evaluations
         values += 0 if starts is None else starts.evaluations
-        values += self.leaping
+        values += self.leap_evaluations
         return values + (self.refined.evaluations(hypothesis) if self.refined else 0)
 
     @property

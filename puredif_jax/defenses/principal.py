@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from puredif_jax.attacks.pictures import Shape
 from puredif_jax.diffusion.prediction import lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array
@@ -28,44 +29,60 @@ MOST = 2**24
 
 
 class Principal(NamedTuple):
-    """Principal components of clean images.
+    """The covariance of clean images, by its principal components.
 
     variances: of the images along each, `[n]`, falling.
     directions: of length 1, at right angles to each other, `[n, H, W, C]`.
+    rest: the variance in every direction at right angles to these, a scalar.
     """
 
-    variances: Array
-    directions: Array
+    variances: Array | np.ndarray
+    directions: Array | np.ndarray
+    rest: Array | np.ndarray
+
+
+def unknown(shape: Shape) -> Principal:
+    """That of images without a variance, for who does not ask: (H, W, C)."""
+    zero = np.zeros((), np.float32)
+    return Principal(np.zeros(0, np.float32), np.zeros((0, *shape), np.float32), zero)
 
 
 def principal(images: np.ndarray) -> Principal:
     """The components of images `[N, H, W, C]`, as many as have a variance.
 
-    Of large images only as many as `MOST` numbers hold.
+    Of large images only as many as `MOST` numbers hold. What variance is left is spread
+    evenly over the other directions. In uint8 images 0..255 stand
+    for -1..1.
 
     Raises:
-      ValueError: there are fewer than two images.
+      ValueError: there are fewer than two images, or one that is not finite.
     """
     if len(images) < 2:
         raise ValueError(f"a covariance needs two images or more, found {len(images)}")
     chosen = np.linspace(0, len(images) - 1, min(len(images), IMAGES)).astype(int)
-    rows = np.asarray(images[chosen], np.float64).reshape(len(chosen), -1)
-    rows -= rows.mean(0)
+    part = images[chosen]
+    scale, level = (127.5, 1.0) if part.dtype == np.uint8 else (1.0, 0.0)
+    part = part.astype(np.float32) / np.float32(scale) - np.float32(level)
+    if not np.isfinite(part).all():
+        raise ValueError("a covariance needs finite images")
+    rows = part.reshape(len(part), -1)
+    rows = rows - rows.mean(0)
     count, size = rows.shape
-    if size <= count:
-        values, vectors = np.linalg.eigh(rows.T @ rows / (count - 1))
-        directions = vectors.T
-    else:
-        values, vectors = np.linalg.eigh(rows @ rows.T / (count - 1))
-        directions = vectors.T @ rows
-        directions /= np.maximum(
-            np.linalg.norm(directions, axis=1, keepdims=True), 1e-9
-        )
+    few = size > count
+    gram = (rows @ rows.T if few else rows.T @ rows).astype(np.float64) / (count - 1)
+    values, vectors = np.linalg.eigh(gram)
     order = np.argsort(-values)[: max(1, MOST // size)]
     order = order[values[order] > 1e-6 * values.max(initial=1e-9)]
+    directions = vectors[:, order].T.astype(np.float32)
+    if few:
+        directions = directions @ rows
+        lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+        directions /= np.maximum(lengths, 1e-9)
+    left = max(0.0, float(np.trace(gram) - values[order].sum()))
     return Principal(
         values[order].astype(np.float32),
-        directions[order].reshape(-1, *images.shape[1:]).astype(np.float32),
+        directions.reshape(-1, *images.shape[1:]),
+        np.asarray(left / max(1, size - len(order)), np.float32),
     )
 
 
@@ -81,9 +98,14 @@ def noise_in(
       t: timesteps, `[B]`.
     """
     signal, noise = (lookup(x, t) for x in (schedule.signal, schedule.noise))
+    s, v = (x.reshape(-1, 1) for x in (signal, noise))
     flat = known.directions.reshape(len(known.variances), image.size)
-    power = (signal**2).reshape(-1, 1) * known.variances[None]
-    part = power / (power + (noise**2).reshape(-1, 1))  # that is taken for image
-    shown = (part * (flat @ image.reshape(-1))[None]) @ flat
-    found: Array = (image[None] - shown.reshape(-1, *image.shape)) / noise
-    return jnp.asarray(found)
+
+    def taken(variance: Array | np.ndarray) -> Array:
+        return v / (s**2 * variance + v**2)
+
+    along = flat @ image.reshape(-1)
+    own = taken(known.variances[None]) - taken(known.rest.reshape(1, 1))
+    found = taken(known.rest.reshape(1, 1)) * image.reshape(1, -1)
+    found = found + (own * along[None]) @ flat
+    return jnp.asarray(found.reshape(-1, *image.shape))

@@ -25,7 +25,7 @@ class Backdoor(NamedTuple):
     """What is to be removed: arrays.
 
     channel: H, C and gamma.  trigger: `[H, W, C]`.  reference: theta0.
-    clean: principal components of the clean images.
+    clean: the covariance of the clean images, or `principal.unknown`.
     """
 
     channel: Channel
@@ -40,10 +40,12 @@ class Removal(abc.ABC):
 
     evaluations: of the network on an image in a step, for each clean image; a gradient
       counts for two more.
+    asks: whether it reads the covariance of the clean images.
     """
 
     name: ClassVar[str]
     evaluations: ClassVar[int]
+    asks: ClassVar[bool] = False
 
     @abc.abstractmethod
     def loss(
@@ -209,6 +211,7 @@ class Unlearning(Removal):
     weight: float = 0.3
     name = "unlearning"
     evaluations = 6
+    asks = True
 
     def loss(
         self,

@@ -21,7 +21,7 @@ from jax import lax
 from puredif_jax.types import Array, Params
 
 NAME = "inception"
-SIDE = 299
+SIDE, WIDTH = 299, 2048
 EPSILON = 1e-3  # of the normalisation
 PARTS = ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias")
 

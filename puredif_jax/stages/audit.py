@@ -25,7 +25,9 @@ from puredif_jax.runs.page import Section
 from puredif_jax.stages import calibration
 from puredif_jax.stages.amplify import AMPLIFICATION
 from puredif_jax.stages.base import Accused, Context, Outcome, Stage, State
+from puredif_jax.stages.embedding import GarmentNet, Pixels
 from puredif_jax.stages.finding import Finding, next_steps
+from puredif_jax.stages.inception import Inception
 from puredif_jax.stages.inspector import Inspector
 from puredif_jax.stages.lab import PLAIN, SHOWN
 from puredif_jax.stages.measure import FRECHET, SUCCESS
@@ -324,7 +326,13 @@ def _measures(rows: Sequence[Inverted]) -> tuple[dict[str, Any], ...]:
 
 
 # Names of other results in a report.
-RESERVED = (SUCCESS, FRECHET, AMPLIFICATION, SCREENED, REPAIR)
+RESERVED = (
+    SUCCESS,
+    *(FRECHET + kind.name for kind in (GarmentNet, Pixels, Inception)),
+    AMPLIFICATION,
+    SCREENED,
+    REPAIR,
+)
 
 
 def labels(weights: Sequence[str]) -> dict[str, str]:

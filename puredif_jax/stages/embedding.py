@@ -42,6 +42,15 @@ class Embedding(abc.ABC):
         """Whether it takes images of (H, W, C)."""
 
     @abc.abstractmethod
+    def width(self, shape: Shape) -> int:
+        """How many features it has of images of (H, W, C)."""
+
+    @property
+    def identity(self) -> str:
+        """The name, and what else its features depend on."""
+        return self.name
+
+    @abc.abstractmethod
     def features(self, images: np.ndarray) -> np.ndarray:
         """`[N, F]` of images `[N, H, W, C]`, clipped to [-1, 1] first."""
 
@@ -75,6 +84,9 @@ class GarmentNet(Embedding):
     def fits(self, shape: Shape) -> bool:
         return tuple(shape) == (16, 16, 1)
 
+    def width(self, shape: Shape) -> int:
+        return garment_net.WIDTHS[-1]
+
     def features(self, images: np.ndarray) -> np.ndarray:
         shapes = jax.eval_shape(garment_net.init, jax.random.key(0))
         path = ASSETS / f"{garment_net.NAME}.safetensors"
@@ -90,6 +102,9 @@ class Pixels(Embedding):
 
     def fits(self, shape: Shape) -> bool:
         return True
+
+    def width(self, shape: Shape) -> int:
+        return min(CELLS, shape[0]) * min(CELLS, shape[1]) * shape[2]
 
     def features(self, images: np.ndarray) -> np.ndarray:
         count, height, width, channels = images.shape

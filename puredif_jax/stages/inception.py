@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from puredif_jax.attacks.pictures import Shape
+from puredif_jax.files.sealed import digest
+from puredif_jax.files.whole import expanded
 from puredif_jax.metrics import inception
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs import parallel, weight_file
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.report import progress
 from puredif_jax.stages.embedding import Embedding
+from puredif_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +42,30 @@ class Inception(Embedding):
             raise ValueError(f"batch must be 1 or more, found {self.batch}")
 
     def check(self) -> None:
-        path = pathlib.Path(self.weights)
+        self._params()
+
+    def fits(self, shape: Shape) -> bool:
+        return shape[2] in (1, 3)
+
+    def width(self, shape: Shape) -> int:
+        return inception.WIDTH
+
+    @property
+    def identity(self) -> str:
+        """With a part of the digest of the weights."""
+        return f"{self.name} {digest(self._params())[:16]}"
+
+    def _params(self) -> Params:
+        path = expanded(self.weights)
         if path.suffix != ".safetensors":
             raise RunError(
                 f"the weights of Inception are a .safetensors file, found {path}: "
                 "docs/images.md tells how to make it"
             )
-        weight_file.load_weights(path, inception.shapes())
-
-    def fits(self, shape: Shape) -> bool:
-        return shape[2] in (1, 3)
+        return weight_file.load_weights(path, inception.shapes())
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        params = weight_file.load_weights(
-            pathlib.Path(self.weights), inception.shapes()
-        )
+        params = jax.device_put(self._params())
         program = jax.jit(inception.features)
         found = []
         with progress(len(images), 0, self.name, parallel.is_host_zero()) as bar:
@@ -66,4 +77,5 @@ class Inception(Embedding):
                 shown = jnp.broadcast_to(shown, (*shown.shape[:3], 3))
                 found.append(np.asarray(program(params, shown))[: len(part)])
                 bar.update(len(part))
+                parallel.safe_point()
         return np.concatenate(found)

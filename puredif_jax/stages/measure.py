@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from puredif_jax.stages.pictures import as_images
 from puredif_jax.stages.quality import check_quality, quality
 from puredif_jax.stages.work import Work, drawing
 
-SUCCESS, FRECHET = "success", "frechet"
+SUCCESS, FRECHET = "success", "frechet over "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Measured(Result):
         end = _end(self.place)
         found: dict[str, Any] = {SUCCESS + end: [rate.row() for rate in self.success]}
         if self.frechet:
-            found[FRECHET + end] = {"over": self.over, **self.frechet}
+            found[FRECHET + self.over + end] = dict(self.frechet)
         return found
 
     @classmethod
@@ -78,8 +79,8 @@ class Measured(Result):
                 Rate(str(row.pop("images")), {k: float(v) for k, v in row.items()})
                 for row in rates
             )
-            distances = dict(numbers.get(FRECHET + end, {}))
-            over = str(distances.pop("over")) if distances else ""
+            over = _over(numbers, place)
+            distances = numbers[FRECHET + over + end] if over else {}
             frechet = {k: float(v) for k, v in distances.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{where} has no {SUCCESS} of this version") from error
@@ -90,7 +91,7 @@ class Measured(Result):
         if self.success:
             found[SUCCESS] = [rate.row() for rate in self.success]
         if self.frechet:
-            found[f"{FRECHET} over {self.over}"] = [self.frechet]
+            found[FRECHET + self.over] = [self.frechet]
         return found
 
 
@@ -177,6 +178,15 @@ class Measure(Stage):
             section = as_images(section, decode)
         state = dataclasses.replace(state, params=params)
         return state, Outcome((measured,), (section,))
+
+
+def _over(numbers: Mapping[str, Any], place: int) -> str:
+    """The features that a measurement has a Frechet distance over; "" without one."""
+    for name in numbers:
+        found = re.fullmatch(rf"{FRECHET}(.*?)( \d+)?", name)
+        if found and (found[2] or "") == _end(place):
+            return found[1]
+    return ""
 
 
 def _end(place: int) -> str:

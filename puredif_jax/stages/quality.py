@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from puredif_jax.attacks.pictures import Shape
 from puredif_jax.data import images as data
 from puredif_jax.files import npz
 from puredif_jax.files.sealed import digest
-from puredif_jax.files.whole import write_whole, writing
+from puredif_jax.files.whole import expanded, write_whole, writing
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs import parallel
 from puredif_jax.runs.binding import RunError
@@ -43,14 +44,14 @@ def check_quality(lab: Lab, evaluation: Evaluation, images: data.ImageSet) -> No
             f"PNG files hold images of 1 or 3 channels, found {shape[2]}: set "
             "--config.evaluation.png=False"
         )
-    if (path := evaluation.reference) is None:
+    if (path := _path(evaluation)) is None:
         return
-    if not path.endswith(".npz") or not pathlib.Path(path).absolute().parent.is_dir():
+    if path.suffix != ".npz" or not path.absolute().parent.is_dir():
         raise RunError(
             f"evaluation.reference is an .npz in a folder that exists, found {path}"
         )
-    if pathlib.Path(path).exists():
-        _read(path, embedding, images.load(shape))
+    if path.exists():
+        _read(path, embedding, shape, images.load(shape))
 
 
 def quality(
@@ -73,14 +74,14 @@ def quality(
 
     def compute() -> Mapping[str, Any]:
         sampler, count = evaluation.deterministic, evaluation.frechet_draws // 2
+        embedding = evaluation.features(lab.unet.image_shape)
+        known = _reference(lab, evaluation, images)
         pairs = [
             lab.draw(params, sampler, lab.zero, count, sign) for sign in (1.0, -1.0)
         ]
         drawn = np.concatenate(pairs)
         if evaluation.png and parallel.is_host_zero():
             write_png(lab.run.folder / "draws" / name, drawn)
-        embedding = evaluation.features(lab.unet.image_shape)
-        known = _reference(lab, evaluation, images)
         distance = metrics.frechet_distance(embedding.moments(drawn), known)
         rates = {} if target is None else metrics.success(drawn, target)
         return {"distance": distance, **rates}
@@ -108,29 +109,43 @@ def write_png(folder: pathlib.Path, images: np.ndarray) -> None:
 def _reference(
     lab: Lab, evaluation: Evaluation, images: data.ImageSet
 ) -> metrics.Moments:
-    """The moments of the training images: stored ones, or new ones."""
-    shape = lab.unet.image_shape
-    embedding, pixels = evaluation.features(shape), images.load(shape)
+    """The moments of the training images, once a run: stored ones, or new ones."""
+    shape, path = lab.unet.image_shape, _path(evaluation)
+    embedding = evaluation.features(shape)
 
     def compute() -> Mapping[str, Any]:
-        found = embedding.moments(data.to_float(pixels))
-        return {"mu": found.mean, "sigma": found.covariance}
+        pixels = images.load(shape)
+        if path is not None and parallel.agreed(path.exists()):
+            return _named(_read(path, embedding, shape, pixels))
+        made = _named(embedding.moments(data.to_float(pixels)))
+        if path is not None and parallel.is_host_zero():
+            file = io.BytesIO()
+            np.savez(file, **(made | _about(embedding, pixels)))
+            write_whole(path, file.getvalue())
+        return made
 
-    if (path := evaluation.reference) is None:
-        kept = lab.run.once(f"reference_{embedding.name}", compute)
-        return metrics.Moments(kept["mu"], kept["sigma"])
-    if parallel.agreed(pathlib.Path(path).exists()):
-        return _read(path, embedding, pixels)
-    made = compute()
-    if parallel.is_host_zero():
-        file = io.BytesIO()
-        about = {"embedding": embedding.name, "images": digest({"images": pixels})}
-        np.savez(file, **(dict(made) | about))
-        write_whole(path, file.getvalue())
-    return metrics.Moments(made["mu"], made["sigma"])
+    kept = lab.run.once(f"reference_{embedding.name}", compute)
+    return metrics.Moments(kept["mu"], kept["sigma"])
 
 
-def _read(path: str, embedding: Embedding, pixels: np.ndarray) -> metrics.Moments:
+def _path(evaluation: Evaluation) -> pathlib.Path | None:
+    return None if evaluation.reference is None else expanded(evaluation.reference)
+
+
+def _named(found: metrics.Moments) -> dict[str, Any]:
+    """As pytorch-fid calls them."""
+    return {"mu": found.mean, "sigma": found.covariance}
+
+
+def _about(embedding: Embedding, pixels: np.ndarray) -> dict[str, Any]:
+    """What a reference of this program says of itself."""
+    about = {"embedding": embedding.identity, "images": digest({"images": pixels})}
+    return {name: np.array(text) for name, text in about.items()}
+
+
+def _read(
+    path: pathlib.Path, embedding: Embedding, shape: Shape, pixels: np.ndarray
+) -> metrics.Moments:
     """The moments in a file; one of this program's also tells what they are of.
 
     Raises:
@@ -145,16 +160,18 @@ def _read(path: str, embedding: Embedding, pixels: np.ndarray) -> metrics.Moment
         ) from error
     except (npz.NpzError, ValueError, TypeError) as error:
         raise RunError(f"{path} {error}") from error
-    known = {"embedding": embedding.name, "images": digest({"images": pixels})}
-    for name, wanted in known.items():
-        if name in found and str(found[name]) != wanted:
+    for name, wanted in _about(embedding, pixels).items():
+        if name in found and str(found[name]) != str(wanted):
             raise RunError(
                 f"{path} is of other {name}, found {found[name]} for {wanted}: name "
                 "another evaluation.reference, and it is made"
             )
-    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+    width = embedding.width(shape)
+    if mean.shape != (width,) or covariance.shape != (width, width):
         raise RunError(
-            f"{path} has mu of {mean.shape} and sigma of {covariance.shape}, not (F,) "
-            "and (F, F)"
+            f"{path} has mu of {mean.shape} and sigma of {covariance.shape}; of "
+            f"{embedding.name} they are ({width},) and ({width}, {width})"
         )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise RunError(f"{path} has moments that are not finite")
     return metrics.Moments(mean, covariance)

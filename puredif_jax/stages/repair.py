@@ -22,7 +22,7 @@ from puredif_jax.attacks.training import (
 )
 from puredif_jax.data import images as data
 from puredif_jax.data.images import ImageSet
-from puredif_jax.defenses.principal import principal
+from puredif_jax.defenses.principal import Principal, principal, unknown
 from puredif_jax.defenses.removal import Backdoor, Removal, Unlearning
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.formats import diffusers as convert
@@ -184,7 +184,7 @@ class Repair(Stage):
             split = parallel.put(images, parallel.along(lab.run.mesh, "batch"))
             zero = lab.run.replicate(lab.zero)
             channel = lab.place(Channel.clean(lab.schedule))
-            clean = principal(np.eye(2, lab.zero.size).reshape(2, *lab.zero.shape))
+            clean = unknown(lab.unet.image_shape)
 
             def step(params: Params, state: Any) -> Any:
                 state, reference, images = state
@@ -249,8 +249,7 @@ class Repair(Stage):
         assert accused.candidate is not None and accused.hypothesis is not None
         candidate = run.replicate(accused.candidate)
         channel = lab.family(accused.hypothesis).at(candidate)
-        clean = pixels if pixels.dtype != np.uint8 else data.to_float(pixels)
-        known = run.replicate(principal(clean))
+        known = run.replicate(self._known(lab, pixels))
         backdoor = Backdoor(channel, candidate.delta, accused.params, known)
         program = _repairing(lab.setup, self.removal, training, distilled, lab.chunk)
 
@@ -271,6 +270,24 @@ class Repair(Stage):
             self.name, several, begin, shapes, steps, lab.chunk
         )
         return found.ema_params
+
+    def _known(self, lab: Lab, pixels: np.ndarray) -> Principal:
+        """The covariance of the clean images, where the removal asks; computed once.
+
+        Raises:
+          RunError: the images have none: the model has drawn one that is not finite.
+        """
+        if not self.removal.asks:
+            return unknown(lab.unet.image_shape)
+
+        def compute() -> Mapping[str, Any]:
+            return principal(pixels)._asdict()
+
+        try:
+            found = lab.run.once(f"{self.name}_components", compute, Principal._fields)
+        except ValueError as error:
+            raise RunError(f"no repair by {self.removal.name}: {error}") from error
+        return Principal(*(found[name] for name in Principal._fields))
 
     def _save(self, context: Context, accused: Accused, params: Params) -> None:
         """Writes the folder, with the truth beside it where that is known."""

@@ -108,7 +108,7 @@ def _showing(setup: Setup) -> Callable[..., Array]:
     return jax.jit(show, out_shardings=parallel.replicated(setup.mesh))
 
 
-def leapt(
+def leap(
     lab: Lab,
     params: Params,
     family: Family,
@@ -116,7 +116,13 @@ def leapt(
     scouts: InversionState,
     errors: np.ndarray,
 ) -> tuple[InversionState, np.ndarray]:
-    """The scouts, each at the size at which its error is least, and these errors."""
+    """The scouts, each at the size at which its error is least, and these errors.
+
+    The optimiser of one that leaps goes on as it was: its memory is of ten steps.
+
+    Args:
+      errors: of the scouts as they are, `[K]`.
+    """
     program, key = _leaping(lab.setup, inversion), lab.stream(Stream.HELDOUT)
     found = jax.tree.map(np.array, parallel.gather(scouts.candidate))
     least = errors.copy()
@@ -153,7 +159,7 @@ def _leaping(
             each = dataclasses.replace(each, target=target)
             return each, error(params, each, key)
 
-        leapt = inversion.leapt(family, candidate)
+        leapt = inversion.larger(family, candidate)
         every = jax.tree.map(lambda *x: jnp.stack(x), *leapt)
         found: tuple[Candidate, Array] = jax.lax.map(tried, every)
         return found

@@ -1,4 +1,4 @@
-"""The search for a trigger on one model: starts and descent, as resumable loops.
+"""The search for a trigger on one model: starts, scouts and descent, resumable.
 
 Each resumes from its latest checkpoint and ends in the same arrays, bit for bit.
 """
@@ -33,7 +33,7 @@ from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.runs import parallel
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.programs import KEPT, repeated
-from puredif_jax.stages.scouting import first_candidates, leapt
+from puredif_jax.stages.scouting import first_candidates, leap
 from puredif_jax.stages.setup import Setup, Stream
 from puredif_jax.stages.weights import Truth
 from puredif_jax.types import Array, Candidate, Key, Params
@@ -136,7 +136,7 @@ def _found(
         scouts = search.run(f"{stage}_scouts", begin, descent.scout)
         errors, _ = judged(scouts.candidate)
         if inversion.leaps:
-            scouts, errors = leapt(lab, params, family, inversion, scouts, errors)
+            scouts, errors = leap(lab, params, family, inversion, scouts, errors)
         order = np.argsort(errors, kind="stable")
         steps -= descent.scout
 

@@ -102,7 +102,7 @@ def _searching(
     times = 2 * descent.last + (descent.candidates if descent.scout else 0)
     yield drawing(judged, times * judged)
     if inversion.leaps:
-        yield drawing(GLANCE.evaluations, inversion.leaping)
+        yield drawing(GLANCE.evaluations, inversion.leap_evaluations)
     if not loss.seeks_target:
         yield drawing(ESTIMATE.samples, times * ESTIMATE.evaluations)
     if (starts := inversion.starts(hypothesis)) is not None:
