@@ -185,24 +185,24 @@ def page(record: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-def record(
-    run: pathlib.Path, recipes: tuple[networks.Recipe, ...], known: Row
-) -> Row | None:
-    """Known rows and what a scan says of networks of these recipes; None if of none."""
-    done = [each for each in recipes if (run / each.name / "report.json").exists()]
-    if not done:
-        return None
-    kept = {
-        each.name: known[each.name]
+def record(run: pathlib.Path, recipes: tuple[networks.Recipe, ...], known: Row) -> Row:
+    """What a scan says of networks of these recipes, and what was known of others."""
+    stored = known.get("models", {})
+    rows = {
+        each.name: stored[each.name]
         for each in recipes
-        if known.get(each.name, {}).get("seed") == each.seed
+        if stored.get(each.name, {}).get("seed") == each.seed
     }
-    rows = kept | {each.name: row(run / each.name, each) for each in done}
-    first = json.loads((run / done[0].name / "report.json").read_text())
+    done = [each for each in recipes if (run / each.name / "report.json").exists()]
+    rows |= {each.name: row(run / each.name, each) for each in done}
+    environment = known.get("environment")
+    if done:
+        report = json.loads((run / done[0].name / "report.json").read_text())
+        environment = placeless(report["environment"])
     lines = (__doc__ or "").replace("\\\n", "").splitlines()
     return {
         "command": [" ".join(x.split()) for x in lines if x.startswith("    ")],
-        "environment": placeless(first["environment"]),
+        "environment": environment,
         "models": {each.name: rows[each.name] for each in recipes if each.name in rows},
     }
 
@@ -212,10 +212,8 @@ def main() -> None:
     recipes = networks.BASES + networks.BACKDOORED + networks.CLEAN
     for name, group in (("networks", recipes), ("threats", networks.threats(""))):
         path = RESULTS / f"{name}.json"
-        known = json.loads(path.read_text())["models"] if path.exists() else {}
+        known = json.loads(path.read_text()) if path.exists() else {}
         found = record(run, group, known)
-        if found is None:
-            continue
         path.write_text(json.dumps(found, indent=1) + "\n")
         if name == "networks":
             PAGE.write_text(page(found))

@@ -94,6 +94,7 @@ def test_they_are_of_models_of_one_kind(change) -> None:
         (Puredif(Inversion(blocks=None)), False),
         (Puredif(Inversion(spectrum=None)), False),
         (Puredif(Inversion(heldout=8)), False),
+        (Puredif(Inversion(leap=0)), False),
         (Elijah(budget=30_720), False),
     ],
 )
