@@ -463,7 +463,7 @@ def test_the_recipe_for_cifar10_gives_its_images(tmp_path, monkeypatch):
         path = pathlib.Path(f"cifar-10-batches-bin/data_batch_{i}.bin")
         path.write_bytes(b"".join(rows))
     page = pathlib.Path(__file__).parents[1] / "docs" / "images.md"
-    usage, recipe = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    usage, recipe, *_ = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     exec(recipe, {})
     exec(usage, {})
     found = NpzImages("cifar10.npz").load((32, 32, 3))
