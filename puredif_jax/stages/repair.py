@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -14,11 +13,9 @@ import numpy as np
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.training import (
-    Trainer,
     TrainInfo,
     Training,
     TrainState,
-    trainer,
 )
 from puredif_jax.data import images as data
 from puredif_jax.data.images import ImageSet
@@ -43,11 +40,11 @@ from puredif_jax.stages.base import (
 )
 from puredif_jax.stages.embedding import embedding_for
 from puredif_jax.stages.lab import SHOWN, Lab
-from puredif_jax.stages.programs import KEPT, repeated
-from puredif_jax.stages.setup import Setup, Stream
+from puredif_jax.stages.removing import removal_trainer, removing
+from puredif_jax.stages.setup import Stream
 from puredif_jax.stages.train import batches
 from puredif_jax.stages.work import Step, Work, drawing
-from puredif_jax.types import Array, Params
+from puredif_jax.types import Params
 
 REPAIR = "repair"
 
@@ -179,7 +176,7 @@ class Repair(Stage):
         distilled = self.images is None
 
         def program(lab: Lab, params: Params) -> tuple[Step, Any]:
-            made = _trainer(lab.setup, self.removal, self.training, distilled)
+            made = removal_trainer(lab.setup, self.removal, self.training, distilled)
             images = np.zeros((self.training.batch, *lab.unet.image_shape), np.float32)
             split = parallel.put(images, parallel.along(lab.run.mesh, "batch"))
             zero = lab.run.replicate(lab.zero)
@@ -245,13 +242,13 @@ class Repair(Stage):
     ) -> Params:
         lab, training, run = context.lab, self.training, context.lab.run
         distilled = self.images is None
-        made = _trainer(lab.setup, self.removal, training, distilled)
+        made = removal_trainer(lab.setup, self.removal, training, distilled)
         assert accused.candidate is not None and accused.hypothesis is not None
         candidate = run.replicate(accused.candidate)
         channel = lab.family(accused.hypothesis).at(candidate)
         known = run.replicate(self._known(lab, pixels))
         backdoor = Backdoor(channel, candidate.delta, accused.params, known)
-        program = _repairing(lab.setup, self.removal, training, distilled, lab.chunk)
+        program = removing(lab.setup, self.removal, training, distilled, lab.chunk)
 
         def begin() -> TrainState:
             start = self.removal.prepared(accused.params)
@@ -373,34 +370,3 @@ def _spec(lab: Lab, audited: str) -> Spec:
         return found
     process, prediction = lab.setup.process, lab.setup.prediction
     return Spec(lab.setup.network, Scheduling(process, prediction, clip=None))
-
-
-Made = Callable[[Backdoor], Trainer]
-
-
-def _trainer(
-    setup: Setup, removal: Removal, training: Training, distilled: bool
-) -> Made:
-    """The trainer of a repair, given what is to be removed."""
-
-    def made(backdoor: Backdoor) -> Trainer:
-        loss = functools.partial(
-            removal.loss, setup.whole, setup.schedule, backdoor, distilled=distilled
-        )
-        return trainer(loss, training)
-
-    return made
-
-
-@functools.lru_cache(KEPT)
-def _repairing(
-    setup: Setup, removal: Removal, training: Training, distilled: bool, chunk: int
-) -> Callable[..., tuple[TrainState, TrainInfo]]:
-    made = _trainer(setup, removal, training, distilled)
-
-    def advance(
-        state: TrainState, images: Array, backdoor: Backdoor, count: Array
-    ) -> tuple[TrainState, TrainInfo]:
-        return repeated(made(backdoor).step, state, count, chunk, images)
-
-    return jax.jit(advance, donate_argnums=0)
