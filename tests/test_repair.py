@@ -182,7 +182,7 @@ def test_a_repair_that_is_interrupted_goes_on(tmp_path, monkeypatch) -> None:
         json.loads((tmp_path / "scan" / "report.json").read_text())
     )
     monkeypatch.setattr(repairs.Repair, "_save", save)
-    monkeypatch.setattr(repairs, "_repairing", lambda *_: None)  # no step again
+    monkeypatch.setattr(repairs, "removing", lambda *_: None)  # no step again
     perform_scan(plan(tmp_path, repair))
     pair = [
         convert.read_folder(tmp_path / home / "model" / repair.name).params
