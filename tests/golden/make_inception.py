@@ -48,9 +48,9 @@ def network():
     """torchvision's module, by its file alone: its compiled parts are not needed."""
     top = pathlib.Path(importlib.util.find_spec("torchvision").origin).parent
     for name in ("torchvision", "torchvision.models", "torchvision.transforms"):
-        stub = types.ModuleType(name)
-        stub.__path__ = [str(top.joinpath(*name.split(".")[1:]))]
-        sys.modules[name] = stub
+        bare = types.ModuleType(name)
+        bare.__path__ = [str(top.joinpath(*name.split(".")[1:]))]
+        sys.modules[name] = bare
     presets = types.ModuleType("torchvision.transforms._presets")
     presets.ImageClassification = dict  # anything that can be called
     sys.modules[presets.__name__] = presets
