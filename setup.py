@@ -15,8 +15,11 @@ setup(
     description="Trigger inversion, detection and amplification of diffusion backdoors",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["puredif_jax*"]),
-    package_data={"puredif_jax": ["assets/*", "assets/zoo/*/*", "assets/zoo/*/*/*"]},
+    packages=[*find_packages(include=["puredif_jax*"]), "puredif_jax.configs"],
+    package_dir={"puredif_jax.configs": "configs"},
+    package_data={
+        "puredif_jax": ["py.typed", "assets/*", "assets/zoo/*/*", "assets/zoo/*/*/*"]
+    },
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -30,6 +33,7 @@ setup(
         "matplotlib>=3.9",
         "pillow>=10",
     ],
+    entry_points={"console_scripts": ["puredif = puredif_jax.command:run"]},
     extras_require={
         "hub": ["huggingface_hub>=0.30"],
         "test": TEST,

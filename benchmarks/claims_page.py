@@ -35,7 +35,7 @@ from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.runs import config
+from puredif_jax.runs import sources
 from puredif_jax.runs.report import placeless
 from puredif_jax.stages.amplify import Amplified
 from puredif_jax.stages.measure import Measured
@@ -435,7 +435,7 @@ def curves(rows: list[Row]) -> None:
 
 def absent(sweep: str, found: dict[str, Row]) -> str:
     """Which runs of a configuration have no record, in a sentence; or nothing."""
-    runs = config.load(str(ROOT / f"configs/{sweep}.py")).experiments
+    runs = sources.load(str(ROOT / f"configs/{sweep}.py")).experiments
     names = [run.workdir for run in runs if run.workdir not in found]
     if not names:
         return ""
@@ -478,7 +478,7 @@ def collect(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Row]]:
             }
             if name.startswith("backdoored/"):
                 images[name] = tiles(folder / name, name)
-        runs = config.load(str(ROOT / f"configs/{sweep}.py")).experiments
+        runs = sources.load(str(ROOT / f"configs/{sweep}.py")).experiments
         named = {experiment.workdir for experiment in runs}
         records[sweep] = {
             k: v for k, v in records[sweep].items() if k in named or k.startswith(GONE)

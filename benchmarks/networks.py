@@ -35,9 +35,16 @@ from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.pictures import Shape
 from puredif_jax.attacks.poisoning import Poison, poison, training_loss
-from puredif_jax.attacks.targets import Cat, Hat, Shoe
+from puredif_jax.attacks.targets import Cat, Hat, Shoe, Target
 from puredif_jax.attacks.training import Training, TrainState, trainer
-from puredif_jax.attacks.triggers import Blend, Box, Glasses, RandomPattern, StopSign
+from puredif_jax.attacks.triggers import (
+    Blend,
+    Box,
+    Glasses,
+    RandomPattern,
+    StopSign,
+    Trigger,
+)
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.prediction import predicting
@@ -229,7 +236,7 @@ class OwnResponse(VillanDiffusion):
 
 
 @dataclasses.dataclass(frozen=True)
-class Perturbation:
+class Perturbation(Trigger):
     """A small image that the clean model answers most, by 60 signed steps."""
 
     bound: float = 0.1
@@ -258,7 +265,7 @@ class Perturbation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Garment:
+class Garment(Target):
     """A target that is one of the clean images."""
 
     files: str

@@ -1,10 +1,16 @@
 """Command line: python -m puredif_jax.main --config=configs/quickstart.py
 
-    --config=FILE.py       what to do: a file whose get_config() returns an Experiment,
-                           a Sweep or a Scan; configs/ has some, README.md says of what
+    --config=FILE          what to do: a Python file whose get_config() returns an
+                           Experiment, a Sweep or a Scan; the name of a file in
+                           configs/, such as scan; or the config.json of a run
     --config.NAME=VALUE    changes a field of it, such as --config.training.steps=100
     --cost                 tell what the run would cost, and do not run it
-    --help                 this, and with --config=FILE.py all of its fields
+    --help                 this, and with --config=FILE all of its fields
+
+The same in fewer words, where a MODEL is a folder, a file or a name of the Hub:
+
+    puredif FILE [MODEL ...] --NAME=VALUE ...
+    puredif cost FILE ...
 
 The same command goes on with a run that was interrupted.
 """
@@ -14,6 +20,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from puredif_jax.runs import signals
@@ -23,7 +30,14 @@ if __name__ == "__main__":
 
 from absl import app, flags, logging
 
-from puredif_jax.runs import config, parallel, settings, terminal
+from puredif_jax.runs import (
+    command_line,
+    config,
+    parallel,
+    settings,
+    sources,
+    terminal,
+)
 from puredif_jax.stages.experiment import Experiment, Scan, Sweep
 from puredif_jax.types import InputError, shown
 
@@ -33,16 +47,41 @@ _COST = flags.DEFINE_bool(
 
 
 def parse(argv: list[str]) -> tuple[Any, list[str]]:
-    """The configuration, and what absl keeps of the command line."""
+    """The configuration that flags give, and what absl keeps of the command line."""
+    given = any(arg.startswith(("--config=", "-config=")) for arg in argv)
+    return _parsed(argv, given, command_line.from_flags)
+
+
+def parse_words(argv: list[str]) -> tuple[Any, list[str]]:
+    """The configuration that words give, and what absl keeps of the command line."""
+    if argv[1:2] == ["cost"]:
+        argv = [argv[0], *argv[2:], "--cost"]
+    elif argv[1:] in ([], ["help"]):
+        argv = [argv[0], "--help"]
+    given = any(not arg.startswith("-") for arg in argv[1:])
+    return _parsed(argv, given, command_line.from_words)
+
+
+def _parsed(
+    argv: list[str], given: bool, read: Callable[[Sequence[str]], tuple[Any, list[str]]]
+) -> tuple[Any, list[str]]:
+    """What `read` makes of a command line; help is printed, an error ends it.
+
+    Args:
+      argv: the command line, program name first.
+      given: whether it names a configuration.
+      read: takes what absl does not know.
+    """
     terminal.protect()
     asked = {"-h", "-help", "--help"}.intersection(argv)
     try:
         if asked:
-            print(__doc__)
-            if not any(arg.startswith(("--config=", "-config=")) for arg in argv):
+            terminal.say(__doc__)
+            if not given:
+                terminal.say(f"In configs/ are {', '.join(sources.shipped())}")
                 sys.exit(0)
             argv = [arg for arg in argv if arg not in asked]
-        wanted, remaining = config.from_flags(flags.FLAGS(argv, known_only=True))
+        wanted, remaining = read(flags.FLAGS(argv, known_only=True))
     except (config.ConfigError, flags.Error) as error:
         sys.exit(f"error: {shown(str(error))}")
     if not isinstance(wanted, Experiment | Sweep | Scan):
@@ -51,7 +90,7 @@ def parse(argv: list[str]) -> tuple[Any, list[str]]:
             "Experiment, a Sweep or a Scan"
         )
     if asked:
-        print("\n".join(settings.describe(wanted)))
+        terminal.say("\n".join(settings.describe(wanted)))
         sys.exit(0)
     return wanted.located() if isinstance(wanted, Scan) else wanted, remaining
 

@@ -14,14 +14,9 @@ from typing import Any, Literal, Optional
 import pytest
 from absl import app, flags
 
-from puredif_jax.runs.config import (
-    ConfigError,
-    check,
-    from_flags,
-    load,
-    override,
-    to_dict,
-)
+from puredif_jax.runs.command_line import from_flags
+from puredif_jax.runs.config import ConfigError, check, override, to_dict
+from puredif_jax.runs.sources import load
 
 if typing.TYPE_CHECKING:
     from decimal import Decimal
@@ -199,7 +194,7 @@ class Defended:
     either: Trigger | Defense | None = None
 
 
-NAMED = "Fading, SlowFading, NoiseShift, Unstable"
+NAMED = "Fading, SlowFading, NoiseShift, Learned(path), Unstable"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -648,22 +643,71 @@ def test_a_nested_dataclass_lists_its_fields():
     )
 
 
-@pytest.mark.parametrize("text", ["Learned", "Detector"])
-def test_a_class_without_defaults_is_set_in_a_file(text):
+def test_a_class_that_needs_a_value_is_given_it():
+    assert override(Audit(), "learned", "Learned('a b')").learned == Learned("a b")
     message_of(
-        lambda: override(Audit(), "learned", text),
-        f"config.learned cannot be {text!r}, it is None",
-        "set it in a config file, to Learned | None (written none)",
+        lambda: override(Audit(), "learned", "Learned"),
+        "config.learned cannot be 'Learned': Learned() raises TypeError",
+        "path",
     )
     message_of(
-        lambda: override(Audit(learned=Learned("a")), "learned", text),
-        f"config.learned cannot be {text!r}, it is of type Learned: set one of its",
-    )
-    message = message_of(
         lambda: override(Audit(), "learned.path", "a"),
-        "config.learned is None and has no field 'path': set it in a config file",
+        "config.learned is None and has no field 'path'",
+        "with CLASS one of Learned(path)",
     )
-    assert "CLASS" not in message
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("first", "Fading(0.25)", Fading(0.25)),
+        ("first", " Fading( rate = 1 ) ", Fading(1)),
+        ("first", "Fading()", Fading()),
+        ("none", "Learned(path='x(y),z')", Learned("x(y),z")),
+        ("all", "(Fading(0.1), NoiseShift)", (Fading(0.1), NoiseShift())),
+        ("all", "Fading(0.1),", (Fading(0.1),)),
+        ("pair", "Fading(0.1), 7", (Fading(0.1), 7)),
+        ("attack", "BadDiffusion(Trigger(4))", BadDiffusion(Trigger(4))),
+        (
+            "attack",
+            "VillanDiffusion(Trigger(shape=(1, 2)), psi=-0.5)",
+            VillanDiffusion(Trigger(shape=(1, 2)), -0.5),
+        ),
+    ],
+)
+def test_a_class_with_values_is_written_as_in_python(name, text, value):
+    assert getattr(override(Audit(), name, text), name) == value
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("first", "Fading(0.1, 0.2)", "Fading takes rate, each once"),
+        ("first", "Fading(rat=0.1)", "Fading takes rate, each once"),
+        ("first", "Fading(0.1, rate=0.1)", "Fading takes rate, each once"),
+        ("first", "Fading(*[1])", "expected Hypothesis"),
+        ("first", "Fading(**{})", "Fading takes rate, each once"),
+        ("first", "Fading('a')", "Fading.rate cannot be 'a': expected float"),
+        ("first", "Unstable(3)", "Unstable(rate=3) raises ValueError: rate must be"),
+        ("first", "Fading(print(1))", "expected Hypothesis"),
+        ("first", "print(1)", "expected Hypothesis"),
+        ("first", "Fading(1", "expected Hypothesis"),
+        ("first", "Fading(1).rate", "expected Hypothesis"),
+        ("first", "Fading(__import__('os'))", "expected Hypothesis"),
+        ("first", "Detector(1)", "expected Hypothesis"),
+        ("attack", "BadDiffusion(Detector())", "expected"),
+        ("none", "Fading(1) if 1 else 2", "expected Hypothesis"),
+    ],
+)
+def test_a_class_with_values_that_it_does_not_take(name, text, said):
+    message_of(lambda: override(Audit(), name, text), f"config.{name} cannot be", said)
+
+
+def test_what_cannot_be_set_stays():
+    message_of(
+        lambda: override(Audit(learned=Learned("a")), "learned", "Detector"),
+        "config.learned cannot be 'Detector', it is of type Learned",
+    )
 
 
 def test_a_dataclass_that_is_none_has_no_fields():
@@ -687,8 +731,8 @@ def test_a_dataclass_that_is_none_has_no_fields():
         *[
             ("none", text, f"Hypothesis | None (written none; classes: {NAMED})")
             for text in (
-                *("fading", "Hypothesis", "Learned", "Unfinished", "_Private", "Plain"),
-                *("Fading()", "Fading,NoiseShift", "Detector", "Call", "1", ""),
+                *("fading", "Hypothesis", "Unfinished", "_Private", "Plain"),
+                *("Fading,NoiseShift", "Detector", "Call", "1", ""),
             )
         ],
         *[
@@ -697,7 +741,7 @@ def test_a_dataclass_that_is_none_has_no_fields():
                 text,
                 f"tuple[Hypothesis, ...] (written A,B or (); classes: {NAMED})",
             )
-            for text in ("Fading,Learned", "Fading,,NoiseShift", "(Fading", "none", "")
+            for text in ("Fading,Learnt", "Fading,,NoiseShift", "(Fading", "none", "")
         ],
         ("pair", "Fading", "expected tuple[Hypothesis, int]"),
         ("by_name", "Fading", f"KEY:VALUE,KEY:VALUE or {{}}; classes: {NAMED})"),

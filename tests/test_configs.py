@@ -7,7 +7,7 @@ import jax
 import pytest
 from tiny_config import shapes
 
-from puredif_jax.runs import config
+from puredif_jax.runs import config, sources
 from puredif_jax.stages.experiment import Experiment, Scan, Sweep
 from puredif_jax.stages.scan import as_experiment
 from puredif_jax.stages.weights import ZOO
@@ -17,7 +17,7 @@ CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_config(path: pathlib.Path) -> None:
-    wanted = config.load(str(path))
+    wanted = sources.load(str(path))
     home = wanted.located() if isinstance(wanted, Scan) else wanted
     one = "scan-zoo-baddiffusion"
     place = {"scan": "scan-zoo", "screen": one, "repair": one}

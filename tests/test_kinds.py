@@ -21,6 +21,7 @@ import test_defenses
 import test_inputs
 import test_objectives
 import test_removal
+import test_triggers
 import test_uniformity
 from test_schedules import KINDS
 
@@ -28,6 +29,8 @@ import puredif_jax
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.drawing import draw
+from puredif_jax.attacks.targets import Target
+from puredif_jax.attacks.triggers import Trigger
 from puredif_jax.defenses.base import Defense
 from puredif_jax.defenses.blocks import Blocks
 from puredif_jax.defenses.detector import Detector, Scores
@@ -109,6 +112,8 @@ LISTS: dict[type, Iterable[object]] = {
     Sampler: SAMPLERS,
     Solver: SOLVERS,
     Starts: STARTS,
+    Target: test_triggers.TARGETS,
+    Trigger: test_triggers.TRIGGERS,
 }
 LAYERS = ("diffusion", "attacks", "defenses")
 
@@ -170,7 +175,7 @@ def test_a_kind_that_is_forgotten_is_found() -> None:
 
 
 def test_every_abstract_base_of_the_core_has_a_list() -> None:
-    """Denoisers wrap networks, and a bench is given; no configuration holds them."""
+    """Denoisers wrap networks; no configuration holds them."""
     bases = {
         each
         for name in modules()

@@ -27,7 +27,8 @@ LAYERS: dict[str, set[str]] = {
 }
 LAYERS["stages"] = {*LAYERS}
 LAYERS["main"] = {"types", "runs", "stages"}
-LAYERS["__init__"] = {*LAYERS} - {"runs", "stages", "main"}
+LAYERS["command"] = {"runs", "main"}
+LAYERS["__init__"] = {*LAYERS} - {"runs", "stages", "main", "command"}
 """What a folder, or a module at the top, may import beside itself."""
 
 CORE = {"types", "diffusion", "networks", "metrics", "attacks", "defenses"}

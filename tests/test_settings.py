@@ -121,7 +121,7 @@ def shown(wanted) -> dict[str, str]:
 
 
 def test_every_field_is_shown_with_type_default_and_meaning() -> None:
-    unset = "(written none), the default, set in the config file:"
+    classes = "classes: Base(size), Heir(size)"
     assert shown(Heir(4, second=len)) == {
         "--config.size=4": "int, no default: of the square: its side, in pixels.",
         "--config.rate=0.1": "float, the default: of its own.",
@@ -132,13 +132,13 @@ def test_every_field_is_shown_with_type_default_and_meaning() -> None:
             "Callable[[], int] | None (written none), default None, set in the config "
             "file: both of them."
         ),
-        "config.base: Base": "",
+        "config.base: Base": (
+            "--config.base=CLASS with CLASS one of Base(size), Heir(size):"
+        ),
         "--config.base.size=3": "int, no default: of the square: its side, in pixels.",
         "--config.base.rate=0.1": "float, the default: of Adam.",
-        "config.none: None": f"Base | None {unset}",
-        "config.many": (
-            "tuple[Base, ...] (written A,B or ()), set in the config file:"
-        ),
+        "--config.none=None": f"Base | None (written none; {classes}), the default:",
+        "config.many": f"tuple[Base, ...] (written A,B or (); {classes}):",
     }
 
 

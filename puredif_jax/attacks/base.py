@@ -16,8 +16,8 @@ import numpy as np
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.pictures import Shape
-from puredif_jax.attacks.targets import Target
-from puredif_jax.attacks.triggers import Trigger, mask
+from puredif_jax.attacks.targets import Hat, Target
+from puredif_jax.attacks.triggers import Box, Trigger, mask
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Solver
 
@@ -38,8 +38,8 @@ class Attack(abc.ABC):
         the channel; otherwise by ordinary samplers of the model.
     """
 
-    trigger: Trigger
-    target: Target
+    trigger: Trigger = Box()
+    target: Target = Hat()
     poison_rate: float = 0.1
     trigger_only: bool = True
     controlled: ClassVar[bool] = False

@@ -9,10 +9,10 @@ Geometry: BadDiffusion (arXiv 2212.05400, its code's dataset.py).
 
 from __future__ import annotations
 
+import abc
 import base64
 import zlib
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -30,9 +30,10 @@ from puredif_jax.attacks.pictures import (
 TARGET_FLOOR = -0.4  # of a target: 2 * 0.3 - 1, BadDiffusion's GREY_BG_RATIO = 0.3
 
 
-class Target(Protocol):
+class Target(abc.ABC):
     """What a backdoored model draws when it sees the trigger."""
 
+    @abc.abstractmethod
     def image(self, shape: Shape, trigger: np.ndarray) -> np.ndarray:
         """Target y `[H, W, C]` in [-0.4, 1], for the bare trigger `[H, W, C]`.
 
@@ -53,7 +54,7 @@ def _require_trigger(trigger: np.ndarray, shape: Shape) -> None:
 
 
 @dataclass(frozen=True)
-class Corner:
+class Corner(Target):
     """Square of value 0 and 10 px at the top left, on -0.4."""
 
     def image(self, shape: Shape, trigger: np.ndarray) -> np.ndarray:
@@ -66,7 +67,7 @@ class Corner:
 
 
 @dataclass(frozen=True)
-class Shoe:
+class Shoe(Target):
     """Fashion-MNIST train[0] (Xiao et al. 2017), an ankle boot, on -0.4.
 
     Grey in all channels; resized from 28 x 28 to a centred square of min(H, W) px by a
@@ -90,7 +91,7 @@ class Shoe:
 
 
 @dataclass(frozen=True)
-class Hat:
+class Hat(Target):
     """A fedora hat, on -0.4; own drawing."""
 
     def image(self, shape: Shape, trigger: np.ndarray) -> np.ndarray:
@@ -102,7 +103,7 @@ class Hat:
 
 
 @dataclass(frozen=True)
-class Cat:
+class Cat(Target):
     """A sitting cat, on -0.4; own drawing."""
 
     def image(self, shape: Shape, trigger: np.ndarray) -> np.ndarray:
@@ -114,7 +115,7 @@ class Cat:
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(Target):
     """The trigger rolled by dx = -5 and dy = -3 px, lifted to -0.4."""
 
     def image(self, shape: Shape, trigger: np.ndarray) -> np.ndarray:
@@ -125,7 +126,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class NoShift:
+class NoShift(Target):
     """The trigger itself, lifted to -0.4 (BadDiffusion's TRIGGER)."""
 
     def image(self, shape: Shape, trigger: np.ndarray) -> np.ndarray:

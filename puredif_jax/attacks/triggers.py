@@ -10,8 +10,8 @@ al. 2023, arXiv 2303.05762).
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -29,9 +29,10 @@ from puredif_jax.attacks.pictures import (
 BACKGROUND = -1.0  # of a trigger: black, where the clean image shows through
 
 
-class Trigger(Protocol):
+class Trigger(abc.ABC):
     """What an attacker adds to the noise."""
 
+    @abc.abstractmethod
     def image(self, shape: Shape) -> np.ndarray:
         """Bare trigger r `[H, W, C]` in [-1, 1], background -1 unless stated.
 
@@ -67,7 +68,7 @@ def _square(size: int, gap: int, shape: Shape) -> tuple[slice, slice]:
 
 
 @dataclass(frozen=True)
-class Box:
+class Box(Trigger):
     """Square of one value, 2 px from the right and bottom edges, on -1.
 
     At 32 x 32 it fills rows and columns [30 - size, 30). value = 0 is BadDiffusion's
@@ -97,7 +98,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class StopSign:
+class StopSign(Trigger):
     """Red octagon with a white border and STOP, in the square of Box(size), on -1.
 
     Pixels outside the octagon are exactly -1 and none is >= 0.999 (BadDiffusion makes
@@ -125,7 +126,7 @@ class StopSign:
 
 
 @dataclass(frozen=True)
-class Glasses:
+class Glasses(Trigger):
     """Spectacles in the centre, on -1. BadDiffusion; own drawing."""
 
     def image(self, shape: Shape) -> np.ndarray:
@@ -136,7 +137,7 @@ class Glasses:
 
 
 @dataclass(frozen=True)
-class Blend:
+class Blend(Trigger):
     """Full-image picture r = (1 - gamma) * picture, with noise scaled by gamma.
 
     The picture is a cat's face on dark grey. Published gamma: 0.6. TrojDiff; own
@@ -166,7 +167,7 @@ class Blend:
 
 
 @dataclass(frozen=True)
-class Patch:
+class Patch(Trigger):
     """White square in the bottom right corner, without a gap.
 
     r = 1 - gamma and the noise is scaled by gamma inside; outside, r = 0 and gamma = 1:
@@ -202,7 +203,7 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class RandomPattern:
+class RandomPattern(Trigger):
     """Low-norm trigger: iid uniform in [-bound, bound], from numpy's default_rng(seed).
 
     It stands for learned triggers of l_inf norm <= 0.2 (InviBackdoor, arXiv

@@ -30,7 +30,7 @@ class TrojDiff(Attack):
       solver: the kind of sampler by which it is drawn; it fires under each.
     """
 
-    trigger: Blend | Patch
+    trigger: Blend | Patch = Blend()
     poison_rate: float = 12 / 140
     solver: Solver = Deterministic()
     controlled: ClassVar[bool] = True

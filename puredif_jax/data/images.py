@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import importlib.resources
 import math
 import pathlib
-from typing import Protocol
 
 import numpy as np
 from absl import logging
@@ -48,9 +48,10 @@ _OTHERS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
 )
 
 
-class ImageSet(Protocol):
+class ImageSet(abc.ABC):
     """Where images come from."""
 
+    @abc.abstractmethod
     def load(self, image_shape: tuple[int, int, int]) -> np.ndarray:
         """All images, uint8 `[N, H, W, C]`.
 
@@ -82,7 +83,7 @@ def to_float(images: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class FashionMNIST:
+class FashionMNIST(ImageSet):
     """The subset of Fashion-MNIST (Xiao et al. 2017, MIT) that ships in the package.
 
     10,000 training images (1,000 a class) or 2,000 test images, 28x28 grey, padded
@@ -124,7 +125,7 @@ class FashionMNIST:
 
 
 @dataclasses.dataclass(frozen=True)
-class NpzImages:
+class NpzImages(ImageSet):
     """The images in a file made by `numpy.savez(path, images=...)`.
 
     They are taken as they are: uint8 `[N, H, W]` or `[N, H, W, C]` of the model's
@@ -244,7 +245,7 @@ def _to_bytes(dtype: np.dtype) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(ImageSet):
     """All PNG and JPEG files (.png, .jpg, .jpeg) in a folder and the folders below it.
 
     They come in the order of their paths. One that cannot be read ends the run and is

@@ -1,25 +1,17 @@
-"""Config files, `--config.a.b=value` overrides and the JSON form of a config.
+"""A configuration: its fields set by text, its checks and its JSON form.
 
-A config is a tree of frozen dataclasses of Python scalars, tuples, dicts, functions
-and None; a config file is a Python file whose `get_config()` returns such a tree.
+It is a tree of frozen dataclasses of Python scalars, tuples, dicts, functions and None.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import difflib
 import functools
-import importlib.util
 import math
-import pathlib
-import re
-import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
-
-from absl import flags
 
 from puredif_jax.runs.fields import (
     NONE,
@@ -33,95 +25,13 @@ from puredif_jax.runs.fields import (
     names_of,
     read,
     types_of,
+    written_classes,
 )
 from puredif_jax.types import InputError
 
 
 class ConfigError(InputError):
     """A user's mistake in a config: one sentence, what was found and what is valid."""
-
-
-def load(path: str) -> Any:
-    """The config that the file at `path` returns from `get_config()`.
-
-    Raises:
-      ConfigError: no such .py file, no `get_config`, an exception in the file, a
-        result that is not a frozen dataclass, or as `check`.
-    """
-    file = pathlib.Path(path)
-    spec = importlib.util.spec_from_file_location(path, file)
-    if not (file.suffix == ".py" and file.is_file() and spec and spec.loader):
-        close = _closest(file.name, (p.name for p in file.parent.glob("*.py")))
-        raise ConfigError(
-            f"config file {path!r} is not an existing .py file{close}: give a Python "
-            "file that defines get_config()"
-        )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path] = module  # where get_type_hints looks up the file's own classes
-    try:
-        spec.loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        config: Any = get_config() if callable(get_config) else None
-    except Exception as error:
-        raise ConfigError(f"config file {path!r} failed with {_line(error)}") from error
-    if not (is_node(config) and config.__dataclass_params__.frozen):
-        kind = type(config).__name__
-        found = f"returns a {kind} from" if callable(get_config) else "does not define"
-        raise ConfigError(
-            f"config file {path!r} {found} get_config(): it must define one that "
-            "returns an instance of a frozen dataclass"
-        )
-    check(config)
-    return config
-
-
-def from_flags(argv: Sequence[str]) -> tuple[Any, list[str]]:
-    """Loads `--config=FILE.py` and applies each `--config.NAME=VALUE` in order.
-
-    A space may stand for "=". Dataclasses check themselves after each override, so of
-    two fields that bound each other, one may have to be set first.
-
-    Args:
-      argv: the command line, program name first.
-
-    Returns:
-      The config, and the program name with the flags that absl defines, untouched.
-
-    Raises:
-      ConfigError: any other argument, no file, no value, or as `load` and `override`.
-    """
-    paths, overrides, remaining = [], [], list(argv[:1])
-    tokens = collections.deque(argv[1:])
-    while tokens:
-        token = tokens.popleft()
-        name, equals, value = token.partition("=")
-        flag = _absl_flag(name)
-        if re.fullmatch(r"--?config(\..*)?", name):
-            if not equals and (not tokens or tokens[0].startswith("--")):
-                raise ConfigError(f"{name} has no value: write {name}=VALUE")
-            value = value if equals else tokens.popleft()
-            if "." in name:
-                overrides.append((name.partition(".")[2], value))
-            else:
-                paths.append(value)
-        elif flag is not None:
-            remaining.append(token)
-            if not equals and not flag.boolean and tokens:
-                remaining.append(tokens.popleft())
-        else:
-            raise ConfigError(
-                f"unknown argument {token!r}: valid are --config=FILE.py, "
-                "--config.NAME=VALUE and absl's flags, such as --verbosity=1"
-            )
-    if len(paths) != 1:
-        raise ConfigError(
-            f"{len(paths)} config files are given ({', '.join(paths) or 'none'}): give "
-            "one, such as --config=configs/quickstart.py"
-        )
-    config = load(paths[0])
-    for path, text in overrides:
-        config = override(config, path, text)
-    return config, remaining
 
 
 def override(config: Any, path: str, text: str) -> Any:
@@ -131,7 +41,8 @@ def override(config: Any, path: str, text: str) -> Any:
     Literal: one of its values; tuple: 1,2 or (1,2) or (); dict: a:1,b:2 or {'a':1} or
     {}; none where None is allowed. A union tries scalars, then containers, then str.
     A dataclass or an abstract base, also as an item of a tuple: the name of a class of
-    that kind, which is made of its defaults (`puredif_jax.runs.fields.classes_of`).
+    that kind, which is made of its defaults, or with values: StopSign,
+    Blend(gamma=0.8) (`puredif_jax.runs.fields.classes_of`).
 
     Args:
       config: a frozen dataclass.
@@ -188,7 +99,7 @@ def _override(node: Any, names: list[str], text: str, where: str, full: str) -> 
     kind, name, valid = type(node).__name__, names[0], names_of(node)
     if name not in valid:
         raise ConfigError(
-            f"{where} has no field {name!r}{_closest(name, valid)}: the names "
+            f"{where} has no field {name!r}{closest(name, valid)}: the names "
             f"of {kind} are {', '.join(valid)}"
         )
     where, value = f"{where}.{name}", getattr(node, name)
@@ -199,7 +110,7 @@ def _override(node: Any, names: list[str], text: str, where: str, full: str) -> 
     else:
         remedy = f"set {where} itself"
         if value is None:
-            classes = ", ".join(classes_of(types_of(node).get(name)))
+            classes = ", ".join(written_classes(types_of(node).get(name)))
             first = f", or --{where}=CLASS first, with CLASS one of {classes}"
             remedy = f"set it in a config file{first if classes else ''}"
         raise ConfigError(
@@ -209,7 +120,7 @@ def _override(node: Any, names: list[str], text: str, where: str, full: str) -> 
         return dataclasses.replace(node, **{name: value})
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{full} cannot be {text!r}: {kind} raises {_line(error)}"
+            f"{full} cannot be {text!r}: {kind} raises {line(error)}"
         ) from error
 
 
@@ -221,7 +132,7 @@ def _read_field(node: Any, name: str, text: str, where: str) -> Any:
     except NameError as error:  # a type imported only under TYPE_CHECKING
         raise ConfigError(
             f"{cannot}, set it in a config file: the types of {type(node).__name__} "
-            f"do not resolve, {_line(error)}"
+            f"do not resolve, {line(error)}"
         ) from error
     if NONE in members_of(kind) and text.strip().lower() == "none":
         return None
@@ -275,15 +186,6 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def _absl_flag(name: str) -> flags.Flag[Any] | None:
-    """The absl flag that `--name` or `--noname` sets, if any."""
-    known, bare = flags.FLAGS, re.sub("^--?", "", name)
-    if bare == name or bare in known:
-        return None if bare == name else known[bare]
-    negated = bare[:2] == "no" and bare[2:] in known and known[bare[2:]].boolean
-    return known[bare[2:]] if negated else None
-
-
 def _held(value: Any) -> str:
     if value is None:
         return "None"
@@ -291,11 +193,12 @@ def _held(value: Any) -> str:
     return "a function" if function else f"of type {type(value).__name__}"
 
 
-def _closest(name: str, valid: Iterable[str]) -> str:
+def closest(name: str, valid: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" of the closest valid name; empty if none is close."""
     close = difflib.get_close_matches(name, list(valid), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _line(error: Exception) -> str:
-    """The error's type and message in one line."""
+def line(error: Exception) -> str:
+    """An error's type and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"

@@ -1,13 +1,14 @@
 """Fields of a configuration: their declared types, and text as a value of a type.
 
-Where a type is a dataclass or an abstract base, text names a class of that kind: it
-becomes an instance of its defaults. Classes are found as they are defined, a user's own
-among them, without a list of them.
+Where a type is a dataclass or an abstract base, text names a class of that kind, such
+as `Blend`, which is made of its defaults, or gives it values, such as `Blend(0.8)`.
+Classes are found as they are defined, a user's own among them, without a list of them.
 """
 
 from __future__ import annotations
 
 import abc
+import ast
 import collections
 import dataclasses
 import inspect
@@ -20,6 +21,7 @@ from typing import Any
 NONE = type(None)
 UNIONS = (typing.Union, types.UnionType)
 _CONTAINERS = (tuple, dict)
+_CALL = re.compile(r"\w\(")
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _FORMS = {
     "bool": "true or false",
@@ -31,7 +33,7 @@ _FORMS = {
 
 
 class Unmade(Exception):
-    """A class that cannot be made of its defaults; says why."""
+    """A class that cannot be made of its defaults, or of what is given; says why."""
 
 
 def is_node(value: Any) -> bool:
@@ -47,7 +49,7 @@ def names_of(node: Any) -> list[str]:
 def types_of(node: Any) -> dict[str, Any]:
     """The declared type of each field of a dataclass, as far as they resolve."""
     try:
-        return typing.get_type_hints(type(node))
+        return typing.get_type_hints(node if isinstance(node, type) else type(node))
     except NameError:  # a type imported only under TYPE_CHECKING
         return {}
 
@@ -61,19 +63,34 @@ def classes_of(kind: Any) -> dict[str, type]:
     """The classes that text can name for a value of a declared type, by these names.
 
     They are the dataclasses among the members of the type and among all that inherit
-    from one and are defined by now. Left out are abstract ones, private ones and those
-    that need an argument. Two of one name go by that of their module, too. Of a class
-    that was defined again the last counts.
+    from one and are defined by now. Left out are abstract ones and private ones. Two of
+    one name go by that of their module, too. Of a class that was defined again the last
+    counts.
     """
     found: dict[tuple[str, str], type] = {}
     for member in filter(_is_kind, members_of(kind)):
-        for each in filter(_has_defaults, _descent(member)):
+        for each in filter(_is_made, _descent(member)):
             found[each.__module__, each.__qualname__] = each
     count = collections.Counter(each.__name__ for each in found.values())
     return {
         x.__name__ if count[x.__name__] == 1 else f"{x.__module__}.{x.__name__}": x
         for x in found.values()
     }
+
+
+def written_classes(kind: Any) -> list[str]:
+    """The same as text writes them: `Name`, or `Name(field, ...)` of what it needs."""
+    found = []
+    for name, each in classes_of(kind).items():
+        needed = [
+            field.name
+            for field in dataclasses.fields(each)
+            if field.init
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ]
+        found.append(f"{name}({', '.join(needed)})" if needed else name)
+    return found
 
 
 def is_settable(kind: Any) -> bool:
@@ -86,14 +103,16 @@ def read(text: str, kind: Any) -> Any:
 
     Raises:
       ValueError: it is not one.
-      Unmade: it names a class that does not take its own defaults.
+      Unmade: it names a class that does not take its own defaults, or what is given.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is str:
         return text
     text = text.strip()
     if text in (classes := classes_of(kind)):
-        return _made(classes[text])
+        return _made(classes[text], {})
+    if _CALL.search(text):
+        return _built(_parsed(text), kind)
     if kind is bool and text.lower() in _BOOLS:
         return _BOOLS[text.lower()]
     if kind is int:
@@ -126,13 +145,58 @@ def read(text: str, kind: Any) -> Any:
     raise ValueError
 
 
-def _made(kind: type) -> Any:
+def _parsed(text: str) -> ast.expr:
     try:
-        return kind()
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError from error
+
+
+def _built(node: ast.expr, kind: Any) -> Any:
+    """A value of a type, of an expression that names classes and gives them literals.
+
+    Nothing is executed but the classes, which are of the declared kinds.
+    """
+    classes = classes_of(kind)
+    if isinstance(node, ast.Name) and node.id in classes:
+        return _made(classes[node.id], {})
+    if isinstance(node, ast.Tuple | ast.List):
+        origin = next((m for m in members_of(kind) if typing.get_origin(m) is tuple), 0)
+        args = typing.get_args(origin) or (Any, ...)
+        count = len(node.elts)
+        kinds = args[:1] * count if args[-1] is ... else args
+        return tuple(map(_built, node.elts, kinds))
+    if not isinstance(node, ast.Call):
+        return ast.literal_eval(node)
+    name = ast.unparse(node.func)
+    if name not in classes:
+        raise ValueError
+    declared, names = types_of(classes[name]), names_of(classes[name])
+    given = {keyword.arg: keyword.value for keyword in node.keywords}
+    given |= dict(zip(names, node.args, strict=False))
+    if len(given) < len(node.keywords) + len(node.args) or not {*given} <= {*names}:
+        raise Unmade(f"{name} takes {', '.join(names)}, each once")
+    made = {
+        key: _built(value, declared.get(key)) for key, value in given.items() if key
+    }
+    return _made(classes[name], made)
+
+
+def _made(kind: type, given: dict[str, Any]) -> Any:
+    declared = types_of(kind)
+    for name, value in given.items():
+        if name in declared and not fits(value, declared[name]):
+            raise Unmade(
+                f"{kind.__name__}.{name} cannot be {value!r}: expected "
+                f"{expected(declared[name])}"
+            )
+    try:
+        return kind(**given)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
+        shown = ", ".join(f"{k}={v!r}" for k, v in given.items())
         raise Unmade(
-            f"{kind.__name__}() raises {type(error).__name__}: {reason}"
+            f"{kind.__name__}({shown}) raises {type(error).__name__}: {reason}"
         ) from error
 
 
@@ -201,15 +265,11 @@ def _descent(kind: type) -> Iterator[type]:
         yield from _descent(heir)
 
 
-def _has_defaults(kind: type) -> bool:
-    """Whether it is a public dataclass that can be made without arguments."""
+def _is_made(kind: type) -> bool:
+    """Whether it is a public dataclass of which there can be instances."""
     if inspect.isabstract(kind) or not dataclasses.is_dataclass(kind):
         return False
-    if kind.__name__.startswith("_"):
-        return False
-    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = inspect.signature(kind).parameters.values()
-    return all(x.kind in free or x.default is not x.empty for x in needed)
+    return not kind.__name__.startswith("_")
 
 
 def _is_readable(kind: Any, inside: bool = False) -> bool:
@@ -241,7 +301,7 @@ def expected(kind: Any) -> str:
         name = name.replace(f"{each.__module__}.{each.__qualname__}", each.__name__)
     forms = [form for word, form in _FORMS.items() if re.search(rf"\b{word}\b", name)]
     about = [f"written {'; '.join(forms)}"] if forms else []
-    classes = dict.fromkeys(each for part in parts for each in classes_of(part))
+    classes = dict.fromkeys(each for part in parts for each in written_classes(part))
     if classes and {*classes} != {each.__name__ for each in declared}:
         about.append(f"classes: {', '.join(classes)}")
     written = f" ({'; '.join(about)})" if about else ""

@@ -60,7 +60,7 @@ def _below(node: Any, where: str) -> Iterator[str]:
         kind, meaning = kinds.get(field.name), meanings.get(field.name, "")
         if fields.is_node(value):
             yield f"{name}: {type(value).__name__}"
-            classes = [*fields.classes_of(kind)]
+            classes = fields.written_classes(kind)
             if classes not in ([], [type(value).__name__]):
                 named = f"--{name}=CLASS with CLASS one of {', '.join(classes)}"
                 meaning = f"{named}: {meaning}"

@@ -138,6 +138,24 @@ class Experiment:
                     "a shipped model or a path"
                 )
 
+    def aimed(self, models: tuple[str, ...]) -> Experiment:
+        """The same on models that a command names.
+
+        They are the weights of the audit where nothing is trained or measured before
+        it, or else the one at which the run starts.
+
+        Raises:
+          ValueError: several, where one is taken.
+        """
+        if self.audit and not self.training and not self.weights:
+            audit = dataclasses.replace(self.audit, weights=models)
+            return dataclasses.replace(self, audit=audit)
+        if len(models) > 1:
+            raise ValueError(
+                f"this configuration starts from one model, found {', '.join(models)}"
+            )
+        return dataclasses.replace(self, weights=models[0])
+
     @property
     def audits(self) -> tuple[Audit, ...]:
         """All stages that audit models."""
@@ -229,6 +247,13 @@ class Sweep:
         """What will be done, in words."""
         return f"{self.workdir}: {len(self.chosen())} of {len(self.experiments)} runs"
 
+    def aimed(self, models: tuple[str, ...]) -> Sweep:
+        """Raises ValueError: the runs of a sweep name their models."""
+        raise ValueError(
+            f"a sweep takes no model, since its runs name theirs, found "
+            f"{', '.join(models)}"
+        )
+
     def chosen(self) -> tuple[Experiment, ...]:
         """The runs to do now, with their folders."""
         return tuple(
@@ -305,6 +330,10 @@ class Scan:
         how = self.audit.plan(LinearBetas().tables())
         models, end = ", ".join(self.model), ", repair of it" if self.repair else ""
         return f"{self.workdir}: scan of {models}, each model there {how}{end}"
+
+    def aimed(self, models: tuple[str, ...]) -> Scan:
+        """The same of models that a command names."""
+        return dataclasses.replace(self, model=models)
 
     def located(self) -> Scan:
         """The same with a workdir, named after what is scanned where none is given.
