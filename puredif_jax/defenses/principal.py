@@ -87,25 +87,25 @@ def principal(images: np.ndarray) -> Principal:
 
 
 def noise_in(
-    schedule: NoiseSchedule, known: Principal, image: Array, t: Array
+    schedule: NoiseSchedule, known: Principal, images: Array, t: Array
 ) -> Array:
-    """v_t (s_t^2 S + v_t^2)^-1 image, `[B, H, W, C]`.
+    """v_t (s_t^2 S + v_t^2)^-1 h of each image h, `[B, H, W, C]`.
 
     Args:
       schedule: the forward process.
       known: S, by its components.
-      image: h, `[H, W, C]`.
+      images: h, `[B, H, W, C]`.
       t: timesteps, `[B]`.
     """
     signal, noise = (lookup(x, t) for x in (schedule.signal, schedule.noise))
     s, v = (x.reshape(-1, 1) for x in (signal, noise))
-    flat = known.directions.reshape(len(known.variances), image.size)
+    rows = images.reshape(len(images), -1)
+    flat = known.directions.reshape(len(known.variances), rows.shape[1])
 
     def taken(variance: Array | np.ndarray) -> Array:
         return v / (s**2 * variance + v**2)
 
-    along = flat @ image.reshape(-1)
-    own = taken(known.variances[None]) - taken(known.rest.reshape(1, 1))
-    found = taken(known.rest.reshape(1, 1)) * image.reshape(1, -1)
-    found = found + (own * along[None]) @ flat
-    return jnp.asarray(found.reshape(-1, *image.shape))
+    rest = taken(known.rest.reshape(1, 1))
+    own = taken(known.variances[None]) - rest
+    found = rest * rows + (own * (rows @ flat.T)) @ flat
+    return jnp.asarray(found.reshape(images.shape))

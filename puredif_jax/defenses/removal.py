@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.principal import Principal, noise_in
-from puredif_jax.diffusion.prediction import diffuse, lookup
+from puredif_jax.diffusion.prediction import diffuse
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key, NoiseModel, Params
 
@@ -38,14 +38,18 @@ class Backdoor(NamedTuple):
 class Removal(abc.ABC):
     """A loss by which a backdoor is trained out of a model.
 
-    evaluations: of the network on an image in a step, for each clean image; a gradient
-      counts for two more.
     asks: whether it reads the covariance of the clean images.
     """
 
     name: ClassVar[str]
-    evaluations: ClassVar[int]
     asks: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def evaluations(self, distilled: bool) -> int:
+        """Of the network on an image in a step, for each clean image.
+
+        A gradient counts for two more.
+        """
 
     @abc.abstractmethod
     def loss(
@@ -103,7 +107,9 @@ class FineTuning(Removal):
     """The clean term alone: a control, which knows no trigger."""
 
     name = "fine-tuning"
-    evaluations = 3
+
+    def evaluations(self, distilled: bool) -> int:
+        return 3 + distilled
 
     def loss(
         self,
@@ -163,7 +169,9 @@ class ThreeTerms(Removal):
 
     weight: float = 1.0
     name = "three terms"
-    evaluations = 10
+
+    def evaluations(self, distilled: bool) -> int:
+        return 10 + distilled
 
     def loss(
         self,
@@ -193,25 +201,31 @@ class ThreeTerms(Removal):
 class Unlearning(Removal):
     """The trigger is taught as what a clean model takes it for, at every timestep.
 
-    The clean term, and of images with the trigger
+    Of clean samples x_t, and of others with the trigger in them, x~_t,
 
-      weight mean || M(x_t, t) - gamma eps - H_t v_t (s_t^2 S + v_t^2)^-1 r ||^2,
-      x_t = s_t x_0 + v_t gamma eps + H_t r,
+      mean || M(x_t, t) - M_theta0(x_t, t) ||^2
+      + weight mean || M(x~_t, t) - M_theta0(x_t, t)
+                       - v_t (s_t^2 S + v_t^2)^-1 (x~_t - x_t) ||^2,
+      x_t = s_t x_0 + v_t eps,    x~_t = s_t x_0 + v_t gamma eps + H_t r,
 
-    with S the covariance of the clean images: the best linear clean denoiser's answer
-    to the trigger. Near T the trigger is noise of another mean, so it leads nowhere. At
-    low noise it is an image, as far as images vary along it. The response of a
-    backdoor of deterministic sampling is near H_t / v_t at high noise: to teach that
-    at every timestep would leave most of its path.
+    with S the covariance of the clean images: what the model itself answers without
+    the trigger, and the best linear clean denoiser's answer to the rest. Both targets
+    have no noise, so a high learning rate does no harm to clean draws. Near T the
+    trigger is noise of another mean, so it leads nowhere. At low noise it is an image,
+    as far as images vary along it. The response of a backdoor of deterministic sampling
+    is near H_t / v_t at high noise: to teach that at every timestep would leave most of
+    its path.
 
     Attributes:
       weight: of the second term.
     """
 
-    weight: float = 0.3
+    weight: float = 0.1
     name = "unlearning"
-    evaluations = 6
     asks = True
+
+    def evaluations(self, distilled: bool) -> int:
+        return 8
 
     def loss(
         self,
@@ -223,13 +237,16 @@ class Unlearning(Removal):
         key: Key,
         distilled: bool = False,
     ) -> Array:
-        key_clean, key_t, key_eps = jax.random.split(key, 3)
-        rest = params, images, key_clean, distilled
-        clean = self.clean(model, schedule, backdoor, *rest)
-        channel, r = backdoor.channel, backdoor.trigger
-        t = jax.random.randint(key_t, (len(images),), 0, schedule.steps)
-        eps = jax.random.normal(key_eps, images.shape)
-        x = channel.noisy(schedule, images, eps, r[None], t)
-        taken = noise_in(schedule, backdoor.clean, r, t)
-        answer = channel.scale * eps + lookup(channel.shift, t) * taken
-        return clean + self.weight * jnp.mean((model(params, x, t) - answer) ** 2)
+        key_clean, key_plain = jax.random.split(key)
+        clean = self.clean(
+            model, schedule, backdoor, params, images, key_clean, distilled=True
+        )
+        plain, eps, t = noised(schedule, images, key_plain)
+        triggered = backdoor.channel.noisy(
+            schedule, images, eps, backdoor.trigger[None], t
+        )
+        taken = noise_in(schedule, backdoor.clean, triggered - plain, t)
+        answer = model(backdoor.reference, plain, t) + taken
+        return clean + self.weight * jnp.mean(
+            (model(params, triggered, t) - answer) ** 2
+        )

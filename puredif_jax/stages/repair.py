@@ -130,7 +130,7 @@ class Repair(Stage):
     """
 
     removal: Removal = Unlearning()
-    training: Training = Training(steps=600, batch=64, learning_rate=3e-5, warmup=50)
+    training: Training = Training(steps=1000, batch=64, learning_rate=2e-4, warmup=50)
     images: ImageSet | None = None
     draws: int = 1024
     always: bool = False
@@ -193,7 +193,7 @@ class Repair(Stage):
             return step, (first, params, split)
 
         name = f"repair step of {self.training.batch} images"
-        each = (self.removal.evaluations + distilled) * self.training.batch
+        each = self.removal.evaluations(distilled) * self.training.batch
         yield Work(name, self.training.steps, each, self.removal, program)
 
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
