@@ -132,10 +132,9 @@ class Inspector:
     ) -> Inverted:
         """Inverts by one method under one hypothesis, and measures what comes out."""
         lab, truth = self.lab, self._truth
-        how = method.replace(", ", "_").replace(" ", "_")
-        stage = f"{how}_{self.label}_{_file(hypothesis)}"
+        stage = kept(method, self.label, hypothesis.name)
         result = self._invert(stage, hypothesis, inversion)
-        others = [self._placebo(how, each, inversion) for each in placebos]
+        others = [self._placebo(method, each, inversion) for each in placebos]
         delta, target = result["delta"], result["target"]
         name = f"{method}, {hypothesis.name}"
         pictures = [(f"inverted trigger, {name}", delta)]
@@ -263,10 +262,10 @@ class Inspector:
         return lab.run.once(stage, compute)
 
     def _placebo(
-        self, how: str, placebo: Hypothesis, inversion: Inversion
+        self, method: str, placebo: Hypothesis, inversion: Inversion
     ) -> Mapping[str, np.ndarray]:
         """What the same search reaches under a placebo."""
-        lab, stage = self.lab, f"{how}_{self.label}_{_file(placebo)}"
+        lab, stage = self.lab, kept(method, self.label, placebo.name)
 
         def compute() -> Mapping[str, Any]:
             found = search.invert(lab, stage, self.params, placebo, inversion)
@@ -356,6 +355,12 @@ def _candidate(result: Mapping[str, np.ndarray]) -> Candidate:
         jnp.asarray(result[name]) for name in ("delta", "target", "psi", "gamma")
     )
     return Candidate(delta, target, Member(*member))
+
+
+def kept(method: str, label: str, hypothesis: str) -> str:
+    """The name by which a run keeps an inversion, in `results/`."""
+    how = method.replace(", ", "_").replace(" ", "_")
+    return f"{how}_{label}_{hypothesis.replace(' ', '_')}"
 
 
 def _file(hypothesis: Hypothesis) -> str:

@@ -28,6 +28,8 @@ from puredif_jax.runs.page import Section
 from puredif_jax.runs.report import Report, as_csv, environment
 from puredif_jax.stages.base import results
 from puredif_jax.stages.experiment import Experiment, Sweep
+from puredif_jax.stages.finding import Finding
+from puredif_jax.stages.gallery import Shown, gallery
 from puredif_jax.stages.models import Models
 from puredif_jax.stages.perform import digests, opened, perform
 from puredif_jax.types import InputError
@@ -180,23 +182,28 @@ def _claim(folder: pathlib.Path) -> Iterator[bool]:
 
 
 def _summary(sweep: Sweep) -> Report | None:
-    """The numbers of all runs as one table a kind, if all are done; also as CSV."""
+    """A table of each kind of all runs, also as CSV, and pictures; if all are done."""
     tables: dict[str, list[dict[str, Any]]] = {}
+    shown: list[Shown] = []
     for experiment in sweep.experiments:
         folder = pathlib.Path(sweep.workdir) / experiment.workdir
         numbers = numbers_of(folder, config.to_dict(experiment))
         if numbers is None:
             return None
-        for result in results(numbers, str(folder / "report.json")):
+        found = results(numbers, str(folder / "report.json"))
+        audits = [each for each in found if isinstance(each, Finding)]
+        shown.append(Shown(experiment.workdir, folder, experiment.attack, audits))
+        for result in found:
             for kind, rows in result.tables().items():
                 named = [{"run": experiment.workdir} | dict(row) for row in rows]
                 tables.setdefault(kind, []).extend(named)
     title = pathlib.Path(sweep.workdir).name
+    sections = [Section(kind, table=tuple(rows)) for kind, rows in tables.items()]
+    if (triggers := gallery(shown)) is not None:
+        sections.append(triggers)
     report = Report(
         title=title,
-        sections=tuple(
-            Section(kind, table=tuple(rows)) for kind, rows in tables.items()
-        ),
+        sections=tuple(sections),
         config=config.to_dict(dataclasses.replace(sweep, workdir=title)),
         environment=environment() | {"device": jax.devices()[0].device_kind},
     )
