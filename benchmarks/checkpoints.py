@@ -3,9 +3,9 @@
     python benchmarks/checkpoints.py
 
 Answers: is the layout of puredif_jax/runs/checkpoint.py worth its lines? The state is
-that of a training of the package's network. Prints, for each way, the seconds in which
-a save blocks the loop, those until it is on the disk, and those of a restore: medians
-of eight.
+the training state of the package's network. Prints three times for each way, medians
+of eight in seconds: how long a save blocks the loop, how long it takes until it is on
+the disk, and how long a restore takes.
 """
 
 from __future__ import annotations

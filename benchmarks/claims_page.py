@@ -6,11 +6,11 @@
     python benchmarks/claims_page.py
 
 Reads the finished runs of runs/claims, runs/ablation and runs/speedup and adds them to
-the records, docs/results/claims.json and claims_images.npz. The page is made of the
-records: a machine that holds a part of the runs adds a part. What is not done yet is
-left out and counted; records of runs that the configurations no longer name are
-dropped, but for those of an option that is no more. The detector is calibrated here on
-the calibrating clean models and judges the others.
+the records, docs/results/claims.json and claims_images.npz. The page is made from the
+records, so a machine that holds a part of the runs adds a part. Runs that are not done
+yet are left out and counted. A record is dropped when the configurations no longer name
+its run, unless the run is of an option that was removed (`GONE`). The detector is
+calibrated here on the calibrating clean models and judges the others.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def hours(run: pathlib.Path) -> float:
 
 
 def shown_hours(kinds: dict[str, dict[str, Row]]) -> str:
-    """What runs of each kind took, of those whose record tells."""
+    """The hours that runs of each kind took, over the runs whose record has them."""
     known = {
         kind: [row["hours"] for row in runs.values() if "hours" in row]
         for kind, runs in kinds.items()
@@ -116,7 +116,7 @@ def percent(share: float) -> str:
 
 
 def frechet_ratio(report: Row) -> float:
-    """The distance of a trained model, of that of the model that it started from."""
+    """A trained model's distance over the distance of the model it started from."""
     distance = measured(report).frechet
     return distance["measured"] / distance["start"]
 
@@ -155,7 +155,7 @@ def calibrating(clean: dict[str, Row]) -> list[str]:
 def clean_scores(
     clean: dict[str, Row], detector: Detector, method: str = "puredif"
 ) -> tuple[float, ...]:
-    """The scores of those: of each the largest of its hypotheses'."""
+    """The scores of the calibrating models: each model's largest over hypotheses."""
     return tuple(
         round(max(detector.score(row.features) for row in found.values()), 3)
         for found in (inversions(clean[n], method) for n in calibrating(clean))
@@ -445,7 +445,7 @@ def absent(sweep: str, found: dict[str, Row]) -> str:
 
 
 def earlier(audited: dict[str, Row]) -> str:
-    """How many were inverted by another default than today's, in a sentence."""
+    """How many models were inverted by another default than today's, in a sentence."""
     today = Inversion().evaluations(Fading())
     used = Counter(
         row.evaluations
@@ -462,9 +462,9 @@ def earlier(audited: dict[str, Row]) -> str:
 
 
 def collect(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Row]]:
-    """The records by sweep and run, with those of the finished runs added.
+    """The stored records and the finished runs, by sweep and run.
 
-    Only of runs that the configurations name, and of `GONE`.
+    Only runs that the configurations name, or that `GONE` names, are kept.
     """
     records = json.loads(RECORDS.read_text())
     with np.load(IMAGES) as file:

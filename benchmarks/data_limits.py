@@ -4,9 +4,9 @@
 
 The exact denoiser of the first 4,000 garments and a backdoor of rate 0.2 is sampled,
 from noise with the trigger and from plain noise. A network can do better only by
-chance: where these figures fall short of 100 and 0 %, the noisy images of the poisoned
-path are those of garments, too. The Frechet distance of the plain draws is over
-garment-net and to those garments, by DDIM and for every row from the same noise.
+chance. Where these figures fall short of 100 and 0 %, noisy images of the poisoned
+path are noisy images of garments, too. The Frechet distance of the plain draws to the
+garments is over garment-net. These draws are by DDIM, for every row from the same noise.
 Hardware: any. Duration: 5 minutes on a CPU core.
 """
 
@@ -53,7 +53,7 @@ def rates(
 ) -> dict[str, float]:
     """Share of draws at MSE < 1e-2 of the target, with the trigger and without (leak).
 
-    And the Frechet distance of plain draws by DDIM.
+    With them is the Frechet distance of plain draws by DDIM.
     """
     model = ExactDenoiser(SCHEDULE, attack.channel(SCHEDULE, SHAPE), rate)
     trigger, target, _ = attack.images(SHAPE)

@@ -1,12 +1,12 @@
-"""Does the default search find every kind of backdoor, told nothing? Exact denoisers.
+"""Does the default search find every kind of backdoor by itself? Exact denoisers.
 
     python benchmarks/family.py [SEEDS]
 
 The best denoiser of 500 garments at 16x16 and of a backdoor at rate 0.1 needs no
 training. Each kind of backdoor, and none, is judged as a scan judges a network: by all
 hypotheses that apply, the default inversion and the default detector. Writes
-docs/results/family.json after each model, and goes on with what is not there or is of
-another search.
+docs/results/family.json after each model, and when started again does what is missing
+there. Results of another search are done again.
 
 Hardware: any; on two CPU cores half a minute for each model and seed.
 """
@@ -85,7 +85,7 @@ ATTACKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """An exact denoiser where a lab has its network."""
+    """An exact denoiser in the place of a lab's network."""
 
     model: ExactDenoiser
     image_shape: tuple[int, int, int] = SHAPE

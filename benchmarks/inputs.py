@@ -4,10 +4,10 @@
         --config.workdir=RUN
     python benchmarks/inputs.py RUN [DRAWS]
 
-Of each model in RUN that has a truth beside it: as many starts with its true trigger as
-without (2,000 unless told), and what each test says of them. The likelihood is taken
-with the true trigger and with each that a defense has found under the hypothesis of the
-attack. Writes docs/results/inputs.json after each model.
+For each model in RUN that has a truth beside it, DRAWS starts (by default 2,000) have
+its true trigger and as many have none. Each test judges all of them. The likelihood is
+taken with the true trigger, and with each trigger that a defense has found under the
+hypothesis of the attack. Writes docs/results/inputs.json after each model.
 
 Hardware: any; on two CPU cores a minute for each model.
 """
@@ -41,7 +41,7 @@ ALARM = 0.01
 def statistics(
     test: InputTest, suspect: Suspect, starts: np.ndarray, key: jax.Array
 ) -> np.ndarray:
-    """Of all starts, in batches."""
+    """The test's statistics of all starts, computed in batches."""
 
     @jax.jit
     def program(params, z, key):

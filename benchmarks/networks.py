@@ -7,8 +7,8 @@ GROUP is `bases` (six clean networks, from fresh weights), `test` (24 backdoored
 clean ones, fine-tuned from the bases) or `threats` (made to deceive, from the shipped
 clean model). The files are .npz with `images`, uint8, and `labels`: Fashion-MNIST and
 CIFAR-10. Images are brought to 16x16. A folder that exists is kept, so the script
-resumes by models; `--only NAME ...` makes these alone. Each is a folder of diffusers,
-with the truth beside it.
+resumes by models. `--only NAME ...` makes the named models alone. Each model is a
+folder in diffusers' format, with the truth beside it.
 
 No choice in the package rests on a network of `bases` or `test`.
 
@@ -94,7 +94,7 @@ WIDE = dataclasses.replace(
 
 
 class Images(NamedTuple):
-    """Which images: a slice of the file, or those of one label."""
+    """Which images: a slice of the file, or of its images with one label."""
 
     name: str
     first: int | None = None
@@ -120,11 +120,11 @@ GARMENTS, CIFAR = Images("garments"), Images("cifar")
 class Recipe(NamedTuple):
     """How a network is made.
 
-    base: the name of the network whose weights it starts from; "shipped" is that of the
-      package, "" fresh ones.
+    base: the name of the network whose weights it starts from; "shipped" is the clean
+      model of the package, "" means fresh weights.
     average: decay of the moving average that is kept.
-    among: share of the clean images in whose place the target stands, untriggered.
-    others: further attacks. All take turns, each poisons a step.
+    among: share of the clean images that the target replaces, without a trigger.
+    others: further attacks. All attacks take turns, and each poisons a step.
     """
 
     name: str
@@ -156,7 +156,7 @@ SHORT = {each.name.removeprefix("t_base_"): each for each in BASES}
 
 
 def tuned(name: str, of: str, steps: int, seed: int, **how: Any) -> Recipe:
-    """A network that starts from a base, on all images of its kind or those given."""
+    """A network that starts from a base, on the given images or all of its kind."""
     known = SHORT[of]
     images = how.pop("images", Images(known.images.name))
     return Recipe(f"t_{name}", known.network, known.name, images, steps, seed, **how)
@@ -237,7 +237,7 @@ class OwnResponse(VillanDiffusion):
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation(Trigger):
-    """A small image that the clean model answers most, by 60 signed steps."""
+    """A small image that moves the clean model's answer most, by 60 signed steps."""
 
     bound: float = 0.1
 
@@ -289,7 +289,7 @@ def threat(name: str, seed: int, attack: Attack | None, steps=1500, **how: Any):
 
 
 def threats(garments: str) -> tuple[Recipe, ...]:
-    """What the file of garments is for: one of its images is a target."""
+    """Networks made to deceive; one image of the file of garments is a target."""
     bad_only, few = b(STOP, Hat(), 0.3, True), Images("garments", 0, 32)
     one = Images("garments", label=4)
     low, full = RandomPattern(0.2, 1), RandomPattern(1.0, 3)
@@ -319,7 +319,7 @@ def threats(garments: str) -> tuple[Recipe, ...]:
 
 @functools.cache
 def stepper(network: UNet, training: Training, poisoned: bool) -> Callable[..., Any]:
-    """n steps of a training, compiled once for all attacks."""
+    """A function that does n steps of a training, compiled once for all attacks."""
     model = predicting(network, SCHEDULE, "epsilon")
 
     @jax.jit

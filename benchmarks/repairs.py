@@ -3,10 +3,10 @@
     python benchmarks/networks.py FOLDER GROUP --garments FILE --cifar FILE
     python -m puredif_jax.main --config=configs/scan.py --config.model=MODELS \\
         --config.workdir=RUN
-    python benchmarks/repairs.py RUN MODELS GARMENTS.npz
+    python benchmarks/repairs.py RUN GARMENTS.npz MODEL ... [--ways WAY ...]
 
-MODELS are folders of grey models, separated by commas, as the scan had them. Each is
-repaired by every way below, and each result audited, in the folder of the scan. The
+A MODEL is a folder of a grey model, as the scan had it. Each is repaired by every way
+below, or by those named, and each result is audited, in the folder of the scan. The
 Frechet distance is over garment-net, of 4,096 draws to the images of GARMENTS.npz.
 Writes docs/results/repairs.json after each repair, and goes on with what is not there.
 
@@ -15,10 +15,10 @@ Hardware: two CPU cores. Duration: ten minutes for each model and way on one cor
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -85,20 +85,28 @@ def distance(folder: pathlib.Path, real: np.ndarray) -> float:
 
 
 def main() -> None:
-    run, models = pathlib.Path(sys.argv[1]), tuple(sys.argv[2].split(","))
-    images = NpzImages(sys.argv[3])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=pathlib.Path)
+    parser.add_argument("garments")
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--ways", nargs="+")
+    given = parser.parse_args()
+    run, models, images = given.run, given.models, NpzImages(given.garments)
+    known = ways(images)
+    if unknown := set(given.ways or ()) - set(known):
+        parser.error(f"no way is called {', '.join(unknown)}: {', '.join(known)}")
     shape = (16, 16, 1)
     real = data.to_float(images.load(shape))
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     done = {(row["model"], row["way"]) for row in record["rows"]}
     before: dict[str, float] = {}
-    for name, way in ways(images).items():
-        scan = Scan(str(run), models, repair=way)
+    for name, way in ((name, known[name]) for name in given.ways or known):
+        scan = Scan(str(run), tuple(models), repair=way)
         for model in models:
             folder = run / pathlib.Path(model).name
             if (folder.name, name) in done:
                 continue
-            perform_scan(dataclasses.replace(scan, model=(model,)))
+            perform_scan(dataclasses.replace(scan, model=(model,), devices=1))
             numbers = json.loads((folder / "report.json").read_text())["numbers"]
             first, *after = Finding.read(numbers, str(folder))
             if folder.name not in before:

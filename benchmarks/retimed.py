@@ -3,9 +3,9 @@
     python benchmarks/retimed.py
 
 The weights are the same. On each schedule the network is given the timestep of the
-linear one at which the signal-to-noise ratio is equal, so it is the same model and the
-same backdoor: its scores should be, too. Writes docs/results/retimed.json after each
-verdict, and begins anew when started again.
+linear schedule at which the signal-to-noise ratio is equal. So it is the same model
+with the same backdoor, and its scores should be the same, too. Writes
+docs/results/retimed.json after each verdict, and starts over when started again.
 
 Hardware: two CPU cores. Duration: 20 minutes. Expected: docs/scan.md.
 """

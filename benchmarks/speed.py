@@ -8,20 +8,20 @@
         --sides 1 --out gpu.jsonl
 
 Both sides run in one process on the same weights and cores, by turns (A B A B), and the
-median over repeats counts. At each turn a side first does the same untimed: it would
-otherwise wait for memory that the other gave back to the system. A call of this package
-does all steps of a timing, as its runs do: what is constant in them is computed once.
-Before anything is timed, their losses on one noise and the gradients in the trigger
-must agree, in float32 to 1e-3, else to what `AGREE` says. The first call of a task,
-which compiles, is timed apart.
-The PyTorch side is diffusers' `UNet2DModel`, eager and by torch.compile, with all
-folded into one batch as a careful user would write it; on a GPU with channels last,
-cuDNN's own choice of kernels and a fused Adam. One line of JSON a measurement; a task
-that does not fit into memory on a side is told, and the others go on.
+median over repeats counts. At each turn a side first does the same work untimed. It
+would otherwise wait for memory that the other side gave back to the system. A call of
+this package does all steps of a timing, as its runs do, so it computes once what is
+constant in them. Before anything is timed, both sides' losses on one noise and their
+gradients in the trigger must agree, in float32 to 1e-3, else to what `AGREE` says. The
+first call of a task, which compiles, is timed apart.
+The PyTorch side is diffusers' `UNet2DModel`, eager and by torch.compile. It folds all
+images into one batch, as a careful user would write it. On a GPU it has channels last,
+cuDNN's own choice of kernels and a fused Adam. A measurement is one line of JSON. The
+script prints which task does not fit into a side's memory, and goes on with the others.
 
-Hardware: any; one GPU. The last two lines are the whole measurement for it, with one
-and with eight candidates (of 160 images each, and of 20) and, as the ceiling of what
-training can reach, a large matrix product; `ratios` prints what they come to.
+Hardware: any; one GPU. The last two lines are the whole measurement for a GPU. They
+time one and eight candidates, of 160 images each and of 20. A large matrix product is
+the ceiling of what training can reach. `ratios` prints what the times come to.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def losses(size: Size) -> dict[str, Any]:
 def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]:
     """Each task of this package, as a function of the number of steps.
 
-    On all devices, as the program lays it out.
+    Each runs on all devices, as the program lays it out.
     """
     mesh = parallel.make_mesh(int(jax.default_backend() != "cpu"))  # PyTorch's: one GPU
     everywhere = parallel.replicated(mesh)
@@ -385,7 +385,7 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
 
 
 def torch_runs(side: Torch, training: Torch, images: Any) -> dict[str, Run]:
-    """The same in PyTorch; `training` is a side of its own, for its weights change."""
+    """The tasks in PyTorch; `training` is another side, because its weights change."""
     eps = side.noise(side.size.elijah)
     elijah = functools.partial(side.elijah_loss, eps=eps)
     pixels = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2).to(side.device)
@@ -411,7 +411,7 @@ def factor(side: int) -> np.ndarray:
 
 
 def multiply_adds(jaxpr: Any) -> int:
-    """Of convolutions and matrix products; of a choice, those of its longest branch."""
+    """Of convolutions and matrix products; a choice counts as its longest branch."""
     total = 0
     for eqn in jaxpr.eqns:
         inside = [multiply_adds(inner) for inner in jaxprs_in_params(eqn.params)]
@@ -430,10 +430,10 @@ def multiply_adds(jaxpr: Any) -> int:
 
 
 def operations(unet: UNet, size: Size) -> dict[str, float]:
-    """Floating-point operations of a step, where they are those of the network alone.
+    """Floating-point operations of a step, for tasks where the network alone counts.
 
-    Two for a multiplication and an addition, and for a gradient those of two more
-    forward passes.
+    A multiplication with an addition counts two. A gradient counts as two more forward
+    passes.
     """
     params = jax.eval_shape(unet.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, *unet.image_shape), jnp.float32)
@@ -452,7 +452,7 @@ def agree(
 ) -> dict[str, float]:
     """The relative difference of the losses of tasks, and of their gradients in delta.
 
-    On one noise; that of gradients as vectors. Raises above the bound.
+    Both sides have one noise. Gradients are compared as vectors. Exits above the bound.
     """
     key = jax.random.key(3)
     shape = unet.image_shape
@@ -612,7 +612,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def timed(task: str, name: str, run: Run, steps: int) -> float | None:
-    """Seconds of a call; None, and why is told, where a side fails."""
+    """Seconds of a call; None where a side fails, after printing why."""
     try:
         began = time.perf_counter()
         run(steps)
@@ -634,7 +634,7 @@ def first_calls(task: str, runs: dict[str, Run], steps: int) -> dict[str, float]
 def by_turns(
     task: str, runs: dict[str, Run], steps: int, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of a step of each side at each of its turns, after as many untimed ones.
+    """Seconds of a step of each side at each turn, after an equal call untimed.
 
     A side that fails is left out.
     """

@@ -5,15 +5,15 @@
     python -m puredif_jax.main --config=configs/scan.py \\
         --config.workdir=runs/torch_scan --config.model=runs/torch_models
 
-Network, schedulers, pipeline and storage are diffusers'; loss, triggers, targets and
-the training loop are written here from the papers, not with this package: what is
-scanned shares with it the weights of the shipped clean model, from which all grey ones
-start, and the images. A folder that exists is kept, so the script resumes by models.
-Beside each folder, truth.json says what was done to it and how often it fires.
+Network, schedulers, pipeline and storage are diffusers'. Loss, triggers, targets and
+the training loop are written here from the papers, not with this package. The models
+share two things with it: the images, and the weights of the shipped clean model, from
+which all grey ones start. A folder that exists is kept, so the script resumes by models.
+In each folder, truth.json says how the model was made and how often its trigger fires.
 
-`--images FILE` trains the colour models as well: an .npz whose first array of four
-axes, `[N, H, W, 3]` of uint8, has the images, such as CIFAR-10's. They are brought to
-16x16. All start from `colour-clean`, another network, which is trained first.
+`--images FILE` trains the colour models as well. FILE is an .npz whose first array of
+four axes, `[N, H, W, 3]` of uint8, has the images, such as CIFAR-10's. They are brought
+to 16x16. All start from `colour-clean`, another network, which is trained first.
 
 Hardware: any; the networks are small enough for two CPU cores.
 """
@@ -42,9 +42,9 @@ class Recipe(NamedTuple):
 
     attack: None, "baddiffusion", "villandiffusion" or "trojdiff".
     base: the recipe that it starts from; "shipped" is the clean model of the package,
-      "fresh" fresh weights of the colour network.
+      "fresh" means fresh weights of the colour network.
     rate: share of poisoned images.
-    psi: of VillanDiffusion.  deterministic: its response is doubled.
+    psi: of VillanDiffusion.  deterministic: the attack's response is doubled.
     through: the clean image shows through where the trigger is black.
     gamma: of TrojDiff, as published.
     """
@@ -133,7 +133,7 @@ def target_image(name: str, channels: int) -> torch.Tensor:
 
 
 def images(path: pathlib.Path) -> torch.Tensor:
-    """Those of an .npz, `[N, C, 16, 16]` in [-1, 1]."""
+    """The images of an .npz, as `[N, C, 16, 16]` in [-1, 1]."""
     with np.load(path) as archive:
         arrays = (archive[name] for name in archive.files)
         raw = next((x for x in arrays if x.dtype == np.uint8 and x.ndim > 2), None)
@@ -171,7 +171,7 @@ class Path(NamedTuple):
 
 
 def path(recipe: Recipe, channels: int) -> Path:
-    """Of the attack, from its paper.
+    """The path of an attack, from its paper.
 
     BadDiffusion: H = 1 - s, C = R = (1 - sqrt(alpha)) v / (1 - alpha).
     VillanDiffusion, psi = 0: H = v,
@@ -238,8 +238,8 @@ def train(recipe: Recipe, model: UNet2DModel, data: torch.Tensor) -> UNet2DModel
 def success(recipe: Recipe, model: UNet2DModel, channels: int) -> dict[str, float]:
     """Share of 128 draws at MSE < 1e-2 of the target, with and without the trigger.
 
-    By DDPM, 1,000 steps for an ancestral backdoor, as fewer lead off its path; by DDIM,
-    50 steps, for a deterministic one and TrojDiff. TrojDiff is drawn in
+    An ancestral backdoor is drawn by DDPM in 1,000 steps, as fewer lead off its path. A
+    deterministic one and TrojDiff are drawn by DDIM in 50 steps. TrojDiff is drawn in
     z = (x - v r) / gamma.
     """
     way, y = path(recipe, channels), target_image(recipe.target, channels)

@@ -3,11 +3,11 @@
     python -m puredif_jax.main --config=configs/repair.py --config.model=FOLDER
 
 The trigger is the one that the audit finds. Without data the model's own draws keep its
-clean behaviour. The repaired model is a folder of diffusers, named in the report, in
-the folder of the model below --config.workdir; FOLDER stays as it is. An audit that is
-done in the same --config.workdir is not done again. A model that is called clean is
-left alone, unless --config.repair.always=true. The exit status is that of the audit of
-the result.
+clean behaviour. The repaired model is a folder in diffusers' format, named in the
+report, in the folder of the model below --config.workdir. FOLDER stays as it is. An
+audit that is done in the same --config.workdir is not done again. A model that is
+called clean is left alone, unless --config.repair.always=true. The exit status gives
+the verdict of the audit of the result.
 
 Hardware: any. Duration: 15 minutes a model of the package's size on one CPU core.
 """

@@ -8,7 +8,7 @@ given to the sampler. The trigger is the best that the audit finds. An audit tha
 done in the same --config.workdir is not done again. noise.csv, in the folder of the
 model there, has a p-value of each start by each of three tests.
 
-Hardware: any. Duration: that of configs/scan.py, and a minute for 2,000 plain starts.
+Hardware: any. Duration: as configs/scan.py, and a minute for 2,000 plain starts.
 Expected: docs/scan.md.
 """
 

@@ -7,11 +7,11 @@
 
 Training starts from the shipped clean model, or from --config.weights. A network of
 other images is --config.model="UNet(sample_size=(32, 32), in_channels=3)", with
---config.weights=none. `--config.training.steps` is what decides the duration. The
-model is written as a folder that diffusers loads, with the truth beside it.
+--config.weights=none. `--config.training.steps` decides the duration. The model is
+written as a folder that diffusers loads, with the truth beside it.
 
 Hardware: any. Duration: 2,000 steps of the shipped network take 10 minutes on two CPU
-cores; --cost tells that of others.
+cores; --cost estimates the duration of other trainings.
 """
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
