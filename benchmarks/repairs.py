@@ -25,6 +25,7 @@ import numpy as np
 
 from puredif_jax.data import images as data
 from puredif_jax.data.images import NpzImages
+from puredif_jax.data.pictures import Fit
 from puredif_jax.defenses.removal import FineTuning, Pruning, ThreeTerms
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.prediction import predicting
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--ways", nargs="+")
     given = parser.parse_args()
-    run, models, images = given.run, given.models, NpzImages(given.garments)
+    run, models, images = given.run, given.models, NpzImages(given.garments, fit=Fit())
     known = ways(images)
     if unknown := set(given.ways or ()) - set(known):
         parser.error(f"no way is called {', '.join(unknown)}: {', '.join(known)}")

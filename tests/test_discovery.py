@@ -123,6 +123,15 @@ def test_links_are_followed_once(tmp_path) -> None:
     assert set(rows) == {"one", "more.two"}
 
 
+@pytest.mark.parametrize("what", ["one", "."], ids=["a model", "a folder of models"])
+def test_a_link_may_be_given_itself(tmp_path, what) -> None:
+    write(tmp_path / "m" / "one")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "m" / what)
+    inside = "" if what == "one" else "one"
+    assert list(found(link).values()) == [str(link / inside)]
+
+
 def test_a_variant_that_is_asked_for(tmp_path) -> None:
     one, two = write(tmp_path / "one"), write(tmp_path / "two")
     special = one / "unet" / "diffusion_pytorch_model.ema.safetensors"

@@ -94,7 +94,8 @@ class Search:
                 f"{folder} leads to {self._seen[real]}, which is searched once"
             )
             return False
-        if folder.is_symlink() and (
+        linked = folder != self.top and folder.is_symlink()
+        if linked and (
             pathlib.Path(self._home).is_relative_to(real)
             or any(map(pathlib.Path(real).is_relative_to, _SYSTEM))
         ):
