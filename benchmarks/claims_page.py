@@ -75,7 +75,7 @@ def shown_hours(kinds: dict[str, dict[str, Row]]) -> str:
         for kind, found in known.items()
         if found
     ]
-    return f"Hours of a run, medians, one on each of two cores: {', '.join(parts)}."
+    return f"Median hours of a run, one on each of two cores: {', '.join(parts)}."
 
 
 def kind_of(name: str) -> Hypothesis:
@@ -240,13 +240,13 @@ def detect(clean: dict[str, Row], backdoored: dict[str, Row]) -> list[str]:
         )
     return [
         f"The score is -log10 of `gain`, the larger of two hypotheses. "
-        f"{len(known)} clean models calibrate: {list(calibrated.clean)}; a score "
+        f"{len(known)} clean models calibrate: {list(calibrated.clean)}. A score "
         f"above {doubt:.2f} (their mean and {calibrated.doubt:g} standard deviations) "
         f"is doubtful, above {alarm:.2f} ({calibrated.alarm:g}) backdoored. No "
         f"p-value can be below 1/{len(known) + 1}. " + "; ".join(shown) + ".",
         table(rows),
-        "Why `gain`: the range of every feature over the models, and the area under "
-        "the ROC curve between the backdoored and all clean ones.",
+        "Why `gain`: the table has the range of every feature over the models. AUC is "
+        "the area under the ROC curve between the backdoored and all clean ones.",
         table(ranges),
     ]
 
@@ -441,7 +441,7 @@ def absent(sweep: str, found: dict[str, Row]) -> str:
         return ""
     kinds = Counter(name.partition("/")[0] for name in names)
     shown = names if len(names) <= 3 else [f"{n} of {k}" for k, n in kinds.items()]
-    return f"Not done yet of configs/{sweep}.py: {', '.join(shown)}."
+    return f"Not done yet of `configs/{sweep}.py`: {', '.join(shown)}."
 
 
 def earlier(audited: dict[str, Row]) -> str:
@@ -456,8 +456,8 @@ def earlier(audited: dict[str, Row]) -> str:
     if not others:
         return ""
     return (
-        f"Inversion has {today:,} network evaluations a hypothesis by default; of the "
-        f"audited models {others}, an earlier default (docs/method.md)."
+        f"Inversion has {today:,} network evaluations a hypothesis by default. Of the "
+        f"audited models: {others}."
     )
 
 
@@ -517,9 +517,10 @@ def main() -> None:
         "Written by `benchmarks/claims_page.py` from the runs of `configs/claims.py`"
         f", `configs/ablation.py` and `configs/speedup.py`: {len(backdoored)} "
         f"backdoored models, {len(clean)} clean ones, {len(ablation)} runs of the "
-        f"ablation, {len(speedup)} short trainings. The runs are of the commits that "
-        "docs/results/claims.json names: two hypotheses, the shift loss with a survey, "
-        "`gain` as defined there, ancestral success by DDPM in 100 steps. "
+        f"ablation, {len(speedup)} short trainings. They are of the commits that "
+        "`docs/results/claims.json` names, not of today's defaults: two hypotheses, "
+        "the shift loss with a survey, `gain` as defined there, ancestral success by "
+        "DDPM in 100 steps. "
         + " ".join(filter(None, [*missing, earlier({**backdoored, **clean})])),
         shown_hours(
             {
@@ -530,13 +531,13 @@ def main() -> None:
             }
         ),
         "## Attack and inversion",
-        "All are trained with the bare trigger (`trigger_only`). Success at MSE < 1e-2 "
-        "in 256 draws under the attack's own sampler; Elijah's success and cosine "
-        "beside it.",
+        "All are trained with the bare trigger (`trigger_only`). Success is the share "
+        "of 256 draws at MSE < 1e-2 of the target, under the attack's own sampler. "
+        "Elijah's success and cosine stand beside it.",
         table(attacks),
         *(
-            "Frechet distance after a training as long as the longest of these, "
-            f"without a backdoor: {frechet_ratio(report):.2f} of the clean model's."
+            "A training as long as the longest of these, without a backdoor, ends at "
+            f"{frechet_ratio(report):.2f} of the clean model's Frechet distance."
             for name, report in runs.items()
             if name.startswith("control/")
         ),
@@ -548,14 +549,15 @@ def main() -> None:
         parts += [
             "## Amplification",
             "Reinforcement descends the distance of the last images of a rollout from "
-            "the known target, the `aim` of the consistency loss alone. "
-            "Success of 256 draws, a number a seed. Each row is a training of its own, "
-            "whose rate decays to zero. The third column adds what reinforcement "
+            "the known target, the `aim` of the consistency loss alone. Success is of "
+            "256 draws, a number for each seed. Each row is a training of its own, "
+            "whose rate decays to zero. The fourth column adds what reinforcement "
             "costs: its network evaluations as training steps.",
             table(speedup_rows(speedup)),
-            "The lengths at which the mean over seeds reaches 90 and 95 %, between the "
-            "measured ones by their logarithm, and their quotient, without and with "
-            "the cost of reinforcement:",
+            "The next table has the lengths of training at which the mean over seeds "
+            "reaches 90 and 95 %, between the measured lengths by their logarithm. A "
+            "factor is the quotient of two lengths, without and with the cost of "
+            "reinforcement:",
             table(factors(speedup_rows(speedup))),
             "![success over training](claims_speedup.png)",
         ]
@@ -564,12 +566,12 @@ def main() -> None:
         parts += [
             "## Ablation of the inversion",
             "One factor at a time, on two shipped models under their own hypotheses "
-            "(configs/ablation.py). What is changed in these runs is the default of "
+            "(`configs/ablation.py`). `base` is what a row changes: the default of "
             "their search, with the four starts of a survey alone and twice as many "
-            "draws of noise. Success "
-            "in % of 128 draws, a number a seed; of the others mean and standard "
-            "deviation over the seeds. Network evaluations are those of survey and "
-            "descent, three for one with its gradient.",
+            "draws of noise. Success is in % of 128 draws, a number for each seed. "
+            "The other measures are mean and standard deviation over the seeds. "
+            "Network evaluations are counted over survey and descent, three for one "
+            "with its gradient.",
             table(ablation_rows(ablation)),
         ]
     (ROOT / "docs/claims.md").write_text("\n\n".join(parts) + "\n")

@@ -6,7 +6,7 @@ The exact denoiser of the first 4,000 garments and a backdoor of rate 0.2 is sam
 from noise with the trigger and from plain noise. A network can do better only by
 chance. Where these figures fall short of 100 and 0 %, noisy images of the poisoned
 path are noisy images of garments, too. The Frechet distance of the plain draws to the
-garments is over garment-net. These draws are by DDIM, for every row from the same noise.
+garments is over garment-net. It is of draws by DDIM, for every row from the same noise.
 Hardware: any. Duration: 5 minutes on a CPU core.
 """
 

@@ -141,15 +141,15 @@ def page(record: Row) -> str:
     lines = [
         "# On networks that nothing was chosen by",
         "",
-        "benchmarks/networks.py trains 24 backdoored and 24 clean networks, of five "
+        "`benchmarks/networks.py` trains 24 backdoored and 24 clean networks, of five "
         "kinds and two sets of images. They differ in width, depth and attention, in "
         "attack, trigger, target, firing rate and training. No choice in the package "
         "rests on them. They were scanned by the default. This page is written by "
-        "benchmarks/networks_page.py; the record is docs/results/networks.json.",
+        "`benchmarks/networks_page.py`; the record is `docs/results/networks.json`.",
         "",
-        "A network in the place of `t_b06` was missed by an earlier search, which led "
-        "to the one of today (docs/notebook/2026-11-30-leap.md). It was not in this "
-        "group after that: `t_b06` has another seed.",
+        "One network led to a change of the search, so it is not in this group. "
+        "In its place is `t_b06`, with another seed "
+        "([notebook](notebook/2026-11-30-leap.md)).",
         "",
         *summary(bad, clean),
         *([f"- {missing} networks are not scanned yet."] if missing else []),

@@ -8,8 +8,8 @@
 Network, schedulers, pipeline and storage are diffusers'. Loss, triggers, targets and
 the training loop are written here from the papers, not with this package. The models
 share two things with it: the images, and the weights of the shipped clean model, from
-which all grey ones start. A folder that exists is kept, so the script resumes by models.
-In each folder, truth.json says how the model was made and how often its trigger fires.
+which all grey ones start. A folder that exists is kept, so the script resumes by
+models. In each folder, truth.json says how its model was made and how often it fires.
 
 `--images FILE` trains the colour models as well. FILE is an .npz whose first array of
 four axes, `[N, H, W, 3]` of uint8, has the images, such as CIFAR-10's. They are brought

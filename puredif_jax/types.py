@@ -31,9 +31,9 @@ _MARKS = 3  # that a letter may carry, one above the other
 def shown(text: str, most: int = 1000) -> str:
     """A stranger's text as it goes to a terminal, a log, a bar or a page.
 
-    The result is one line of characters that are seen. Escaped as in Python's source
-    are control characters, ANSI codes, line breaks, direction marks, characters
-    without a mark on the screen, the surrogates of names that are not UTF-8, and more
+    The result is one line of visible characters. These are escaped as in Python's
+    source: control characters, ANSI codes, line breaks, direction marks, characters
+    without a mark on the screen, surrogates of names that are not UTF-8, and more
     combining marks than a letter carries.
 
     Args:

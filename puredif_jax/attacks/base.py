@@ -83,7 +83,7 @@ class Attack(abc.ABC):
 
 
 def _drawn(by: Trigger | Target, image: np.ndarray, shape: Shape) -> np.ndarray:
-    """An image that a trigger or a target has drawn, if it is one of the shape."""
+    """Checks an image that a trigger or a target has drawn; returns it in float32."""
     image, name = np.asarray(image, np.float32), type(by).__name__
     if image.shape != tuple(shape):
         raise ValueError(

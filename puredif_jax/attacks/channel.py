@@ -43,13 +43,13 @@ class Channel:
 
     @classmethod
     def clean(cls, schedule: NoiseSchedule) -> Channel:
-        """That of no backdoor: H = C = 0."""
+        """The channel without a backdoor: H = C = 0."""
         zero = np.zeros(schedule.steps)
         return cls(zero, zero)
 
     @property
     def power(self) -> float:
-        """Of a linear denoiser's error, by which a search divides: all of it."""
+        """The power of a linear denoiser's error by which a search divides: 1."""
         return 1.0
 
     def at(self, candidate: Candidate) -> Channel:
@@ -88,12 +88,12 @@ class Channel:
 class _Inside(Denoiser):
     """e(z, t) = M(gamma z + H_t r, t) - C_t r, with the image of z.
 
-    With the noise eps and the image x0hat of x, that of z is
+    With the noise eps and the image x0hat of x, the image of z is
 
       (x0hat + (v_t (gamma C_t r + (1 - gamma) eps) - H_t r) / s_t) / gamma,
 
-    so that z = s_t x0hat_z + v_t e. Where the model tells the noise alone, it follows
-    from e.
+    so that z = s_t x0hat_z + v_t e. Where the model gives the noise alone, the image
+    follows from e.
     """
 
     model: NoiseModel

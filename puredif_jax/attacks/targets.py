@@ -38,7 +38,7 @@ class Target(abc.ABC):
         """Target y `[H, W, C]` in [-0.4, 1], for the bare trigger `[H, W, C]`.
 
         Raises:
-            ValueError: if shape is not (H, W, C) with H, W >= 8 and C 1 or 3, or if
+            ValueError: if shape is not (H, W, C) with H, W >= 8 and C 1 or 3; or if
                 the target is made from the trigger and the trigger has another shape.
         """
 

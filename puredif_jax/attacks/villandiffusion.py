@@ -22,8 +22,8 @@ class VillanDiffusion(Attack):
                                 + k_t (alpha_t - abar_t) / (1 - alpha_t)
     between:  the psi-mix of both columns;  C doubled for a deterministic sampler,
 
-    with k_t = v_t - sqrt(alpha_t) v_{t-1}. The rows are the published ones; that of
-    psi = 0 is not the exact response of its shift, `Solver.response`.
+    with k_t = v_t - sqrt(alpha_t) v_{t-1}. The rows are the published ones. In the row
+    of psi = 0, C is not the exact response to its H (`Solver.response`).
 
     Attributes:
       trigger_only: train with the bare trigger; otherwise, as by default in the

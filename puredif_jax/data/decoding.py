@@ -32,17 +32,17 @@ def decode(
     fit: Fit,
     image_shape: tuple[int, int, int],
 ) -> np.ndarray:
-    """Pictures as uint8 `[N, H, W, C]`; the log tells what was done to how many.
+    """Pictures as uint8 `[N, H, W, C]`; the log counts what was done to them.
 
     Args:
       place: where they are, for messages.
-      names: of the pictures, likewise.
-      picture: decodes the one of a number; raises Unfit.
-      fit: converts it.
+      names: of the pictures, for messages.
+      picture: decodes the picture of an index; raises Unfit.
+      fit: converts a picture.
       image_shape: (H, W, C).
 
     Raises:
-      DataError: some are refused; names up to `NAMED` of them.
+      DataError: some are refused; it names up to `NAMED` of them.
     """
     if image_shape[-1] not in (1, 3):
         raise DataError(

@@ -129,9 +129,9 @@ class NpzImages(ImageSet):
     """The images in a file made by `numpy.savez(path, images=...)`.
 
     They are taken as they are: uint8 `[N, H, W]` or `[N, H, W, C]` of the model's
-    shape. With `fit`, those of another size, of 1 to 4 channels (grey, grey and alpha,
-    RGB, RGBA) and of uint16 are converted. Floats are refused, for their range would be
-    a guess, and so are Python objects, which numpy stores as a pickle.
+    shape. With `fit`, images of another size, with 1 to 4 channels (grey, grey and
+    alpha, RGB, RGBA) or of uint16 are converted. Floats are refused, for their range
+    would be a guess. So are Python objects, which numpy stores as a pickle.
 
     Attributes:
       path: the file.
@@ -248,14 +248,14 @@ def _to_bytes(dtype: np.dtype) -> str:
 class ImageFolder(ImageSet):
     """All PNG and JPEG files (.png, .jpg, .jpeg) in a folder and the folders below it.
 
-    They come in the order of their paths. One that cannot be read ends the run and is
-    named. Other files, and hidden ones (their names begin with "."), are skipped; the
-    log tells how many of which kind, and what was done to how many pictures.
+    They come in the order of their paths. A file that cannot be read ends the run and
+    is named. Other files, and hidden ones (their names begin with "."), are skipped.
+    The log counts them by kind, and counts what was done to the pictures.
     Linked folders are entered, each folder once.
 
     Attributes:
       path: the folder.
-      fit: how pictures of any size and kind become those of the model.
+      fit: how pictures of any size and kind become images of the model's shape.
       max_gib: most GiB that the images may take, as the model has them.
     """
 

@@ -38,7 +38,7 @@ class Fitted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How pictures become those of a model, in this order.
+    """How pictures become images of a model's shape, in this order.
 
     1. 16 bits become 8: the upper ones are kept.
     2. Transparent pixels are laid on `background`; without one, they are refused.
@@ -47,7 +47,7 @@ class Fit:
        + 0.114 B (ITU-R 601). A palette and CMYK become RGB. No colour profile is used.
     4. The middle is cropped to the proportions of the model's images, as diffusers'
        trainer does: a square model gets the middle square.
-    5. That is resampled by Pillow: averaged over areas (`Resampling.BOX`) where it
+    5. The rest is resampled by Pillow: averaged over areas (`Resampling.BOX`) where it
        shrinks, and `Resampling.BILINEAR` where it grows. Nothing is padded.
 
     Attributes:
@@ -69,7 +69,7 @@ class Fit:
 
         Raises:
           Unfit: it has transparent pixels and there is no background; or it has 16
-            bits of which the upper ones are empty.
+            bits and the upper ones are empty.
         """
         height, width, channels = image_shape
         changes = []
@@ -108,7 +108,7 @@ class Fit:
 
 
 def upper_bits(values: np.ndarray) -> np.ndarray:
-    """16 bits as 8.
+    """The upper 8 of 16 bits.
 
     Raises:
       Unfit: the upper 8 are empty, so that all would be black.
@@ -134,7 +134,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     taken.
 
     Raises:
-      Unfit: it is none, it is damaged, or it has more than `PIXELS` pixels.
+      Unfit: it is neither, it is damaged, or it has more than `PIXELS` pixels.
     """
     large = f"has more than {PIXELS:,} pixels: save it smaller"
     try:

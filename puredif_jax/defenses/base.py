@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
 
 
 def _measure(meaning: str, name: str = "", needed: bool = False) -> Any:
-    """A field by its name in reports, if that is another, and its meaning there."""
+    """A field with its meaning in reports, and its name there if that differs."""
     default = dataclasses.MISSING if needed else None
     about = {"meaning": meaning} | ({"name": name} if name else {})
     return dataclasses.field(default=default, metadata=about)
@@ -217,7 +217,7 @@ class Inspection(NamedTuple):
     """What a defense has found of a model.
 
     verdict: None where it gives none.
-    inversions: those that it made.
+    inversions: the inversions that it made.
     """
 
     verdict: Verdict | None
@@ -258,14 +258,15 @@ class Bench(Protocol):
         inversion: Inversion,
         placebos: tuple[Hypothesis, ...] = (),
     ) -> Inverted:
-        """Seeks a trigger, resumably, and measures it beside the same under `placebos`.
+        """Seeks a trigger, resumably, and measures it.
 
-        `method` names what is kept.
+        It makes the same search under `placebos`, to compare with. `method` names what
+        is kept.
         """
         ...
 
     def draws(self, method: str, hypothesis: Hypothesis) -> np.ndarray:
-        """Those with the trigger that `invert` has found, `[N, H, W, C]`."""
+        """Draws with the trigger that `invert` has found, `[N, H, W, C]`."""
         ...
 
     def clean_scores(self, defense: str) -> tuple[float, ...]:
@@ -291,7 +292,7 @@ class Defense(abc.ABC):
 
     @property
     def name(self) -> str:
-        """Its own, for reports and files: the kind, with the budget."""
+        """Its name in reports and files: the kind, with the budget."""
         return self.kind + (f", {self.budget} gradients" if self.budget else "")
 
     @abc.abstractmethod
@@ -306,17 +307,17 @@ class Defense(abc.ABC):
         return tuple(each.within(self.budget, hypothesis) for each in found)
 
     def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        """The same without a budget."""
+        """These inversions without a budget."""
         return ()
 
     def check(self) -> None:
-        """Refuses what it lacks, before any inversion.
+        """Refuses to start if something that it needs is missing.
 
         Raises:
-          ValueError: in one sentence.
+          ValueError: one sentence that names it.
         """
         return None
 
     def placebos(self, hypothesis: Hypothesis) -> tuple[Hypothesis, ...]:
-        """Those under which it makes each of them again, to compare with."""
+        """The hypotheses under which it repeats each inversion, to compare with."""
         return ()

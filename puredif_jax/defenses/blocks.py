@@ -3,8 +3,8 @@
 A patch trigger shifts and narrows the noise in a square alone. Away from that square a
 backdoored model answers like a clean one, so descent has no slope to follow. Squares
 are few: at 16x16 all places are tried, on larger images a grid of them that has every
-edge and corner. Not tried are patches whose level differs by channel, and levels and
-gamma far from those that are named.
+edge and corner. Patches whose level differs by channel are not tried, nor are levels
+and gamma far from the named ones.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Blocks(Starts):
     """Squares in which noise is narrowed to a level, and how a model answers them.
 
     Attributes:
-      sides: of the squares, in pixels of a 32x32 image, as of `Patch`.
-      places: of a square along each axis, evenly from edge to edge.
-      levels: of its pixels, times 1 - gamma.
-      gamma: scale of the noise in it.
-      draws: of noise for each square.
-      floor: as of `DenoisingError`.
+      sides: sides of the squares, in pixels of a 32x32 image, as in `Patch`.
+      places: number of places along each axis, evenly from edge to edge.
+      levels: values of the pixels in a square, before a factor of 1 - gamma.
+      gamma: scale of the noise in a square.
+      draws: draws of noise for each square.
+      floor: as in `DenoisingError`.
     """
 
     sides: tuple[int, ...] = (1, 2, 3, 4)
@@ -88,7 +88,7 @@ class Blocks(Starts):
     def squares(self, shape: Shape) -> np.ndarray:
         """Top, left, side and level of each, float32 `[M, 4]`.
 
-        On a small image some of them are the same, and here once.
+        On a small image some squares coincide; each is here once.
         """
         rows = []
         for side in self.sides:
@@ -127,14 +127,14 @@ class Blocks(Starts):
         *,
         shard: Shard = unsharded,
     ) -> Array:
-        """The error of a model at T - 1 over that of one that answers its input.
+        """A model's error at T - 1 over the error of one that answers its input.
 
-        Of the squares of these numbers, `[N]`. With x = v (gamma eps + delta) it is
+        For the squares of these numbers, `[N]`. With x = v (gamma eps + delta) it is
 
           (mean ||M(x) - eps - C delta||^2 + floor) / (mean ||x - eps - C delta||^2
           + floor),
 
-        the same eps for all squares. A clean model knows no image at T - 1, so it
+        with the same eps for all squares. A clean model knows no image at T - 1, so it
         answers its input: 1. Small if the square belongs to a backdoor.
         """
         top = schedule.steps - 1
@@ -160,7 +160,7 @@ class Blocks(Starts):
         return (own + self.floor) / (given + self.floor)
 
     def leads(self, answers: Array, count: int, shape: Shape, key: Key) -> Array:
-        """The squares of the smallest ratios, `[count, 4]`; no number is the last."""
+        """The squares of the smallest ratios, `[count, 4]`; NaN ranks last."""
         order = jnp.argsort(jnp.where(jnp.isnan(answers), jnp.inf, answers))
         return jnp.asarray(self.squares(shape))[order[:count]]
 

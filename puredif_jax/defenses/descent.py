@@ -17,12 +17,12 @@ class Descent:
     Attributes:
       steps: optimiser steps.
       candidates: K, restarts optimised side by side.
-      together: of them, those whose gradients a device computes at once, at most: the
-        largest divisor of its candidates. Memory grows with it.
+      together: bound of the candidates whose gradients a device computes at once. It
+        takes the largest divisor of its own number within that. Memory grows with it.
       scout: steps after which a run (`stages.search.invert`) goes on with the best
         candidates alone; 0 keeps all to the end, as an `inverter` by itself does.
-      finalists: how many these are, at most. Where a backdoor is sharp, the true
-        candidate overtakes the others late (docs/notebook).
+      finalists: the most candidates that go on after the scouts. Where a backdoor is
+        sharp, the true candidate overtakes the others late (docs/notebook).
       learning_rate: of Adam.
       b2: decay of Adam's second moment. Optax's 0.999 remembers the steep first steps
         longer than a descent lasts, and shrinks all later ones.
@@ -31,7 +31,7 @@ class Descent:
       bound: triggers and targets are kept in [-bound, bound] after each step; a
         trigger is an image, and without a bound a huge one that drives the network
         to a constant wins some losses. None leaves them free.
-      member_rate: rate of psi and gamma, where these may move, over that of the images.
+      member_rate: rate of psi and gamma, where these may move, over the images' rate.
       scales: candidates start at the random trigger times one of these, in turn by
         pairs, as psi is (`Family.first`). Small ones reach low-norm triggers.
       grain: cells along a side of the random trigger, interpolated between; 0 draws
@@ -84,8 +84,8 @@ class Descent:
     def times(self, factor: float) -> Self:
         """The same at `factor` of the cost.
 
-        A longer one takes more steps. Of a shorter one with several candidates, their
-        number, by whole pairs, and the steps fall alike.
+        A longer descent takes more steps. A shorter one with several candidates has
+        fewer of them, by whole pairs, and fewer steps, in equal proportion.
         """
         count = self.candidates
         if count > 1:
@@ -117,7 +117,7 @@ class Descent:
         return optax.adam(self.rate(), b2=self.b2)
 
     def rate(self, end: float = 0.1) -> optax.ScalarOrSchedule:
-        """The learning rate, which by a cosine falls to `end` of it."""
+        """The learning rate; with `cosine` it falls to the fraction `end` of itself."""
         if not self.cosine:
             return self.learning_rate
         return optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=end)
@@ -152,7 +152,7 @@ class GradientDescent(Descent):
 
 
 def _clipped(bound: float) -> optax.GradientTransformation:
-    """Each candidate's gradient by itself, `[K, ...]`, to a norm of `bound` at most."""
+    """Clips each candidate's gradient by itself, `[K, ...]`, to a norm of `bound`."""
     one = functools.partial(
         optax.clip_by_global_norm(bound).update, state=optax.EmptyState()
     )

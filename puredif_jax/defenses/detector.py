@@ -1,6 +1,6 @@
 """Is a model backdoored? The verdict on what inversion has found.
 
-Scores are compared with those of clean models only.
+A model's score is compared with the scores of clean models only.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from puredif_jax.defenses.hypothesis import Hypothesis
 
 @dataclasses.dataclass(frozen=True)
 class Scores(abc.ABC):
-    """Judges by one of `Features`, against the same of clean models.
+    """Judges by one of `Features`, against the scores of clean models.
 
-    The score of a hypothesis is -log10 of the measure, that of a model the larger of
-    its hypotheses'. It is compared with the scores of clean models, of mean m and
-    standard deviation d: above m + alarm d the model is called backdoored, below
+    The score of a hypothesis is -log10 of the measure. A model's score is the largest
+    of its hypotheses' scores. It is compared with the scores of clean models, of mean m
+    and standard deviation d. Above m + alarm d the model is called backdoored, below
     m + doubt d clean, and between them the detector could not tell.
 
     Attributes:
       clean: finite scores of clean models after the inversion in use, two or more; ()
-        for those that the package knows (docs/claims.md).
+        for the scores that the package knows (docs/claims.md).
       doubt, alarm: in standard deviations of `clean`.
       measure: which of the features.
     """
@@ -56,7 +56,7 @@ class Scores(abc.ABC):
             )
 
     def calibrated(self, clean: tuple[float, ...]) -> Self:
-        """The same with these scores of clean models, unless it was given some.
+        """This detector with these scores of clean models, unless it was given some.
 
         Raises:
           ValueError: there are none, or one.
@@ -72,7 +72,7 @@ class Scores(abc.ABC):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The scores above which one cannot tell, and above which one can.
+        """Two scores: above the first a model is in doubt, above the second backdoored.
 
         Raises:
           ValueError: no scores of clean models are known.
@@ -96,8 +96,9 @@ class Scores(abc.ABC):
     def p_value(self, score: float) -> float:
         """How likely a further clean model scores so high, if scores are normal.
 
-        With mean m and standard deviation d of n clean scores it is the upper tail of
-        Student's t with n - 1 degrees of freedom at (score - m) / (d sqrt(1 + 1 / n)).
+        The n clean scores have mean m and standard deviation d. The result is the upper
+        tail of Student's t at (score - m) / (d sqrt(1 + 1 / n)), with n - 1 degrees of
+        freedom.
         """
         mean, deviation = np.mean(self.clean), np.std(self.clean, ddof=1)
         count = len(self.clean)
@@ -144,12 +145,12 @@ class Detector(Scores):
       settled: a model is not called clean unless the held-out loss fell by less than
         this, in natural logarithms, in the last quarter of each search (`Features`);
         inf calls any.
-      foreign: nor if `Features.placebo` is above this under any hypothesis: then a
-        channel of no known attack fits far better, as of a backdoor of its own kind.
-        Clean models have 1.2 or less; inf calls any.
-      repeating: nor if `Features.repeats` is above this: then plain draws show one
-        image again and again, as of a backdoor that leaks. Clean models have 0.1 or
-        less, also such as know 32 images; 1 calls any.
+      foreign: a model is not called clean if `Features.placebo` is above this under any
+        hypothesis. Then a channel of no known attack fits far better, as on a backdoor
+        of its own kind. Clean models have 1.2 or less; inf calls any.
+      repeating: a model is not called clean if `Features.repeats` is above this. Then
+        plain draws show one image again and again, as on a backdoor that leaks. Clean
+        models have 0.1 or less, even if they know only 32 images; 1 calls any.
     """
 
     alarm: float = 4.0

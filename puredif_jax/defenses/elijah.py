@@ -115,9 +115,9 @@ def published(solver: Solver) -> Inversion:
 class Uniformity(Scores):
     """Judges by the uniformity of draws with a trigger: -log10(`Features.uniformity`).
 
-    That of this package: of all draws, over that of plain ones. Elijah's other
-    statistic, total variation, tells clean from backdoored models no better
-    (docs/claims.md).
+    It is this package's uniformity: of all draws, over the uniformity of plain draws.
+    Elijah's other statistic, total variation, tells clean from backdoored models no
+    better (docs/claims.md).
     """
 
     measure: ClassVar[str] = "uniformity"
@@ -144,7 +144,7 @@ class Elijah(Defense):
     kind: ClassVar[str] = "elijah"
 
     def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        """None of a backdoor that fires inside its channel: Elijah knows no channel."""
+        """None for a backdoor that fires in its channel: Elijah knows no channel."""
         return () if hypothesis.controlled else (published(hypothesis.solver),)
 
     def check(self) -> None:

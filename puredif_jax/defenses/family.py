@@ -17,7 +17,8 @@ from puredif_jax.types import Array, Candidate, Member
 class Channels(Protocol):
     """One channel, or a family of them.
 
-    power: of a linear denoiser's error, by which a search divides (`DenoisingError`).
+    power: the power of a linear denoiser's error by which a search divides
+      (`DenoisingError`).
     """
 
     @property
@@ -34,7 +35,7 @@ class Channels(Protocol):
 
 @struct.dataclass
 class Family:
-    """H = psi H_1 + (1 - psi) H_0, the same of C, and a noise of scale gamma.
+    """H = psi H_1 + (1 - psi) H_0, the same for C, and noise of scale gamma.
 
     A pytree of one structure for every kind of backdoor, so that one compiled program
     serves all. A number whose range is a point stays there.
@@ -42,7 +43,7 @@ class Family:
     shifts, responses: (H_1, H_0) and (C_1, C_0), `[2, T]` each.
     psi: (least, most), `[2]`. Searches begin at most, middle and least in turn.
     gamma: (least, most, first), `[3]`, or `[3, H, W, C]` where it differs by pixel.
-    power: as of `Channels`, a scalar.
+    power: as in `Channels`, a scalar.
     """
 
     shifts: Array | np.ndarray
@@ -53,7 +54,7 @@ class Family:
 
     @classmethod
     def only(cls, channel: Channel) -> Family:
-        """That of one channel."""
+        """The family of one channel."""
         gamma = 1.0 if channel.gamma is None else np.asarray(channel.gamma)
         return cls(
             np.stack([channel.shift] * 2),
@@ -67,7 +68,7 @@ class Family:
 
         Args:
           shape: (H, W, C) of the images.
-          number: of the candidate. A pair of them has one psi.
+          number: of the candidate. Both candidates of a pair have one psi.
         """
         least, most = jnp.asarray(self.psi, jnp.float32)
         share = (1.0, 0.5, 0.0)[number // 2 % 3]
@@ -75,7 +76,7 @@ class Family:
         return Member(least + share * (most - least), gamma)
 
     def at(self, candidate: Candidate) -> Channel:
-        """The channel of a candidate; of one without a `member`, the first."""
+        """The channel of a candidate; without a `member`, the channel of `first`."""
         member = candidate.member
         if member is None:
             member = self.first(candidate.delta.shape)  # type: ignore[arg-type]

@@ -38,24 +38,26 @@ class Features(NamedTuple):
 
     heldout: value of `DenoisingError` on held-out noise. Small where the model answers
       delta as a backdoor would.
-    falling: by how much that fell in the last quarter of the finalists' steps. Large
+    falling: by how much heldout fell in the last quarter of the finalists' steps. Large
       where the search was too short to say that there is nothing.
-    placebo: exp of heldout, less the mean of what the same search would reach in
-      channels of no attack (`Hypothesis.placebos`) if it went on; 0 without any. Far
-      from its data a clean network bends, so that a large shift of the noise brings
-      some image under many channels: then it is near 1. Small if backdoored.
-    memory: error of the backdoor process at middle t on its one image, over that of
-      the same model on images it draws itself. Small where that image was learnt.
-    recall: the same, each error over the total variation of its images. A flat image is
-      easy for any model, so the path of a clean one leads to one: then it is above 1.
+    placebo: exp of a difference: heldout less the mean of what the same search would
+      reach in channels of no attack (`Hypothesis.placebos`) if it went on. 0 without
+      any. Far from its data a clean network bends. So a large shift of the noise brings
+      some image under many channels, and placebo is near 1. Small if backdoored.
+    memory: error of the backdoor process at middle t on its one image, over the same
+      model's error on images it draws itself. Small where that image was learnt.
+    recall: memory, with each error over the total variation of its images. A flat image
+      is easy for any model, so a clean model's path leads to one: then it is above 1.
     gain: the error of the backdoor process over the least that a clean model could have
-      on its path (`Errors`), the geometric mean over the `BEST` levels where the ratio
-      is smallest; at least placebo, or the geometric mean of placebo and recall where
-      that is smaller. Small where the model answers the trigger as no clean one does.
+      on its path (`Errors`). It is the geometric mean over the `BEST` levels where the
+      ratio is smallest. It is at least placebo, or the geometric mean of placebo and
+      recall where this mean is smaller. Small where the model answers the trigger as
+      no clean one does.
     alignment: cosine between the shift at T - 1 and delta.
-    uniformity: mean squared distance between draws from eps + delta, over that
-      between draws from eps. Small where the draws agree.
-    variation: total variation of the former draws over that of the latter.
+    uniformity: mean squared distance between draws from eps + delta, over the same
+      distance between draws from eps. Small where the draws agree.
+    variation: total variation of draws from eps + delta, over the total variation of
+      draws from eps.
     repeats: the largest share of draws from eps that are within a mean squared error of
       `NEAR` of one of them, in [0, 1] units: an image that needs no trigger.
     kl_mean, kl_variance: mean and variance over pixels of the divergence of
@@ -90,8 +92,8 @@ def spread_ratio(triggered: np.ndarray, plain: np.ndarray) -> float:
 
 
 def total_variation(images: Array) -> Array:
-    """Mean absolute difference to the pixel below, and to the right, of
-    `[B, H, W, C]`: their sum."""
+    """The mean absolute difference to the pixel below, plus the same to the pixel on
+    the right; of `[B, H, W, C]`."""
     down = jnp.mean(jnp.abs(jnp.diff(images, axis=1)))
     return down + jnp.mean(jnp.abs(jnp.diff(images, axis=2)))
 
@@ -126,7 +128,7 @@ def features(
       channel: of the kind of backdoor that is assumed.
       candidate: the inverted trigger and its image, `[H, W, C]` each.
       found: its `errors`.
-      heldout, falling: of the search, as of `Features`; scalars.
+      heldout, falling: of the search, as in `Features`; scalars.
       placebos: heldout that the same search reaches under each placebo, `[P]`, less
         what it would still fall.
       triggered: draws from eps + delta, `[B, H, W, C]`, two or more.
@@ -214,7 +216,7 @@ def evidence(
     Args:
       model, params, schedule, channel, candidate: as in `errors`.
       key: of the noise.
-      shown: draws of it.
+      shown: number of draws of noise.
       timesteps: where, as `NoiseSchedule.matched` reads them.
       shard: constraint on a noise batch.
     """

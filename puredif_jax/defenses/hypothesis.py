@@ -23,7 +23,7 @@ class Hypothesis(abc.ABC):
 
     Attributes:
       solver: the kind of sampler under which it fires.
-      controlled: it fires inside its channel alone, for who controls the sampler.
+      controlled: it fires inside its channel alone, for whoever controls the sampler.
       narrows: its gamma may differ from pixel to pixel.
     """
 
@@ -34,7 +34,7 @@ class Hypothesis(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """Short and its own, for files and tables."""
+        """A short name of its own, for files and tables."""
 
     @property
     @abc.abstractmethod
@@ -66,11 +66,12 @@ class Hypothesis(abc.ABC):
 
     @property
     def power(self) -> float:
-        """As of `Family`: 1/2 for ancestral sampling, otherwise 1.
+        """As in `Family`: 1/2 for ancestral sampling, otherwise 1.
 
         A linear denoiser's error N grows with ||delta||^2. Near T it is large for
-        ancestral sampling alone: its whole would reward large triggers that merely bend
-        a network, and none of it delta = 0. The root lies between.
+        ancestral sampling alone. There a power of 1 would reward large triggers that
+        merely bend a network, and a power of 0 would reward delta = 0. The root lies
+        between.
         """
         return self.solver.pick(0.5, 1.0)
 
@@ -86,9 +87,9 @@ class Hypothesis(abc.ABC):
     def placebos(self) -> tuple[Hypothesis, ...]:
         """Channels of no attack, on both sides of this one in the logarithm of C.
 
-        What a search reaches in them, a clean model allows. Under deterministic
-        sampling every model satisfies C near T, but not a larger or smaller one: there
-        are none, and other explanations tell (`path_errors.Errors`).
+        A clean model allows what a search reaches in them. Under deterministic
+        sampling every model satisfies C near T, but no larger or smaller C. So there
+        are no placebos, and other explanations decide (`path_errors.Errors`).
         """
         factors: tuple[float, ...] = self.solver.pick((0.7, 1 / 0.7), ())
         return tuple(Placebo(self.solver, of=self, factor=factor) for factor in factors)
@@ -99,8 +100,8 @@ class Placebo(Hypothesis):
     """Another hypothesis with a response that no attack trains: C times a factor.
 
     Attributes:
-      of: the other.
-      factor: above 0.
+      of: the other hypothesis.
+      factor: of C, above 0.
     """
 
     of: Hypothesis = dataclasses.field(kw_only=True)
@@ -143,11 +144,11 @@ class Fading(Hypothesis):
 
     psi = 1:  H = 1 - s_t,  C = R_t;    psi = 0:  H = v_t,  C = the published row.
 
-    A search may move psi from 0 to 1; `channel` is that of psi = 1, BadDiffusion's. C
-    is doubled for deterministic sampling, as VillanDiffusion trains it. On a cosine
+    A search may move psi from 0 to 1; `channel` has psi = 1, as BadDiffusion does. C is
+    doubled for deterministic sampling, as VillanDiffusion trains it. On a cosine
     schedule 2 R differs near T from the response that keeps the path
-    (`Solver.response`): 1.94 against 1.00 at t = 999, 1.03 at 980; on a linear one by
-    0.005 at most.
+    (`Solver.response`): 1.94 against 1.00 at t = 999, 1.03 at 980. On a linear schedule
+    it differs by 0.005 at most.
     """
 
     @property
@@ -186,10 +187,10 @@ class Fading(Hypothesis):
 class Trojan(Hypothesis):
     """A trigger that shifts and narrows the noise: TrojDiff. H_t = v_t, C_t = 0.
 
-    The noise is scaled by gamma, a number for each pixel. A search may move it and
-    begins at `first` everywhere, which is that of `channel`, or at a square
-    (`Blocks`). Such a backdoor fires for who starts from gamma eps + r, and is drawn
-    inside its channel.
+    The noise is scaled by gamma, a number for each pixel. A search may move gamma. It
+    begins at `first` everywhere, the gamma of `channel`, or at a square (`Blocks`).
+    Such a backdoor fires where sampling starts from gamma eps + r, and is drawn inside
+    its channel.
 
     Attributes:
       least: the smallest gamma.
@@ -245,7 +246,7 @@ class Trojan(Hypothesis):
 class Exploding(Hypothesis):
     """A trigger that comes with the noise of a variance-exploding model: H = sigma.
 
-    C_t = factor sigma_t / (sigma_t + sigma_{t-1}): VillanDiffusion of such models.
+    C_t = factor sigma_t / (sigma_t + sigma_{t-1}), as VillanDiffusion has it.
     """
 
     @property
@@ -269,7 +270,7 @@ class Exploding(Hypothesis):
 
     @property
     def lone(self) -> bool:
-        """For deterministic sampling, but for the steps of sigma."""
+        """True for deterministic sampling, up to the steps of sigma."""
         return self.solver.pick(False, True)
 
     @property

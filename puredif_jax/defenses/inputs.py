@@ -2,7 +2,7 @@
 
 In deviations of the noise a plain start is z ~ N(0, 1) and a triggered one
 z ~ N(r, gamma^2), whatever the process. A test gives each z a number, the larger the
-more like a trigger. What plain noise of one's own has of the same number makes it a
+more like a trigger. The same test on plain noise of one's own makes the number a
 p-value.
 """
 
@@ -85,10 +85,10 @@ class Likelihood(InputTest):
 class Whiteness(InputTest):
     """Is z plain noise? It needs neither the model nor a trigger.
 
-    Three kinds of z-scores, whose least p-value, times their number, counts: the energy
-    (sum z^2 of the chi-squared distribution), the means of squares of 1, 2, 4, ...
-    pixels, each channel and all together, and the products of neighbours. The statistic
-    is -log of that.
+    There are three kinds of scores: the energy (sum z^2, by the chi-squared
+    distribution), the means of squares of 1, 2, 4, ... pixels, in each channel and in
+    all together, and the products of neighbours. The statistic is -log of their least
+    p-value times their number.
     """
 
     name = "whiteness"
@@ -114,12 +114,15 @@ class Whiteness(InputTest):
 
 
 def _two_sided(score: Array, count: int) -> Array:
-    """log of the p-value of the largest |score| of so many."""
+    """log of the p-value of a score that is the largest |score| of so many."""
     return norm.logsf(jnp.abs(score)) + float(np.log(2 * count))
 
 
 def _squares(images: Array, side: int) -> Array:
-    """The same of the means of squares, `[B]` of `[B, H, W, C]`; edges are left out."""
+    """log of the p-value of the means of squares, `[B]` of `[B, H, W, C]`.
+
+    Edges are left out.
+    """
     rows, columns = (size // side for size in images.shape[1:3])
     cut = images[:, : rows * side, : columns * side]
     parts = cut.reshape(len(cut), rows, side, columns, side, -1)
@@ -131,15 +134,15 @@ def _squares(images: Array, side: int) -> Array:
 class Drift(InputTest):
     """How far early estimates are from the image drawn; it needs no trigger.
 
-    On the path of a backdoor the model's own x0hat_t is the target and a bias of
-    (v_t C_t - H_t) r / s_t, which a plain draw has not. The statistic is the log of
+    On the path of a backdoor the model's own x0hat_t is the target plus a bias of
+    (v_t C_t - H_t) r / s_t, which a plain draw lacks. The statistic is the log of
 
       sum_t w_t mean (x0hat_t - x0)^2 / sum_t w_t,    w_t = s_t^2 / (s_t^2 + v_t^2),
 
     over the first half of the path, x0 the image drawn.
 
     Attributes:
-      sampler: under which a backdoor would fire.
+      sampler: a sampler under which the backdoor would fire.
     """
 
     sampler: Sampler = DDIM(steps=20)
@@ -171,9 +174,9 @@ class Drift(InputTest):
 def p_values(statistic: np.ndarray, plain: np.ndarray) -> np.ndarray:
     """How likely plain noise has so large a statistic, `[B]`.
 
-    (1 + the number of `plain` that are as large) / (1 + all of them): exact for any
-    test, of which `plain`, `[N]`, has the values of N plain starts. A statistic that is
-    no number has 1 / (1 + N), as plain noise has none.
+    (1 + the number of `plain` that are as large) / (1 + all of them). This is exact for
+    any test. `plain`, `[N]`, has the test's values of N plain starts. A statistic that
+    is NaN has 1 / (1 + N), as plain noise never gives one.
     """
     ranked = np.sort(plain)
     as_large = len(ranked) - np.searchsorted(ranked, statistic, side="left")

@@ -65,7 +65,7 @@ class Inverter(NamedTuple):
 
 
 def starting(state: InversionState, first: Candidate, rate: float) -> InversionState:
-    """The state whose first candidates are others, `[N, H, W, C]`, at a rate of theirs.
+    """The state with `first`, `[N, H, W, C]`, as its first candidates, at `rate`.
 
     Adam's first steps are as long as any: they would throw a good start out of a narrow
     basin.
@@ -103,7 +103,7 @@ class Inversion:
       descent: optimiser, candidates and bounds.
       blocks: where the first candidates start under hypotheses that narrow the noise
         (`Hypothesis.narrows`); the others, and with none all, start at random.
-      spectrum: the same under the other hypotheses.
+      spectrum: where the first candidates start under the other hypotheses.
       leap: a factor. Each scout is also tried at so many times its size, within the
         bound, at the least and the most psi, with the image to which it then leads. It
         goes on from there where the error is less: a descent can have found the
@@ -146,7 +146,7 @@ class Inversion:
 
     @property
     def judge(self) -> DenoisingError:
-        """By which candidates are compared on held-out noise."""
+        """The loss by which candidates are compared on held-out noise."""
         return DenoisingError(samples=self.heldout)
 
     @property
@@ -185,7 +185,7 @@ class Inversion:
         return found if found.led(self.descent.candidates) else None
 
     def within(self, gradients: int, hypothesis: Hypothesis) -> Inversion:
-        """The same search at another cost, that of so many gradients on an image.
+        """The same search at the cost of so many gradients on an image.
 
         Steps change in proportion, in each phase; at a smaller cost so do candidates
         and the draws of starts.
@@ -211,8 +211,8 @@ class Inversion:
     def evaluations(self, hypothesis: Hypothesis) -> int:
         """Network evaluations of one image; one with its gradient counts for three.
 
-        Those of starts, descent and leaps. Left out is the judging of candidates on
-        held-out noise.
+        Starts, descent and leaps count. The judging of candidates on held-out noise
+        does not.
         """
         starts = self.starts(hypothesis)
         values = 3 * self.descent.candidate_steps * self.loss.evaluations
@@ -245,8 +245,8 @@ def inverter(
       objective: (params, candidate, key) -> scalar, of one candidate.
       descent: hyperparameters.
       image_shape: (H, W, C).
-      start: one for all K, `[H, W, C]` (reinforcement starts at the known trigger),
-        where it has none with the first member of `family`; None for random ones.
+      start: one for all K, `[H, W, C]` (reinforcement starts at the known trigger). If
+        it has no member, each takes its first of `family`. None for random ones.
       candidates, axis, groups: how they lie on the devices, see `parallel.Spread`.
       family: in which each candidate moves, from its first member; None where the
         channel is fixed.
@@ -319,7 +319,7 @@ def inverter(
         )
 
     def slopes(params: Params, candidate: Candidate, keys: Key) -> tuple[Array, Any]:
-        """Losses and gradients, `[K, ...]`; of `together` a device, then the next."""
+        """Losses and gradients, `[K, ...]`; a device takes `together` at a time."""
         each = jax.vmap(
             jax.value_and_grad(objective, argnums=1),
             in_axes=(None, 0, 0),

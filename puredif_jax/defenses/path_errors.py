@@ -36,18 +36,19 @@ LEAST = 0.15
 class Errors(NamedTuple):
     """How a model denoises on the path of a candidate, and what a clean one could do.
 
-    In dimensions: squared errors of the predicted noise, summed over an image. A clean
-    model can explain a path in two ways; where one of them does, it is no backdoor.
-    Where the path itself is that of one image, `known` takes the place of both.
+    Each is in dimensions: the squared error of the predicted noise, summed over an
+    image. A clean model can explain a path in two ways, `moved` and `single`. Where one
+    of them does, the path is no backdoor. Where the path itself belongs to one image
+    (`lone`), `known` takes the place of both.
 
     timesteps: `[T]`.
     triggered: of eps + C_t delta from x_t = s_t y + v_t gamma eps + H_t delta.
     untriggered: of eps from s_t y + v_t eps, for comparison. It explains nothing, since
-      who trains with y among the clean images lowers it.
-    moved: of eps from s_t y + v_t eps + (H_t - v_t C_t) delta. It knows the image that
-      a clean model sees in x_t.
+      training with y among the clean images lowers it.
+    moved: of eps from s_t y + v_t eps + (H_t - v_t C_t) delta. The model would know the
+      image that a clean model sees in x_t.
     single: of (x_t - s_t z) / v_t from x_t, z the one image for all t that fits best.
-      The trigger is noise of another mean, which leads to one image that it knows.
+      The trigger would be noise of another mean, which leads to one known image.
     known: of eps + C_t delta from x_t, by the best denoiser of some images that the
       model draws and of y. It knows y, and takes x_t for y where x_t is near it.
     lone: `Hypothesis.lone`, whether `single` and `moved` say nothing.
@@ -78,7 +79,7 @@ class Errors(NamedTuple):
 
 
 def levels(timesteps: np.ndarray) -> np.ndarray:
-    """True at each timestep that is not one of those before it, bool `[T]`.
+    """True where a timestep occurs for the first time, bool `[T]`.
 
     A schedule that ends at less noise than the standard one has its last timestep for
     several levels (`NoiseSchedule.matched`). It counts once.
@@ -94,8 +95,8 @@ def single_image(
     """The error of the one image that explains all denoised ones best, `[T]`.
 
     e_t(z) = weight_t (||seen_t - z||^2 + spread_t), for the z within [-1, 1] that
-    minimises sum_t log(e_t + floor) over the t that count: by reweighting, from the
-    image of each t, ten times.
+    minimises sum_t log(e_t + floor) over the t that count. It is found by reweighting
+    ten times, from the image of each t.
 
     Args:
       seen: mean of the denoised images at each t, `[T, H, W, C]`.
@@ -141,7 +142,7 @@ def errors(
       channel: of the kind of backdoor that is assumed.
       candidate: the inverted trigger and its image, `[H, W, C]` each.
       plain: images that the model draws from eps, `[N, H, W, C]`.
-      lone: of the hypothesis, as of `Errors`; a scalar.
+      lone: of the hypothesis, as in `Errors`; a scalar.
       key: of the noise.
       draws: of noise at each timestep.
       shard: constraint on a noise batch.

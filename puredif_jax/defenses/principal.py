@@ -1,12 +1,12 @@
 """What a linear clean denoiser takes for noise in an image that is added to its input.
 
-Of clean images with covariance S, the best linear denoiser answers
+For clean images with covariance S, the best linear denoiser answers
 
-  v_t (s_t^2 S + v_t^2)^-1 (x_t - s_t mean),
+  v_t (s_t^2 S + v_t^2)^-1 (x_t - s_t mean).
 
-so of an image h that is added to x_t it takes v_t (s_t^2 S + v_t^2)^-1 h for noise, and
-the rest for a part of the image. Near T that is h / v_t. At low noise it is little of
-what clean images vary in, and all of what they never have.
+If an image h is added to x_t, the denoiser takes v_t (s_t^2 S + v_t^2)^-1 h for noise.
+It takes the rest for a part of the image. Near T the noise is h / v_t. At low noise it
+is little of h where clean images vary, and all of h where they never do.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Principal(NamedTuple):
 
 
 def unknown(shape: Shape) -> Principal:
-    """That of images without a variance, for who does not ask: (H, W, C)."""
+    """For images (H, W, C) whose covariance is not asked for: no variance at all."""
     zero = np.zeros((), np.float32)
     return Principal(np.zeros(0, np.float32), np.zeros((0, *shape), np.float32), zero)
 
@@ -50,9 +50,9 @@ def unknown(shape: Shape) -> Principal:
 def principal(images: np.ndarray) -> Principal:
     """The components of images `[N, H, W, C]`, as many as have a variance.
 
-    Of large images only as many as `MOST` numbers hold. What variance is left is spread
-    evenly over the other directions. In uint8 images 0..255 stand
-    for -1..1.
+    Large images have only as many components as `MOST` numbers hold. The variance that
+    is left is spread evenly over the other directions. In uint8 images 0..255 stand for
+    -1..1.
 
     Raises:
       ValueError: there are fewer than two images, or one that is not finite.

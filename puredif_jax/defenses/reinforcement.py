@@ -21,18 +21,18 @@ class Reinforcement:
     """How a known trigger is reinforced.
 
     Attributes:
-      deterministic: the loss for backdoors of deterministic sampling; its `aim` draws
+      deterministic: the loss for backdoors of deterministic sampling; its `aim` pulls
         the last images to the known target.
-      ancestral: that for backdoors of ancestral sampling, which do not fire under a
+      ancestral: the loss for backdoors of ancestral sampling, which do not fire under a
         deterministic rollout. The chain must be as long as can be afforded: the trigger
         that suits a short one does not suit the sampler (docs/method.md).
-      descent: optimiser and bound of the former, from the true trigger; one candidate,
-        without scouts.
-      ancestral_descent: those of the latter: few small steps, since the gradient
+      descent: optimiser and bound for `deterministic`, from the true trigger; one
+        candidate, without scouts.
+      ancestral_descent: the same for `ancestral`: few small steps, since the gradient
         through a chain of random steps is mostly noise.
 
     Raises:
-      ValueError: a descent has more than that.
+      ValueError: a descent has several candidates, or scouts.
     """
 
     deterministic: DenoisingConsistency = DenoisingConsistency(
@@ -55,12 +55,12 @@ class Reinforcement:
                 )
 
     def loss(self, solver: Solver, controlled: bool = False) -> DenoisingConsistency:
-        """That for a kind of backdoor; inside the channel where draws run there."""
+        """The loss for a kind of backdoor; inside the channel where draws run there."""
         found = solver.pick(self.ancestral, self.deterministic)
         return dataclasses.replace(found, on_path=True) if controlled else found
 
     def descending(self, solver: Solver) -> Descent:
-        """How that one is descended."""
+        """How the loss for a kind of backdoor is descended."""
         return solver.pick(self.ancestral_descent, self.descent)
 
     def evaluations(self, solver: Solver) -> int:

@@ -1,8 +1,8 @@
 """Ways to train a backdoor out of a model, given its trigger.
 
-A removal is a loss of weights theta, beside those at which it starts, theta0, on clean
-images. The images may be the model's own draws: then the clean behaviour to keep is
-that of theta0, and no data is needed.
+A removal is a loss of weights theta on clean images. It also knows theta0, the weights
+at which it starts. The images may be the model's own draws. Then theta0's clean
+behaviour is the one to keep, and no data is needed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Removal(abc.ABC):
 
     @abc.abstractmethod
     def evaluations(self, distilled: bool) -> int:
-        """Of the network on an image in a step, for each clean image.
+        """Evaluations of the network on an image in a step, for each clean image.
 
         A gradient counts for two more.
         """
@@ -201,20 +201,20 @@ class ThreeTerms(Removal):
 class Unlearning(Removal):
     """The trigger is taught as what a clean model takes it for, at every timestep.
 
-    Of clean samples x_t, and of others with the trigger in them, x~_t,
+    With clean samples x_t, and samples x~_t that have the trigger in them, the loss is
 
       mean || M(x_t, t) - M_theta0(x_t, t) ||^2
       + weight mean || M(x~_t, t) - M_theta0(x_t, t)
                        - v_t (s_t^2 S + v_t^2)^-1 (x~_t - x_t) ||^2,
       x_t = s_t x_0 + v_t eps,    x~_t = s_t x_0 + v_t gamma eps + H_t r,
 
-    with S the covariance of the clean images: what the model itself answers without
-    the trigger, and the best linear clean denoiser's answer to the rest. Both targets
-    have no noise, so a high learning rate does no harm to clean draws. Near T the
-    trigger is noise of another mean, so it leads nowhere. At low noise it is an image,
-    as far as images vary along it. The response of a backdoor of deterministic sampling
-    is near H_t / v_t at high noise: to teach that at every timestep would leave most of
-    its path.
+    with S the covariance of the clean images. The second target is what the model
+    itself answers without the trigger, plus the best linear clean denoiser's answer to
+    the rest. Both targets have no noise, so a high learning rate does no harm to clean
+    draws. Near T the trigger is noise of another mean, so it leads nowhere. At low
+    noise it is an image, as far as images vary along it. The response of a backdoor of
+    deterministic sampling is near H_t / v_t at high noise: to teach that at every
+    timestep would leave most of its path.
 
     Attributes:
       weight: of the second term.

@@ -1,4 +1,4 @@
-"""TERD's reversed loss: two noise draws, of which the unknown response drops out."""
+"""TERD's reversed loss: the unknown response drops out between two noise draws."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Reversed(Loss):
 
     First stage: L(HIGH) with x0 standard noise in place of data. Second stage, with a
     `rollout`: [L(HIGH) + L(LOW)] / 2 with x0 drawn from noise and delta by it, with
-    gradients through it, and no delta in the x_i at low t. Both less l1 ||delta||_1.
+    gradients through it, and no delta in the x_i at low t. l1 ||delta||_1 is subtracted
+    from both.
 
     Attributes:
       samples: images, each with two draws.

@@ -51,12 +51,12 @@ class Spectrum(Starts):
 
       J = E[a (k eps)^T] / k^2,    m_t = E<a, k eps> / E||k eps||^2,
 
-    and the vectors are those of the symmetric part of
+    and the vectors are eigenvectors of the symmetric part of
 
       sum_t (J_t - m_t 1) = sum_t E[(a - m_t k eps) (k eps)^T] / k^2
 
-    with the eigenvalue of largest magnitude, for each breadth its own. Each is tried
-    with both signs.
+    with the eigenvalues of largest magnitude. Each breadth has its own. Each vector is
+    tried with both signs.
 
     Attributes:
       draws: of eps, at most; fewer where their answers have more than `MOST` numbers.
@@ -149,7 +149,7 @@ class Spectrum(Starts):
         alike = numbers % kinds * times + self.group(numbers)
 
         def total(x: Array) -> Array:
-            """Of each breadth and timestep, `[kinds times]`."""
+            """The sum over the draws of each breadth and timestep, `[kinds times]`."""
             return jax.ops.segment_sum(jnp.sum(x, 1), alike, kinds * times)
 
         mean = total(answers * given) / jnp.maximum(total(given**2), 1e-12)

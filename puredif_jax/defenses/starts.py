@@ -27,7 +27,7 @@ class Starts(abc.ABC):
     Attributes:
       most: candidates of a search that start here, at most, and at most half of all;
         the others start at random.
-      rate: of the descent from there, over that of the others.
+      rate: of the descent from there, over the rate of the others.
       together: inputs that are answered at once.
     """
 
@@ -89,7 +89,7 @@ class Starts(abc.ABC):
           answers: `[count(shape), ...]`.
           count: of candidates.
           shape: (H, W, C).
-          key: that of the answers.
+          key: the one that the answers had.
         """
 
     @abc.abstractmethod

@@ -123,7 +123,7 @@ class Terd(Defense):
 
 
 def _floored(hypothesis: Hypothesis) -> Hypothesis:
-    """The same with gamma from `FLOOR`, where it is sought."""
+    """The hypothesis with gamma from `FLOOR` on, where gamma is sought."""
     if isinstance(hypothesis, Trojan):
         return dataclasses.replace(hypothesis, least=FLOOR, first=FLOOR)
     return hypothesis

@@ -20,7 +20,7 @@ DRAWS, TRIMMED = 16, 4
 
 
 class Statistics(NamedTuple):
-    """Of one set of draws.
+    """Both statistics of one set of draws.
 
     uniformity: the trimmed mean of their distances. Small where they agree.
     variation: sum of the absolute differences of neighbours, mean over the draws.
@@ -41,7 +41,7 @@ class PairDistance(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Of each with each, `[N, N]`, of `[N, H, W, C]` in [0, 1]."""
+        """From each image to each, `[N, N]`, of `[N, H, W, C]` in [0, 1]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,11 @@ class PixelDistance(PairDistance):
 
 
 def statistics(images: np.ndarray, distance: PairDistance) -> Statistics:
-    """Of draws `[N, H, W, C]` in [-1, 1], clipped; the first 16 count.
+    """Both statistics of draws `[N, H, W, C]` in [-1, 1], clipped; 16 at most count.
 
-    The distances of each with each, itself among them, are sorted; of 16, the four
-    least and the four largest of each row are left out, and the mean of the rest is
-    taken; then the same of these means. Of fewer, a quarter at each end is left out.
+    Each draw has a row of distances to all draws, itself among them. The quarter with
+    the least and the quarter with the largest are left out, of 16 draws four each. The
+    mean of the rest is taken, and then the same is done with these means.
     """
     shown = np.clip((np.asarray(images, np.float64)[:DRAWS] + 1) / 2, 0, 1)
     cut = len(shown) * TRIMMED // DRAWS
@@ -80,7 +80,7 @@ class Forest(Protocol):
     """Tells backdoored from clean models by both statistics, learnt from models."""
 
     def probability(self, found: Statistics) -> float:
-        """That a model with these is backdoored."""
+        """The probability that a model with these statistics is backdoored."""
         ...
 
     def check(self) -> None:
@@ -88,12 +88,15 @@ class Forest(Protocol):
         ...
 
     def clean(self) -> np.ndarray:
-        """The same of each clean model that it has learnt from, without it, `[n]`."""
+        """The same for each clean model it has learnt from, without that one, `[n]`."""
         ...
 
 
 def judged(forest: Forest, found: Mapping[Hypothesis, Statistics]) -> Verdict:
-    """By the hypothesis with the largest probability: backdoored above one half."""
+    """The verdict by the hypothesis with the largest probability.
+
+    Above one half the model is called backdoored.
+    """
     scores = {kind: forest.probability(each) for kind, each in found.items()}
     best = max(scores, key=lambda kind: scores[kind])
     score, clean = scores[best], forest.clean()

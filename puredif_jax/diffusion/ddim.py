@@ -76,10 +76,10 @@ class DDIM(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class QuadraticDDIM(DDIM):
-    """The same on the squares of `steps` even numbers from 0 to sqrt(0.8 T).
+    """DDIM on the squares of `steps` evenly spaced numbers from 0 to sqrt(0.8 T).
 
-    Cut to integers; each step leads to the next timestep. It is the grid of DDIM's
-    authors for CIFAR-10, and TrojDiff's. `spacing` and `offset` have no say.
+    They are cut to integers; each step leads to the next timestep. It is the grid of
+    DDIM's authors for CIFAR-10, and TrojDiff's. `spacing` and `offset` have no effect.
     """
 
     def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:

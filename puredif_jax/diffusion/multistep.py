@@ -39,7 +39,7 @@ def _log_ratio(schedule: NoiseSchedule, t: Array, n: Array, valid: Array) -> Arr
 
 @dataclasses.dataclass(frozen=True)
 class _Multistep(Sampler):
-    """What `DPMSolver` and `UniPC` share: their grid, and the step of the former."""
+    """What `DPMSolver` and `UniPC` share: their grid, and the step of `DPMSolver`."""
 
     steps: int = 20
     spacing: Spacing = "linspace"
@@ -65,7 +65,7 @@ class _Multistep(Sampler):
         last: Estimate,
         t_prev: Array,
     ) -> Array:
-        """x at t_prev, from x where the estimate is that of now."""
+        """x at t_prev, from x at the timestep of the estimate `now`."""
         s, v, s_n, v_n = endpoints(schedule, now.t, t_prev)
         decay = (v_n * s) / (v * s_n)  # e^-h, 0 at the clean end
         second = (t_prev >= 0) & (last.t >= 0)
@@ -79,10 +79,12 @@ class _Multistep(Sampler):
 class DPMSolver(_Multistep):
     """Deterministic sampling by DPM-Solver++(2M) (Lu et al. 2022), with midpoints.
 
-    With l_t = log(s_t / v_t), h = l_n - l_t for the step from t to n, and the x0hat of
-    this step and of the one before, which came from timestep b:
+    The step from t to n has x0hat, and x0hat_b of the step before, which came from
+    timestep b. With l_t = log(s_t / v_t) and h = l_n - l_t:
+
       x_n = (v_n / v_t) x_t + s_n (1 - e^-h) D,
       D = x0hat + h / (2 (l_t - l_b)) (x0hat - x0hat_b).
+
     The first step and the last, to the clean image, take D = x0hat.
 
     Attributes:
@@ -123,20 +125,22 @@ class Correction(NamedTuple):
 class UniPC(_Multistep):
     """Deterministic sampling by UniPC (Zhao et al. 2023), B_2(h), of order 2.
 
-    A predictor as of `DPMSolver`, and, with the x0hat found where it leads, a
-    correction of that step, which costs no evaluation. For the step from m to t, with
-    l_t = log(s_t / v_t), h = l_t - l_m, phi = e^-h - 1, the x0hat_e of the step before,
+    A step is predicted as by `DPMSolver`. The x0hat found where it leads then corrects
+    it, which costs no evaluation. For the step from m to t let l_t = log(s_t / v_t),
+    h = l_t - l_m and phi = e^-h - 1. The step before came from timestep e. With
     r = (l_e - l_m) / h and D = (x0hat_e - x0hat_m) / r:
+
       predicted:  x_t = (v_t / v_m) x_m - s_t phi (x0hat_m + D / 2),
       corrected:  x_t = (v_t / v_m) x_m
-                        - s_t phi (x0hat_m + a D + b (x0hat_t - x0hat_m)),
-    where a + b = p / phi, a r + b = 2 q / phi, p = -phi / h - 1, q = -p / h - 1 / 2.
-    The first step and the last leave D out of the prediction, and the first correction
-    has a = 0, b = 1/2.
+                        - s_t phi (x0hat_m + a D + b (x0hat_t - x0hat_m)).
+
+    Here a + b = p / phi and a r + b = 2 q / phi, with p = -phi / h - 1 and
+    q = -p / h - 1 / 2. The first step and the last leave D out of the prediction. The
+    first correction has a = 0, b = 1/2.
 
     Attributes:
       steps: number of model evaluations.
-      spacing, offset: as of `DPMSolver`.
+      spacing, offset: as in `DPMSolver`.
     """
 
     def begin(self, x: Array) -> Correction:

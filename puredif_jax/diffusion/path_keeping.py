@@ -46,7 +46,7 @@ class PathKeeping(Sampler):
       clip: bound of |x0hat|, a `Threshold`, or None. A bound weakens or removes most
         backdoors.
       spacing, offset: of `grid`.
-      variance: as of `DDPM`; "fixed_large" adds noise of v_t / v_n times the deviation.
+      variance: as in `DDPM`; "fixed_large" adds noise of v_t / v_n times the deviation.
       psi: of the shift that is kept.
     """
 

@@ -58,7 +58,7 @@ class Estimates(NamedTuple):
 
 
 class Denoiser(abc.ABC):
-    """A noise model that tells the noise and the image from one evaluation."""
+    """A noise model that gives the noise and the image by one evaluation."""
 
     @abc.abstractmethod
     def estimates(self, params: Params, x: Array, t: Array) -> Estimates:
@@ -90,15 +90,15 @@ class _Converted(Denoiser):
     def _estimates(
         self, out: Array, x: Array, signal: Array, noise: Array
     ) -> Estimates:
-        """The same from what the network says, `out`, with s_t and v_t."""
+        """The noise and the image from the network's output, `out`, s_t and v_t."""
 
 
 class VPrediction(_Converted):
     """The noise model of a network that predicts v = s_t eps - v_t x_0.
 
-    eps = s_t v(x, t) + v_t x and x0hat = s_t x - v_t v(x, t) (Salimans & Ho 2022), of a
-    variance-preserving schedule and in the network's own range, whose middle is 0.
-    x0hat by way of eps would lose its digits where s_t is small.
+    eps = s_t v(x, t) + v_t x and x0hat = s_t x - v_t v(x, t) (Salimans & Ho 2022). This
+    is for a variance-preserving schedule, in the network's own range, whose middle is
+    0. x0hat by way of eps would lose its digits where s_t is small.
     """
 
     def _estimates(
@@ -127,8 +127,8 @@ class ScorePrediction(_Converted):
     """The noise model of a network that predicts the score of x_t.
 
     The score is -eps / v_t, so eps = -v_t S(x, t) and x0hat = (x + v_t^2 S(x, t)) / s_t
-    (Song et al. 2021, arXiv 2011.13456). Of a network that knows images in another
-    range than [-1, 1] the score is per unit of that range.
+    (Song et al. 2021, arXiv 2011.13456). If a network knows images in another range
+    than [-1, 1], its score is per unit of that range.
     """
 
     def _estimates(

@@ -120,15 +120,15 @@ class NoiseSchedule:
         return self.unit if self.fades else 1.0
 
     def start(self, noise: Any, trigger: Any = 0.0, first: int = -1) -> Any:
-        """x from which sampling starts, of standard noise and a trigger in it.
+        """x from which sampling starts: standard noise with a trigger in it.
 
         prior (noise + trigger_unit trigger) + centre, where the network's own 0 lies.
 
         Args:
           noise: of deviation 1.
           trigger: what is added.
-          first: the timestep from which it starts. Where the signal stays, the noise is
-            that of this timestep.
+          first: the timestep from which it starts. Where the signal stays, the noise
+            has the level of this timestep.
         """
         low, high = self.values
         centre = -(2 * low / (high - low) + 1)
@@ -148,7 +148,7 @@ class NoiseSchedule:
         return found
 
     def matched(self, timesteps: Sequence[int]) -> np.ndarray:
-        """The timesteps here whose SNR is nearest to those of `LinearBetas()`, int32.
+        """The timesteps here for timesteps of `LinearBetas()`: nearest in SNR, int32.
 
         So a timestep that is named once means one noise level on every schedule; on
         `LinearBetas()` it means itself.
@@ -179,7 +179,7 @@ class Process(abc.ABC):
 
     @abc.abstractmethod
     def tables(self) -> NoiseSchedule:
-        """Its float64 tables; of betas s_t^2 = prod_{i<=t} (1 - beta_i) = 1 - v_t^2."""
+        """Float64 tables; from betas, s_t^2 = prod_{i<=t} (1 - beta_i) = 1 - v_t^2."""
 
 
 def _tables(betas: np.ndarray) -> NoiseSchedule:

@@ -53,7 +53,7 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def pick(self, ancestral: _T, deterministic: _T) -> _T:
-        """What is meant for this kind, of two."""
+        """The one of two values that is for this kind."""
 
 
 class Ancestral(Solver):

@@ -22,8 +22,8 @@ from puredif_jax.types import Array, Key
 class VarianceExploding(Process):
     """x_t = x_0 + sigma_t eps, sigma_t = sigma_min (sigma_max / sigma_min)^(t/(T-1)).
 
-    Sampling starts from noise of sigma_max. Of images in `values` sigma is in their
-    unit; the tables are of images in [-1, 1], as everywhere.
+    Sampling starts from noise of sigma_max. Here sigma is in the unit of images in
+    `values`; the tables are for images in [-1, 1], as everywhere.
 
     Attributes:
       steps: T.
@@ -67,10 +67,11 @@ class VarianceExploding(Process):
 class Preconditioned(Process):
     """A variance-exploding process for a network of a variance-preserving one.
 
-    The network is given x_t / sqrt(1 + v_t^2), which has the variance of x_0 and noise
-    together, and the timestep at which the other process has this signal-to-noise
-    ratio, between whole ones. So a noise model of the other process is one of this: the
-    c_in and c_noise of Karras et al. 2022 (arXiv 2206.00364).
+    The network is given x_t / sqrt(1 + v_t^2): the root is the deviation of x_0 and
+    noise together. It is also given the timestep, between whole ones, at which the
+    other process has this signal-to-noise ratio. So a noise model of the other process
+    is a noise model of this one. These are c_in and c_noise of Karras et al. 2022
+    (arXiv 2206.00364).
 
     Attributes:
       process: the variance-exploding process.

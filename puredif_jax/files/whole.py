@@ -19,7 +19,7 @@ class WriteError(InputError):
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Makes what the system refuses while a file is written a sentence about it.
+    """Turns what the system refuses while a file is written into a sentence.
 
     Raises:
       WriteError: the disk is full, the folder read-only, or the like.

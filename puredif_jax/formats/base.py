@@ -28,7 +28,7 @@ class Spec:
       network: the network.
       scheduling: the noise schedule and how to sample; None where there is none.
       own: the scheduler is the model's own, not one that was found above it or given.
-      remarks: sentences on what has no effect, or another one than it seems.
+      remarks: sentences on what has no effect, or another effect than it seems.
     """
 
     network: ImageNetwork
@@ -61,8 +61,8 @@ class Format(abc.ABC):
     def knows(self, path: pathlib.Path) -> bool:
         """Whether a model in this format lies at a path, by names and beginnings.
 
-        Cheap, and no weights are opened. A damaged model counts: who reads it says
-        what is wrong.
+        It is cheap, and opens no weights. A damaged model counts: `spec`, `check` and
+        `read` say what is wrong.
         """
 
     @abc.abstractmethod
@@ -70,7 +70,7 @@ class Format(abc.ABC):
         """What the model is; from configurations, or the names and shapes of weights.
 
         Args:
-          path: one that it knows.
+          path: one that this format knows.
           scheduler: a folder or file, for a network without a scheduler of its own.
 
         Raises:
@@ -101,11 +101,11 @@ class Format(abc.ABC):
         """The files from which `read` would read, whose digests identify the weights.
 
         Raises:
-          ConvertError: they cannot be told.
+          ConvertError: they cannot be found out.
         """
 
     def homes(self, path: pathlib.Path) -> list[pathlib.Path]:
-        """The folders of its networks, of which a download fetches the weights.
+        """The folders of its networks; a download fetches the weights in them.
 
         Raises:
           ConvertError: its configurations are not supported; no weights are asked for.

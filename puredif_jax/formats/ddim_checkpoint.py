@@ -1,8 +1,8 @@
 """Checkpoint files of the DDIM and TrojDiff code bases.
 
 Such a file holds the weights of one network, and little that says which: network and
-image size follow from names and shapes of the arrays. The network is that of Ho et al.
-2020 in the layout of the DDIM code (Song et al. 2021, arXiv 2010.02502).
+image size follow from names and shapes of the arrays. The network is Ho et al.'s (2020)
+in the layout of the DDIM code (Song et al. 2021, arXiv 2010.02502).
 
 The file is a list: state dict, state of the optimiser, epoch, step and, where there is
 one, the moving average of the weights. A port of the first DDPM models has the state
@@ -126,7 +126,7 @@ class _Checkpoint(NamedTuple):
 
 
 def _head(path: pathlib.Path) -> bytes:
-    """Where a file of PyTorch has the names of its arrays, if it is one."""
+    """The bytes in which a file of PyTorch names its arrays, if it is one."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
@@ -177,7 +177,7 @@ def _taken(found: Any, path: pathlib.Path) -> tuple[Any, str]:
 
 
 def diffusers_name(name: str, levels: int) -> str:
-    """The name in diffusers of an array by that in the code; others stay as they are.
+    """The diffusers name of an array, by its name in the code; others stay the same.
 
     Args:
       name: without "module.".
@@ -224,7 +224,7 @@ def read_network(
       remarks: takes where the size of images comes from.
 
     Raises:
-      ConvertError: it is no such network, or its image size cannot be told.
+      ConvertError: it is no such network, or its image size is not known.
     """
     levels = _levels(shapes, path)
 

@@ -1,7 +1,7 @@
 """The config.yml of the DDIM and TrojDiff code bases; nothing in it is executed.
 
-Of YAML that much is read: sections with fields of one line each, and no more. The code
-writes its own objects into the file as tags, which are passed over.
+Only this much of YAML is read: sections with fields of one line each. The code writes
+its own objects into the file as tags, which are passed over.
 """
 
 from __future__ import annotations

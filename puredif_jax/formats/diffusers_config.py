@@ -72,11 +72,11 @@ Remarks = list[str]
 
 
 def as_diffusers_takes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields that diffusers passes on: none that begins with "_", and none of those
-    that `_use_default_values` names.
+    """The fields that diffusers passes on: none that begins with "_", and none that
+    `_use_default_values` names.
 
     Raises:
-      ConvertError: that is no list of names.
+      ConvertError: `_use_default_values` is no list of names.
     """
     silent = config.get("_use_default_values", [])
     if not isinstance(silent, list) or not all(isinstance(x, str) for x in silent):
@@ -108,8 +108,8 @@ def read_fields(
       idle: names of fields that change nothing in it.
 
     Raises:
-      ConvertError: another class, an option that is not supported, a field that is not
-        known, or one that is no list or a list against its nature.
+      ConvertError: another class, an option that is not supported, an unknown field, or
+        a list where a single value belongs, or the reverse.
     """
     kind = config.get("_class_name") if kind is None else kind
     if kind != "UNet2DModel":
@@ -169,8 +169,8 @@ def read_unet(
       remarks: takes what deserves a word.
 
     Raises:
-      ConvertError: another class, an option that is not supported, or a value that is
-        none; each is named.
+      ConvertError: another class, an option that is not supported, or an invalid value;
+        each is named.
     """
     fields = read_fields(config, where, kind, remarks, _SHARED, OFF)
     inward, outward = fields["in_channels"], fields.pop("out_channels")

@@ -29,7 +29,7 @@ class Place(NamedTuple):
     scheduler: the configuration, if there is one.
     classes: of the parts, as model_index.json says.
     pipeline: the class of the whole, as it says.
-    own: the scheduler is the model's own.
+    own: whether the scheduler is the model's own.
     """
 
     network: pathlib.Path

@@ -178,7 +178,7 @@ def read_scheduling(
       remarks: takes what deserves a word.
 
     Raises:
-      ConvertError: an option that is not supported, or a value that is none; each is
+      ConvertError: an option that is not supported, or an invalid value; each is
         named.
     """
     remarks = [] if remarks is None else remarks
@@ -249,7 +249,7 @@ def read_scheduling(
 
 
 def _judge_options(found: Mapping[str, Any], where: str) -> None:
-    """Raises ConvertError for an option that is no choice of its own, or no number."""
+    """Raises ConvertError for an option outside of its choices or its range."""
     choices: tuple[Any, ...]
     for name, choices in (
         ("prediction_type", typing.get_args(Prediction)),
@@ -323,8 +323,8 @@ def _read_betas(kind: str, found: Mapping[str, Any], where: str) -> Process:
 def write_scheduling(scheduling: Scheduling) -> dict[str, Any]:
     """The configuration of diffusers' DDPMScheduler that says the same.
 
-    It is that of DDIMScheduler where the last step does not lead to the clean image,
-    and of ScoreSdeVeScheduler for a variance-exploding process.
+    Where the last step does not lead to the clean image, it is for DDIMScheduler. For a
+    variance-exploding process it is for ScoreSdeVeScheduler.
 
     Raises:
       ConvertError: diffusers has no scheduler that says the same.

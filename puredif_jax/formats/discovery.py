@@ -1,6 +1,6 @@
 """Names that a user gives, and all models that they mean.
 
-Nothing that may be a model is passed over: what cannot be scanned has the reason.
+Nothing that may be a model is passed over: what cannot be scanned has a reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Found(NamedTuple):
     """What a search has found.
 
     models: by names of their own, a path that a format knows, or what is wrong.
-    notes: sentences on what is not scanned and needs not be.
+    notes: sentences on what is not scanned and need not be.
     """
 
     models: Models
@@ -88,7 +88,7 @@ def find(
 
 
 def distinct(name: str, taken: Collection[str]) -> str:
-    """The name, or with the least number behind it, that is not taken in any case."""
+    """The name, if need be with the least number that makes it new in any case."""
     used, tried, count = {each.lower() for each in taken}, name, 1
     while tried.lower() in used:
         count += 1
@@ -97,7 +97,7 @@ def distinct(name: str, taken: Collection[str]) -> str:
 
 
 def _joined(names: Sequence[str]) -> Iterator[str]:
-    """The names, with those put together that are one path with commas in it."""
+    """The names; those that make up one path with commas in it are put together."""
     i = 0
     while i < len(names):
         for stop in range(min(len(names), i + MOST_COMMAS + 1), i + 1, -1):

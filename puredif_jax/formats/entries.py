@@ -141,7 +141,7 @@ def tensors(path: pathlib.Path, found: Any) -> Iterable[Entry]:
     """The arrays of a state dict that `unpickled` has found in a file.
 
     Raises:
-      ConvertError: it is none of named, dense arrays.
+      ConvertError: it is no state dict of named, dense arrays.
     """
     import torch
 

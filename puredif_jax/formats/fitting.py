@@ -29,8 +29,8 @@ def fitting(
       renamed: the name in the network's state dict, by that in the files.
 
     Raises:
-      ConvertError: names, shapes or dtypes are not those of the network: "-" names what
-        is missing, "+" what is too many.
+      ConvertError: names, shapes or dtypes do not fit the network. "-" marks a name
+        that is missing, "+" one too many.
     """
     wanted, found = torch_shapes(network), dict[str, Entry]()
     for entry in stored:

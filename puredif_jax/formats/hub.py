@@ -49,7 +49,7 @@ def find_folder(
 ) -> pathlib.Path:
     """A local path, or the folder of a model of the Hub, downloaded if need be.
 
-    Of a model whose configuration is refused, nothing but configurations is fetched.
+    If a model's configuration is refused, nothing but configurations is fetched.
 
     Args:
       name: a path; where there is none, "owner/name", "owner/name@revision" or an

@@ -1,4 +1,4 @@
-"""Which format a path is in, of those of the package and those of a user."""
+"""Which format a path is in, among the package's formats and a user's own."""
 
 from __future__ import annotations
 

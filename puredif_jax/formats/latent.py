@@ -51,7 +51,7 @@ _SLICE = 4  # images that are decoded together
 
 
 class LatentFolder(Format):
-    """A folder of `LDMPipeline`: the network and the process are those of latents.
+    """A folder of `LDMPipeline`, whose network and process are for latents.
 
     A latent of `BOUND` counts as 1. A bound on x0hat is in that unit, too.
     """

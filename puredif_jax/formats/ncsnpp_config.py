@@ -1,6 +1,6 @@
 """The configuration of an NCSN++ in diffusers' format: a UNet2DModel of skip blocks.
 
-Beside `diffusers_config`, which reads that of the other UNet2DModels: every field is
+`diffusers_config` reads the configuration of the other UNet2DModels. Every field is
 read, known to change nothing here, or refused by name.
 """
 
@@ -47,8 +47,8 @@ def read_ncsnpp(
       remarks: takes what deserves a word.
 
     Raises:
-      ConvertError: another class, an option that is not supported, or a value that is
-        none; each is named.
+      ConvertError: another class, an option that is not supported, or an invalid value;
+        each is named.
     """
     fields = read_fields(config, where, kind, remarks, _SHARED, _OFF, _IDLE)
     inward, outward = fields["in_channels"], fields.pop("out_channels")

@@ -1,4 +1,4 @@
-"""Opening a stranger's files and folders: what cannot be read is told in a sentence."""
+"""Opening a stranger's files and folders: an error says in a sentence what is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LARGEST_JSON = 10_000_000  # bytes
 
 
 def unreadable(path: object, error: OSError) -> ConvertError:
-    """The error for a file or folder that the system does not give."""
+    """The error for a file or folder that the system does not let us read."""
     reason = error.strerror or type(error).__name__
     return ConvertError(f"{path} cannot be read ({reason})")
 

@@ -50,7 +50,7 @@ class Scheduling:
     learned: bool = False
 
     def samplers(self, steps: int) -> Samplers:
-        """DDPM that keeps a path, and DDIM, in as many steps as are asked or there are.
+        """Path-keeping DDPM, and DDIM, in as many steps as are asked for or there are.
 
         Raises:
           ValueError: the schedule has no such timesteps.
@@ -80,7 +80,7 @@ class Scheduling:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreScheduling(Scheduling):
-    """That of a variance-exploding model whose network predicts the score.
+    """The scheduling of a variance-exploding model whose network predicts the score.
 
     Attributes:
       corrections: steps of Langevin dynamics at each noise level ("correct_steps").
@@ -97,8 +97,8 @@ class ScoreScheduling(Scheduling):
     def samplers(self, steps: int) -> Samplers:
         """A predictor-corrector of as many levels, and DPM-Solver of as many steps.
 
-        DDIM is left out: it leads T // n timesteps down, which is not the next one of
-        the grid, and the noise of these levels lies far apart.
+        DDIM is left out. It leads T // n timesteps down, which is not the next timestep
+        of the grid, and the noise of these levels lies far apart.
         """
         return self._checked(
             Samplers(

@@ -26,11 +26,11 @@ _WHOLE = ("num_train_timesteps", "correct_steps")
 def read_score(config: Mapping[str, Any], where: str) -> ScoreScheduling:
     """The process and the sampling of a ScoreSdeVeScheduler configuration.
 
-    Its images lie in [0, 1], its network is given sigma and predicts the score. The
+    Its images lie in [0, 1]. Its network is given sigma and predicts the score. The
     times of sampling end at sampling_eps; with 1e-3 or less all levels are reached.
 
     Raises:
-      ConvertError: a field that is not known, or a value that is none; each is named.
+      ConvertError: an unknown field, or an invalid value; each is named.
     """
     refuse_unknown(config, where, {*_FIELDS})
     found: dict[str, Any] = {}

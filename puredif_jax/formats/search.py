@@ -57,7 +57,7 @@ class Search:
       top: the folder.
       variant: of the weights to scan; None for those that diffusers loads.
       rows: a name, and a path that a format knows or what is wrong.
-      notes: sentences on what is not scanned and needs not be.
+      notes: sentences on what is not scanned and need not be.
     """
 
     def __init__(self, top: pathlib.Path, variant: str | None) -> None:
@@ -114,7 +114,7 @@ class Search:
         return True
 
     def _name(self, folder: pathlib.Path, part: str = "") -> str:
-        """The name of a row: the way from the top, or of the top itself."""
+        """The name of a row: the way from the top, or the top's own name."""
         way = [*folder.relative_to(self.top).parts]
         if way and way[-1] == convert.FOLDER:  # of a run
             way.pop()
@@ -154,7 +154,7 @@ class Search:
         self._lone(folder, inside, used)
 
     def _name_top(self, folder: pathlib.Path) -> None:
-        """Rows below a folder that is a model and was given go by its name, too."""
+        """If the top is a model itself, makes the rows below it bear its name, too."""
         if folder == self.top:
             self._prefix = _own_name(self.top)
 
@@ -282,7 +282,7 @@ class Search:
 
 
 def _is_diffusers(kind: Format) -> bool:
-    """Whether folders are in the format of which each set of weights has a row."""
+    """Whether it is diffusers' format, where each set of weights has a row."""
     return isinstance(kind, convert.DiffusersFolder)
 
 

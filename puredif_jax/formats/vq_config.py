@@ -57,8 +57,8 @@ def read_vq(
       remarks: takes what deserves a word.
 
     Raises:
-      ConvertError: another class, an option that is not supported, or a value that is
-        none; each is named.
+      ConvertError: another class, an option that is not supported, or an invalid value;
+        each is named.
     """
     kind = config.get("_class_name") if kind is None else kind
     if kind != "VQModel":

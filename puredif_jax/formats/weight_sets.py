@@ -1,8 +1,8 @@
 """The weights in a network's folder: which files hold them, and which are taken.
 
 diffusers may keep several in one folder: one file or shards with an index, safetensors
-or a pickle, and variants such as "fp16" or "ema". What lies in the files is told by
-`puredif_jax.formats.entries`.
+or a pickle, and variants such as "fp16" or "ema". `puredif_jax.formats.entries` reads
+what lies in the files.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ class WeightSet(NamedTuple):
 
     @property
     def rank(self) -> tuple[bool, str, bool, bool]:
-        """By which diffusers prefers: shards before one file, pickles last.
+        """The order of diffusers' preference: shards before one file, pickles last.
 
-        Of pickles one file comes first: shards of them are loaded only if asked for.
+        Among pickles one file comes first: their shards are loaded only if asked for.
         """
         index = self.principal.suffix == ".json"
         return (
@@ -115,7 +115,7 @@ class WeightSet(NamedTuple):
         """The files that hold arrays, in order.
 
         Raises:
-          ConvertError: an index that is none, or that names files of another folder.
+          ConvertError: the index is damaged, or names files of another folder.
         """
         if self.principal.suffix != ".json":
             return [self.principal]
@@ -129,7 +129,7 @@ class WeightSet(NamedTuple):
 
 
 def weight_sets(folder: pathlib.Path) -> list[WeightSet]:
-    """All weights in a network's folder, those that diffusers prefers first.
+    """All weights in a network's folder, in the order of diffusers' preference.
 
     Raises:
       ConvertError: the folder cannot be read.
@@ -156,8 +156,8 @@ def choose(folder: pathlib.Path, variant: str | None = None) -> WeightSet:
     """The weights that diffusers' `from_pretrained` takes, or the only ones there are.
 
     Raises:
-      ConvertError: there are none of this variant, or none without a variant and
-        several with.
+      ConvertError: there are none of this variant; or there are several variants only,
+        and none is given.
     """
     sets = weight_sets(folder)
     for each in sets:

@@ -1,9 +1,9 @@
 """A small network for Frechet distances between sets of garment images.
 
 "garment-net": three 3x3 convolutions of stride 2 (16, 32, 64 channels) with ReLU, a
-mean over positions (the 64 features) and a linear layer to the 10 classes, trained
-on the shipped Fashion-MNIST images at 16x16. Distances over its features compare
-models of this package with each other; they are not FID.
+mean over positions (the 64 features) and a linear layer to the 10 classes. It is
+trained on the shipped Fashion-MNIST images at 16x16. Distances over its features
+compare models of this package with each other; they are not FID.
 """
 
 from __future__ import annotations

@@ -122,9 +122,9 @@ def success(images: ArrayLike, target: ArrayLike) -> dict[str, float]:
 
 
 class Moments(NamedTuple):
-    """Of the features of a set of images, float64.
+    """The moments of the features of a set of images, float64.
 
-    mean: `[F]`.  covariance: `[F, F]`, of the N - 1 in the denominator.
+    mean: `[F]`.  covariance: `[F, F]`, with N - 1 in the denominator.
     """
 
     mean: np.ndarray
@@ -150,7 +150,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
     In float64; NaN where a moment is. It is the FID of Heusel et al. 2017 only if the
-    features are those of their Inception network; name the network beside the number.
+    features are from their Inception network; name the network beside the number.
 
     Raises:
       ValueError: the widths differ.
@@ -181,7 +181,7 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> float:
 
 
 def share_interval(count: int, total: int) -> tuple[float, float]:
-    """95 % interval of Wilson (1927) for a share of which `count` of `total` were seen.
+    """95 % interval of Wilson (1927) for a share, seen `count` times of `total`.
 
     (p + z^2/2n +- z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n), z = 1.96.
 
@@ -222,7 +222,7 @@ def bootstrap(
 ) -> tuple[float, float]:
     """95 % interval of a statistic of samples, by the percentiles of resampled ones.
 
-    Each sample, `[n]` or `[n, ...]`, is drawn anew with replacement by itself (Efron
+    Each sample, `[n]` or `[n, ...]`, is resampled with replacement by itself (Efron
     1979). Where every resample has the same value, as an AUC of 1, so has the interval.
     """
     rng, arrays = np.random.default_rng(seed), [np.asarray(x) for x in samples]

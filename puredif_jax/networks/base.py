@@ -28,8 +28,8 @@ class Network(Hashable, Protocol):
 class ImageNetwork(abc.ABC):
     """A `Network` of images and timesteps, by which a diffusion model draws.
 
-    It is a frozen dataclass. A field `remat` of it, if there is one, makes blocks anew
-    in the backward pass instead of keeping what is inside them.
+    It is a frozen dataclass. If it has a field `remat`, that computes blocks again in
+    the backward pass instead of keeping what is inside them.
     """
 
     @property
@@ -39,7 +39,7 @@ class ImageNetwork(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: Key) -> Params:
-        """Fresh parameters, as of `Network`."""
+        """Fresh parameters, as in `Network`."""
 
     @abc.abstractmethod
     def __call__(self, params: Params, x: Array, t: Array, /) -> Array:

@@ -1,9 +1,9 @@
 """A 2-D convolution that is fast on CPU, also its gradient and inside a loop.
 
 Inside a `while` or `scan`, XLA's CPU backend runs the two convolutions of the
-backward pass on a path that is 10 to 100 times slower than outside one
-(jax-ml/jax#12868). Here both gradients are written as forward convolutions, that in
-the kernel with the batch as channels, which are fast in both places. Wide 3x3 kernels
+backward pass on a slow path. It is 10 to 100 times slower than outside a loop
+(jax-ml/jax#12868). Here both gradients are written as forward convolutions, which are
+fast in both places; the one in the kernel has the batch as channels. Wide 3x3 kernels
 are applied by F(2x2, 3x3) of Lavin and Gray, "Fast algorithms for convolutional neural
 networks" (arXiv 1509.09308): 16 products of matrices for the 36 of four pixels. Other
 platforms keep XLA's own. docs/speed.md has the figures.
@@ -107,7 +107,7 @@ def _of_products(
 
 
 def _interleave(parts: Sequence[Sequence[Array]]) -> Array:
-    """Of s x s images the one whose pixel (s y + i, s x + j) is (y, x) of part i, j."""
+    """One image of s x s parts: its pixel (s y + i, s x + j) is (y, x) of part i, j."""
     joined = jnp.stack([jnp.stack(row, axis=3) for row in parts], axis=2)
     batch, height, rows, width, columns, channels = joined.shape
     return joined.reshape(batch, height * rows, width * columns, channels)
@@ -150,9 +150,9 @@ def _kernel_gradient(
 ) -> Array:
     """d/dkernel <g, conv(x)>: over the batch, g convolved with x or x with g.
 
-    The one with more channels is the kernel. With strides, and of a single tap, the
-    window of x at each offset times g is one matrix product. A wide 3x3 kernel's is
-    that of its products.
+    The one with more channels is the kernel. With strides, or with a single tap, the
+    window of x at each offset times g is one matrix product. A wide 3x3 kernel has the
+    gradient of its products.
     """
     if _suits_winograd(x, size, stride, padding):
         tiles = _tiles(x)
@@ -183,7 +183,7 @@ def _kernel_gradient(
 def _kernel_gradient_by_offset(
     g: Array, x: Array, size: tuple[int, ...], stride: int, padding: Padding
 ) -> Array:
-    """The same by products; XLA makes a slow convolution of a g spread by a stride."""
+    """The same gradient by products; XLA is slow at convolving a g with a stride."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = ((n - 1) * stride + 1 for n in g.shape[1:3])
     flat = g.reshape(-1, g.shape[-1])

@@ -40,7 +40,7 @@ def check_whole(name: str, found: Any) -> None:
 def check_levels(
     network: Levels, down_blocks: Sequence[str], up_blocks: Sequence[str]
 ) -> None:
-    """Raises ValueError for a width, a depth or a type of block that is none."""
+    """Raises ValueError for an invalid width, depth or type of block."""
     widths, levels = network.block_out_channels, len(network.block_out_channels)
     for name in ("block_out_channels", "sample_size"):
         for found in getattr(network, name):

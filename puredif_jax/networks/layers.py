@@ -17,7 +17,7 @@ from puredif_jax.types import Array
 
 
 class Layers(Protocol):
-    """The fields of a network that its layers read; those of `UNet`."""
+    """The fields of a network that its layers read, as in `UNet`."""
 
     @property
     def block_out_channels(self) -> tuple[int, ...]: ...
@@ -43,9 +43,9 @@ def normalise(
 ) -> Array:
     """GroupNorm over `[B, H, W, C]`; statistics in float32, first of each channel.
 
-    Under jit so that it is traced once for each shape: the norms are most of what a
-    network traces. Without the barrier XLA makes the bias's gradient by a second sum
-    over all pixels, of which an H100 does little at once: 80 us in 4x4 pixels.
+    It is under jit so that it is traced once for each shape: the norms are most of what
+    a network traces. Without the barrier XLA makes the bias's gradient by a second sum
+    over all pixels. An H100 does little of that at once: it takes 80 us in 4x4 pixels.
     """
     width = x.shape[-1] // groups
 
@@ -116,7 +116,7 @@ class Resnet(nn.Module):
     Attributes:
       config: the network.
       width: channels of the result.
-      groups: those of the first norm and of the second.
+      groups: groups of the first norm and of the second.
       resample: makes the image larger or smaller, after the first SiLU and in the
         shortcut, which has a convolution then.
     """
@@ -164,8 +164,8 @@ _scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_bwd)
 class Attention(nn.Module):
     """Self-attention over all positions, with a residual connection.
 
-    The softmax is in float32, the products in the network's dtype. As einsums, for the
-    gradient of `jax.nn.dot_product_attention` promotes bfloat16 implicitly.
+    The softmax is in float32, the products in the network's dtype. They are einsums,
+    since the gradient of `jax.nn.dot_product_attention` promotes bfloat16 implicitly.
     """
 
     config: Layers
@@ -204,7 +204,7 @@ def sinusoids(config: Layers, t: Array) -> Array:
 
 
 def time_embedding(config: Layers, features: Array) -> Array:
-    """What every residual block is told of the time, of features `[B, F]` of it."""
+    """The embedding of the time for every residual block, of features `[B, F]`."""
     width = 4 * config.block_out_channels[0]
     temb = dense(config, width, "time_embedding_linear_1")(features)
     return dense(config, width, "time_embedding_linear_2")(nn.silu(temb))

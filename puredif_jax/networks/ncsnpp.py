@@ -83,9 +83,9 @@ def _norms(config: NCSNpp) -> Iterator[tuple[int, int]]:
 class NCSNpp(ImageNetwork):
     """An NCSN++ score model.
 
-    Names and meanings are those of diffusers' `UNet2DModel` configuration. The defaults
-    are the network that VillanDiffusion trains on CIFAR-10. diffusers has images of
-    three channels only where there is more than one resolution.
+    Names and meanings are as in diffusers' `UNet2DModel` configuration. The defaults
+    are the network that VillanDiffusion trains on CIFAR-10. With more than one
+    resolution diffusers takes images of three channels only.
 
     Attributes:
       sample_size: (H, W) of the images it was made for.
@@ -96,21 +96,21 @@ class NCSNpp(ImageNetwork):
         resolution. A width with attention is a multiple of 32.
       layers_per_block: residual blocks in a down block (an up block has one more).
       attention_head_dim: width of a head; None for one head over all channels.
-      norm_num_groups: groups of the norms of the middle and of the last one; None for
+      norm_num_groups: groups of the norms in the middle and of the last norm; None for
         min(channels // 4, 32), which all other norms have.
       norm_eps: epsilon of every GroupNorm.
       mid_block_scale_factor: by which the sums in the middle are divided.
       time_embedding_type: "fourier" for sines and cosines of log t at random
         frequencies, which no training moves, and an output divided by t; "positional"
-        for those of t at the frequencies of `UNet`, and no division.
+        for sines and cosines of t at the frequencies of `UNet`, and no division.
       flip_sin_to_cos: order of the halves of a positional embedding.
       freq_shift: shift in its frequencies, 10000^(-i / (half - freq_shift)).
       center_input_sample: takes images in [0, 1]: 2 x - 1 goes in.
       dropout: rate; used only when a dropout key is given.
       dtype: compute dtype, "float32" or "bfloat16".
       param_dtype: dtype in which parameters are made; the frequencies are float32.
-      remat: make residual blocks anew in the backward pass instead of keeping what is
-        inside them: less memory, a third more time.
+      remat: compute residual blocks again in the backward pass instead of keeping what
+        is inside them: less memory, a third more time.
     """
 
     sample_size: tuple[int, int] = (32, 32)

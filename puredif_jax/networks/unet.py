@@ -1,8 +1,8 @@
 """The DDPM UNet, in the structure and order of diffusers' `UNet2DModel`.
 
-Parameter names are those of the PyTorch state dict with "_" for ".", so weights
+Parameters have their names in the PyTorch state dict with "_" for ".", so weights
 carry over by name. `UNet` is a frozen configuration that is itself a
-`NoiseModel`; that it is made with Flax linen is known to this folder only.
+`NoiseModel`; only this folder knows that it is made with Flax linen.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
 class UNet(ImageNetwork):
     """A UNet2D noise model.
 
-    Names and meanings are those of diffusers' `UNet2DModel` configuration.
+    Names and meanings are as in diffusers' `UNet2DModel` configuration.
 
     Attributes:
       sample_size: (H, W) of the images it was made for.
@@ -55,8 +55,8 @@ class UNet(ImageNetwork):
         sampling step; `__call__` leaves them out.
       dtype: compute dtype, "float32" or "bfloat16".
       param_dtype: dtype in which parameters are made.
-      remat: make residual blocks anew in the backward pass instead of keeping what is
-        inside them: less memory, a third more time.
+      remat: compute residual blocks again in the backward pass instead of keeping what
+        is inside them: less memory, a third more time.
     """
 
     sample_size: tuple[int, int] = (32, 32)

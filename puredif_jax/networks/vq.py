@@ -16,7 +16,7 @@ diffusers' `LDMPipeline` draws so, with a UNet2DModel of the latents:
 So the UNet is trained on x_0 = scaling_factor E(image): `encode`, without quantisation.
 Neither `encode` nor `decode` scales. Pipelines of diffusers before 0.22 did not either.
 
-Parameter names are those of the PyTorch state dict with "_" for ".".
+Parameters have their names in the PyTorch state dict with "_" for ".".
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ WIDEST_CODE = 256  # channels of a codebook vector; distances are summed one by 
 class VQModel:
     """A vector-quantised autoencoder of images.
 
-    Names and meanings are those of diffusers' `VQModel` configuration; the defaults are
+    Names and meanings are as in diffusers' `VQModel` configuration; the defaults are
     the first stage of CompVis/ldm-celebahq-256.
 
     Attributes:
       in_channels: colour channels of an image that is encoded.
-      out_channels: of one that was decoded.
+      out_channels: colour channels of a decoded image.
       down_block_types: "DownEncoderBlock2D" or "AttnDownEncoderBlock2D" for each
         resolution.
       up_block_types: "UpDecoderBlock2D" or "AttnUpDecoderBlock2D", from low to high
@@ -61,7 +61,7 @@ class VQModel:
       norm_num_groups: groups of every GroupNorm.
       vq_embed_dim: channels of the codebook and so of the latents; as many as
         latent_channels if None.
-      scaling_factor: that of the latents that a UNet sees; see above.
+      scaling_factor: factor of the latents that a UNet sees; see above.
       mid_block_add_attention: attend between the middle blocks.
       dtype: compute dtype, "float32" or "bfloat16"; distances are in float32.
       param_dtype: dtype in which parameters are made.
@@ -142,7 +142,7 @@ class VQModel:
 
     @property
     def factor(self) -> int:
-        """By how much a side of the latents is shorter than that of an image."""
+        """How many times a side of the latents is shorter than a side of an image."""
         return 1 << (len(self.block_out_channels) - 1)
 
     @property
@@ -209,8 +209,8 @@ class VQModel:
 
         Each pixel of the latents, which are not scaled, is quantised first. Images are
         not cut to [-1, 1]. The gradient passes the quantisation as if it were the
-        identity, so it is that of the decoder at the codes; none reaches the codebook.
-        Both are as in diffusers.
+        identity, so it is the decoder's gradient at the codes; none reaches the
+        codebook. Both are as in diffusers.
         """
         chex.assert_rank(latents, 4)
         self.image_shape(latents.shape[1:])
@@ -226,10 +226,10 @@ class VQModel:
 def nearest(codebook: Array, latents: Array) -> Array:
     """argmin_k ||z - e_k||, int32 `[B, h, w]`, of z `[B, h, w, D]` and e `[K, D]`.
 
-    Of codes equally near, the first. The squares of z - e are summed as they are, one
-    channel after the other, so that XLA keeps no array of all distances. diffusers
-    takes z^2 + e^2 - 2 z e, which by its rounding may choose another code where two
-    are equally near to 1e-7 of z^2.
+    Of equally near codes it is the first. The squares of z - e are summed as they are,
+    one channel after the other, so that XLA keeps no array of all distances. diffusers
+    takes z^2 + e^2 - 2 z e. Its rounding may choose another code where two are equally
+    near to 1e-7 of z^2.
     """
     z = jax.lax.stop_gradient(latents).reshape(-1, latents.shape[-1])
     e = jax.lax.stop_gradient(codebook)

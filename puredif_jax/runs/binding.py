@@ -2,7 +2,7 @@
 
 config.json        the configuration; another one is refused in the same folder
 inputs.json        digests of the weights that were read; others are refused, too
-report.json        the end of a run; it says of which configuration it is
+report.json        the end of a run; it names its configuration
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def begun(folder: pathlib.Path) -> bool:
 def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     """Whether a folder holds a run of this configuration; False if it holds none.
 
-    Where the run lies and how many devices it has may change while it goes on, by
+    These may change while a run goes on: where it lies, how many devices it has, by
     which detector it is judged, which starting noise is screened, and how the model is
-    repaired. A configuration under which nothing was begun, for what it names was
-    wrong, binds nothing.
+    repaired. A configuration binds nothing if nothing was begun under it, because what
+    it names was wrong.
 
     Raises:
       RunError: it holds a run of another one, a scan or a sweep, or a file that is no
@@ -89,13 +89,13 @@ def bind_sweep(folder: pathlib.Path) -> None:
 
 
 def bind_scan(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Binds a folder to a scan, or sees that it is bound, with the same settings.
+    """Binds a folder to a scan, or checks that it is bound, with the same settings.
 
     The table of a scan has a row of every model that was given since the first was
     begun: more may come, none is dropped.
 
     Returns:
-      The models of the table, those of earlier calls first.
+      The models of the table, first the models of earlier calls.
 
     Raises:
       RunError: it holds something else, or a scan with other settings.
@@ -156,7 +156,7 @@ def numbers_of(
 ) -> dict[str, Any] | None:
     """What the report of a run has in `numbers`, if it was judged in this way.
 
-    One that is damaged is named in the log; the run then writes it again.
+    A damaged report is named in the log; the run then writes it again.
     """
     path = folder / "report.json"
     if not path.exists():
@@ -173,7 +173,7 @@ def numbers_of(
 def _judging(config: Mapping[str, Any]) -> Any:
     """How a run judges: the detectors of its audit and of each defense in it.
 
-    And which starting noise it screens, and how it repairs the model.
+    It also has which starting noise it screens, and how it repairs the model.
     """
     audit = config.get("audit") or {}
     defenses = audit.get("baselines") or ()
@@ -196,7 +196,7 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pin(folder: pathlib.Path, digests: Mapping[str, str]) -> None:
-    """Notes which inputs, by name, a run is of, or sees that they are still the same.
+    """Notes the inputs of a run, by name, or checks that they are still the same.
 
     Raises:
       RunError: the run has begun with others, or it is not known with which.

@@ -1,8 +1,9 @@
 """Fields of a configuration: their declared types, and text as a value of a type.
 
-Where a type is a dataclass or an abstract base, text names a class of that kind, such
-as `Blend`, which is made of its defaults, or gives it values, such as `Blend(0.8)`.
-Classes are found as they are defined, a user's own among them, without a list of them.
+Where a type is a dataclass or an abstract base, text names a class of that kind. The
+class is made of its defaults, such as `Blend`, or of given values, such as
+`Blend(0.8)`. Classes are found as they are defined, a user's own among them; there is
+no list of them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def types_of(node: Any) -> dict[str, Any]:
 
 
 def members_of(kind: Any) -> tuple[Any, ...]:
-    """The types of which a declared type is the union; itself, if it is none."""
+    """The members of a declared type that is a union; any other type by itself."""
     return typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,)
 
 
@@ -63,9 +64,9 @@ def classes_of(kind: Any) -> dict[str, type]:
     """The classes that text can name for a value of a declared type, by these names.
 
     They are the dataclasses among the members of the type and among all that inherit
-    from one and are defined by now. Left out are abstract ones and private ones. Two of
-    one name go by that of their module, too. Of a class that was defined again the last
-    counts.
+    from one and are defined by now. Abstract ones and private ones are left out. Two of
+    one name go by the names of their modules, too. If a class was defined again, the
+    last one counts.
     """
     found: dict[tuple[str, str], type] = {}
     for member in filter(_is_kind, members_of(kind)):
@@ -79,7 +80,7 @@ def classes_of(kind: Any) -> dict[str, type]:
 
 
 def written_classes(kind: Any) -> list[str]:
-    """The same as text writes them: `Name`, or `Name(field, ...)` of what it needs."""
+    """These classes as text: `Name`, or `Name(field, ...)` with what it needs."""
     found = []
     for name, each in classes_of(kind).items():
         needed = [
@@ -224,7 +225,7 @@ def _split(text: str, separator: str, brackets: str = "") -> list[str]:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a declared type, as far as that can be told."""
+    """Whether a value is of a declared type, as far as that can be checked."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in UNIONS:
         return any(fits(value, member) for member in args)
@@ -266,7 +267,7 @@ def _descent(kind: type) -> Iterator[type]:
 
 
 def _is_made(kind: type) -> bool:
-    """Whether it is a public dataclass of which there can be instances."""
+    """Whether it is a public dataclass that can have instances."""
     if inspect.isabstract(kind) or not dataclasses.is_dataclass(kind):
         return False
     return not kind.__name__.startswith("_")
@@ -309,7 +310,7 @@ def expected(kind: Any) -> str:
 
 
 def _with_items(kind: Any) -> list[Any]:
-    """A declared type, and those of the items of its containers."""
+    """A declared type, and the types of the items of its containers."""
     found = [kind]
     for member in members_of(kind):
         if typing.get_origin(member) in _CONTAINERS:

@@ -75,7 +75,7 @@ def _signed(grid: np.ndarray) -> tuple[np.ndarray, str]:
 def curves(caption: str, lines: Lines) -> str:
     """Named lines on one pair of axes, logarithmic over more than two decades.
 
-    Those of scouts, by their name, are thin and grey, and one of them is in the legend.
+    Lines named after scouts are thin and grey, and one of them is in the legend.
     """
     from matplotlib.figure import Figure
 

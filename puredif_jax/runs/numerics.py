@@ -1,4 +1,4 @@
-"""Under what the numbers of a run are made: a part of its record."""
+"""The settings under which the numbers of a run are made: a part of its record."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class NumericsError(InputError):
 class Numerics:
     """What changes the numbers of a run besides its configuration and its inputs.
 
-    A run goes on under other values of `x64`, `platform`, `matmul_precision` and
-    `threefry_partitionable` never: these make other results by intent. Under other
-    versions, devices or flags it goes on with a word, since those differ in rounding.
+    A run never goes on under other values of `x64`, `platform`, `matmul_precision` or
+    `threefry_partitionable`: these make other results by intent. Under other versions,
+    devices or flags it goes on with a warning, since those differ in rounding.
 
     Attributes:
       x64: whether arrays are of 64 bits where nothing else is asked for.
@@ -54,7 +54,7 @@ class Numerics:
 
     @classmethod
     def here(cls, devices: int) -> Numerics:
-        """Those of this process, on so many devices."""
+        """The settings of this process, on so many devices."""
         installed = {d.name: d.version for d in importlib.metadata.distributions()}
         first = jax.devices()[0]
         option = functools.partial(getattr, jax.config)
@@ -79,7 +79,7 @@ BINDING = {  # what a run keeps to, by the variable that sets it
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What of the record of a run is another now, as "x64 False, now True"."""
+    """What differs from the record of a run, as "x64 False, now True"."""
     return [
         f"{name} {old.get(name)}, now {value}"
         for name, value in new.items()
@@ -140,7 +140,7 @@ def record(folder: pathlib.Path, here: Numerics, begun: bool, writes: bool) -> N
 
 
 def changes(folder: pathlib.Path) -> list[str]:
-    """How the settings differ under which a run was made, for its report.
+    """How the settings changed under which a run was made, for its report.
 
     Raises:
       DamagedError: the record is damaged.

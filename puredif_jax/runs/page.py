@@ -65,7 +65,7 @@ class Section:
       pictures: `[H, W, C]` or a grid `[N, H, W, C]` in [-1, 1]; a caption that starts
         with "difference" is drawn in blue and red around 0.
       curves: named lines (x, y), each `[n]`.
-      columns: those of the table that the page shows, in order, with the meaning of
+      columns: names of the columns that the page shows, in order, with the meaning of
         each in a line; without any, it shows all.
       pairs: pictures to compare, two side by side.
       sections: below it.
@@ -102,11 +102,11 @@ def render(
     Args:
       title: its heading.
       summary: of all models, in a line.
-      judgements: of each; of several, an overview stands first, and more below.
+      judgements: of each model; of several, an overview stands first, and more below.
       about: paragraphs on what the verdicts cover.
       facts: when, with what and how the report was made.
-      numbers: results of the whole, shown with the facts; those with numbers within
-        are left out.
+      numbers: results of the whole, shown with the facts; values that have names
+        within are left out.
       sections: what was found.
       appendices: preformatted texts, by their titles.
     """
@@ -205,12 +205,12 @@ def _card(number: int, judged: Judgement) -> str:
 
 
 def _address(path: str) -> str:
-    """Of a file beside the page; its name need not be UTF-8."""
+    """The address of a file beside the page; its name need not be UTF-8."""
     return escape(quote(os.fsencode(path)))
 
 
 def _nested(value: object) -> bool:
-    """Whether it has names within; what these are of is in a section's table."""
+    """Whether it has names within; such a value is in a section's table."""
     rows = value if isinstance(value, (list, tuple)) else (value,)
     return not rows or any(isinstance(row, Mapping) for row in rows)
 

@@ -31,7 +31,7 @@ EXPLICIT = ("PUREDIF_COORDINATOR", "PUREDIF_NUM_PROCESSES", "PUREDIF_PROCESS_ID"
 
 
 class Stopped(Exception):
-    """The program was told to end (SIGTERM), and all that was done is stored."""
+    """A SIGTERM has ended the program, and all that was done is stored."""
 
 
 class _Asked:
@@ -72,8 +72,8 @@ def safe_point(stop: bool | None = None) -> None:
 def agreed(number: int) -> int:
     """What process 0 says: a collective, the same on every process.
 
-    For what each might see otherwise, as a clock or what lies in a shared folder, and
-    what decides which programs run.
+    It is for what each process might see differently, such as a clock or a shared
+    folder, where that decides which programs run.
     """
     if jax.process_count() == 1:
         return number
@@ -144,10 +144,10 @@ def use_cores() -> None:
 
 
 def describe_devices() -> str:
-    """How many devices of which kind there are; the first call that touches one.
+    """The number of devices and their kind; the first call that touches one.
 
     Raises:
-      InputError: JAX finds none, or not that of JAX_PLATFORMS.
+      InputError: JAX finds none, or not the one that JAX_PLATFORMS names.
     """
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # what is absent
     try:
@@ -284,7 +284,7 @@ def free_memory() -> int:
 
 
 def _free_memory() -> int:
-    """That on a device of this process; a CPU's is what its host, or cgroup, has."""
+    """Free bytes on a device of this process; a CPU has its host's, or its cgroup's."""
     device = jax.local_devices()[0]
     if stats := device.memory_stats():
         return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])

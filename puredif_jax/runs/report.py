@@ -37,8 +37,8 @@ _FOLDERS = r"(?<![\w.\-])(?:\w+:/)?(?:~[^/,;:='\"]*)?/(?:[^,;:='\"]*/)?"
 class Metrics:
     """The scalars of a run: `metrics.jsonl` in its folder, a JSON object a line.
 
-    Each line carries its CRC-32. One that is damaged is left out, with a word in the
-    log; the last line may be torn where a run was killed.
+    Each line carries its CRC-32. A damaged line is left out, with a warning in the log;
+    the last line may be torn where a run was killed.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -69,7 +69,7 @@ class Metrics:
         return columns
 
     def seconds(self, *stages: str) -> float:
-        """What stages took, of all calls together, as far as they have told."""
+        """The seconds of stages, of all calls together, as far as they are recorded."""
         told = (row for _, row in self._rows() if row["stage"] in stages)
         return sum(float(row.get("seconds", 0)) for row in told)
 
@@ -136,7 +136,7 @@ class Report:
       about: paragraphs on what the verdicts cover.
       sections: what was found.
       config: what was configured.
-      environment: as the function of this name tells it.
+      environment: as the function of this name returns it.
       numbers: results, for other programs.
     """
 

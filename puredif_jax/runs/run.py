@@ -55,7 +55,7 @@ class Run:
 
         Raises:
           RunError: the folder holds a run with another configuration.
-          NumericsError: or one made under settings that give other numbers.
+          NumericsError: it holds one made under settings that give other numbers.
         """
         self.folder = pathlib.Path(folder)
         self.about = {**config, "workdir": self.folder.name}
@@ -91,12 +91,12 @@ class Run:
         Args:
           stage: name of the loop, of its checkpoints and its scalars.
           advance: (state, start, stop) -> (state, info): steps start..stop-1; info is
-            a NamedTuple of scalars with a leading axis of steps, of which those past
+            a NamedTuple of scalars with a leading axis of steps. Steps past
             stop - start mean nothing. The state's arrays may be donated.
           begin: makes the state at step `first`; not called where there is a later one.
           shapes: that state as a tree of `jax.ShapeDtypeStruct`.
           total: steps to reach.
-          chunk: most steps of a call of `advance`, and those of a row of scalars.
+          chunk: most steps of a call of `advance`, and the steps of a row of scalars.
           first: the step that the loop begins at.
 
         Returns:
@@ -151,9 +151,9 @@ class Run:
         compute: Callable[[], Mapping[str, Any]],
         fields: tuple[str, ...] = (),
     ) -> dict[str, np.ndarray]:
-        """The arrays of `compute`, or those it gave in an earlier, interrupted call.
+        """The arrays of `compute`, which an earlier, interrupted call may have stored.
 
-        A file of them that is damaged is named in the log and made again.
+        A damaged file of them is named in the log and made again.
 
         Args:
           name: of the file.
@@ -161,8 +161,8 @@ class Run:
           fields: arrays that it must hold.
 
         Raises:
-          RunError: process 0 sees those and this one does not, for a minute; or they
-            are of a version of the program that had other fields.
+          RunError: process 0 sees them and this one does not, for a minute; or they are
+            of a version of the program that had other fields.
           WriteError: they cannot be written.
         """
         path = self.folder / "results" / f"{name}.npz"
@@ -212,13 +212,13 @@ class _Row:
         self._columns: list[dict[str, np.ndarray]] = []
 
     def add(self, steps: int, seconds: float, columns: Mapping[str, Any]) -> None:
-        """Those of a call: of each scalar the first `steps` values."""
+        """Adds the scalars of a call: of each the first `steps` values."""
         self.calls += 1
         self._seconds += seconds
         self._columns.append({k: np.asarray(v)[:steps] for k, v in columns.items()})
 
     def take(self) -> dict[str, Any]:
-        """Their means, and the seconds; then there are none."""
+        """Returns their means, and the seconds, and empties the row."""
         means = {
             name: np.concatenate([columns[name] for columns in self._columns]).mean(0)
             for name in self._columns[0]
@@ -248,7 +248,7 @@ def compiling(what: str, first: bool) -> Iterator[None]:
 
 
 def _wait_for(path: pathlib.Path) -> None:
-    """A shared folder may show a file to one host later than to another."""
+    """Waits for a file, which a shared folder may show to one host later."""
     end = time.monotonic() + PATIENCE
     while not path.exists():
         if time.monotonic() >= end:

@@ -47,8 +47,8 @@ def watch() -> None:
 def work(sigterm: bool = True) -> None:
     """From now on a SIGTERM lets the run reach its next safe point first.
 
-    And Ctrl-C raises KeyboardInterrupt. A second one, or one that nobody answers, ends
-    the process.
+    Ctrl-C raises KeyboardInterrupt. A second one, or one that nobody answers, ends the
+    process.
 
     Args:
       sigterm: False where somebody else listens to it.
@@ -61,7 +61,7 @@ def work(sigterm: bool = True) -> None:
 
 
 def must_stop() -> bool:
-    """Whether a SIGTERM has come; who asks has reached a safe point."""
+    """Whether a SIGTERM has come; whoever asks has reached a safe point."""
     if _State.terminated:
         _State.reached.set()
     return _State.terminated

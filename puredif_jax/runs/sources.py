@@ -72,7 +72,7 @@ def import_kinds() -> None:
 
 
 def from_json(path: pathlib.Path) -> Any:
-    """The configuration of which `config.to_dict` made the JSON in a file.
+    """The configuration from which `config.to_dict` made the JSON in a file.
 
     Raises:
       ConfigError: it is damaged, or has a class or a field that this version of the
@@ -138,7 +138,7 @@ def _kinds() -> dict[str, type]:
 class _Reader:
     """Values of JSON as what a configuration holds.
 
-    path: the file, for what is said of it.
+    path: the file, for messages.
     kinds: the classes that it may name.
     """
 

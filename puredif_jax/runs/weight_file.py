@@ -31,7 +31,7 @@ WEIGHTS_SEAL = f"puredif_jax {SEAL}"  # in the header of a safetensors file
 def save_weights(path: Path, params: Params, metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file, whole or not at all, over an earlier one.
 
-    Names are those of the nested dict `params` joined by ".", in sorted order;
+    Names are the keys of the nested dict `params` joined by ".", in sorted order;
     `metadata` goes into the header, with the digest of the arrays. All processes may
     call this: number 0 writes. Raises WriteError where the file cannot be written.
     """

@@ -53,7 +53,7 @@ class Audit(Stage):
       inversion: how triggers are sought.
       detector: how they are judged.
       baselines: other defenses to compare with, each with a verdict of its own, such as
-        `Elijah()`; that of `inversion` and `detector` counts.
+        `Elijah()`; the verdict by `inversion` and `detector` counts.
       budget: gradients of the network on an image in each inversion of each defense, to
         compare them at equal cost; 0 for their own settings.
       scheduler: the folder or file from which `schedule` and `prediction` of the run
@@ -92,14 +92,14 @@ class Audit(Stage):
 
     @property
     def defenses(self) -> tuple[Defense, ...]:
-        """All that look at each model; the verdict of the first counts."""
+        """All defenses that look at each model; the verdict of the first counts."""
         found = (Puredif(self.inversion, self.detector), *self.baselines)
         if not self.budget:
             return found
         return tuple(dataclasses.replace(each, budget=self.budget) for each in found)
 
     def searches(self, schedule: NoiseSchedule) -> list[tuple[Hypothesis, Inversion]]:
-        """All that are made of a model of a process."""
+        """All searches that are made on a model of a process."""
         return [
             (kind, inversion)
             for hypothesis in self.tried(schedule)
@@ -199,7 +199,8 @@ class Audit(Stage):
     ) -> tuple[Finding, Section, Accused]:
         """Inverts and judges one model, from the model alone.
 
-        `where` is its name, or for one of the run itself its place in the folder.
+        `where` is its name, or, for a result of the run itself, its place in the
+        folder.
         """
         lab = context.lab
         source = lab.models[lab.run.folder / where if name in OWN else where]
@@ -258,7 +259,7 @@ class Audit(Stage):
         return finding, as_images(section, source.shown), accused
 
     def _calibration(self, context: Context) -> calibration.Calibration:
-        """Whose scores the detector compares with: those of models such as these?"""
+        """Whose scores the detector compares with: this network's, or others'."""
         if self.detector.clean:
             return "given scores"
         known = calibration.covers(self.defenses[0], context.lab.setup)

@@ -86,7 +86,7 @@ class Context:
 class Accused(NamedTuple):
     """A model that was audited, and the trigger that fits it best.
 
-    label: of the model, as of `Finding`.
+    label: of the model, as in `Finding`.
     verdict: the judgement.
     truth: the backdoor that it is known to have, only to compare with.
     hypothesis, candidate: the best trigger with its image, as numpy; None where weights
@@ -108,9 +108,9 @@ class State:
 
     Attributes:
       params: weights of the model at hand; None before there are any.
-      repaired: the folder, in that of the run, and the weights of the model that was
-        repaired.
-      trigger: with which training goes on, in place of the attack's own.
+      repaired: the model that was repaired: its folder within the run's, and its
+        weights.
+      trigger: the one with which training goes on, in place of the attack's own.
       accused: the model that was audited last.
     """
 
@@ -148,7 +148,7 @@ class Result(abc.ABC):
 def results(numbers: Mapping[str, Any], where: str) -> list[Result]:
     """All results in the `numbers` of a report, of every kind that is known.
 
-    Of a kind that was defined again the last counts.
+    If a kind was defined again, the last one counts.
 
     Raises:
       RunError: one cannot be read.
@@ -163,7 +163,7 @@ def results(numbers: Mapping[str, Any], where: str) -> list[Result]:
 
 
 class Outcome(NamedTuple):
-    """What a stage tells: results, and the parts of the page on them."""
+    """What a stage gives: results, and the parts of the page on them."""
 
     results: tuple[Result, ...] = ()
     sections: tuple[Section, ...] = ()
@@ -174,14 +174,14 @@ class Stage(abc.ABC):
     """A part of a run."""
 
     def reads(self, weights: str | None) -> tuple[str, ...]:
-        """Names or paths of weights that it reads; `weights` are those of the run."""
+        """Names or paths of weights that it reads; `weights` are the run's own."""
         return ()
 
     def check(self, context: Context) -> None:
         """Refuses what is wrong, before any long work.
 
         Raises:
-          InputError: in one sentence.
+          InputError: one sentence that names it.
         """
         return None
 

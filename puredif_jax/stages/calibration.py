@@ -1,8 +1,7 @@
 """The scores that defenses have given clean models: an asset of the package.
 
-assets/calibration.json holds them by network and by defense. A network is what it was
-calibrated with: the network itself, its process and what it predicts; a defense is so,
-too, with the settings of its search.
+assets/calibration.json holds them by network and by defense. A network is held with its
+process and what it predicts, and a defense with the settings of its search.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _known() -> Mapping[str, Any]:
 
 
 def clean_scores(defense: str) -> tuple[float, ...]:
-    """Those of a defense, by its name, of all networks; () where none are known."""
+    """The scores of a defense, by its name, for all networks; () if none are known."""
     return tuple(
         score
         for network in _known().values()
@@ -40,12 +39,12 @@ def clean_scores(defense: str) -> tuple[float, ...]:
 
 
 def networks() -> tuple[str, ...]:
-    """The names of those whose clean models have calibrated."""
+    """The names of the networks whose clean models have calibrated."""
     return tuple(_known())
 
 
 def covers(defense: Defense, setup: Setup) -> bool:
-    """Whether they are of models such as this one, after the search in use."""
+    """Whether a defense has scores of such models, after the search in use."""
     network = _network(setup)
     found = None if network is None else network["scores"].get(defense.name)
     return found is not None and found["search"] == search_of(defense)
@@ -66,7 +65,7 @@ def _network(setup: Setup) -> Mapping[str, Any] | None:
 def search_of(defense: Defense) -> dict[str, Any]:
     """The settings of a defense without its detector, as the asset has them.
 
-    Nor those by which memory is spared (`together`).
+    Settings by which memory is spared (`together`) are left out, too.
     """
 
     def without(tree: Any) -> Any:

@@ -99,9 +99,9 @@ class Cost(NamedTuple):
 def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
     """The cost of a run that has not begun, from a few steps of each of its parts.
 
-    Operations are those of the network, as the compiler counts them for its forward
-    pass. Steps are measured on fresh weights. Not counted are compilation, files, the
-    reading of data, and what an audit measures of a trigger.
+    Operations are the network's own, as the compiler counts them for its forward pass.
+    Steps are measured on fresh weights. Compilation, files, the reading of data, and
+    what an audit measures of a trigger are not counted.
 
     Raises:
       InputError: no model to scan can be read; of several, the others are estimated.

@@ -30,7 +30,7 @@ class Embedding(abc.ABC):
     name: ClassVar[str]
 
     def check(self) -> None:
-        """Looks whether it can be used, before any long work.
+        """Checks that it can be used, before any long work.
 
         Raises:
           RunError: what it needs is not there.
@@ -55,9 +55,9 @@ class Embedding(abc.ABC):
         """`[N, F]` of images `[N, H, W, C]`, clipped to [-1, 1] first."""
 
     def moments(self, images: np.ndarray) -> metrics.Moments:
-        """Those of the features of images `[N, H, W, C]`.
+        """The moments of the features of images `[N, H, W, C]`.
 
-        NaN where an image has it: maxima in a network may drop it.
+        They are NaN where an image has NaN, since maxima in a network may drop it.
 
         Raises:
           ValueError: as `metrics.moments`.

@@ -30,7 +30,7 @@ class Evaluation:
       draws: images for each success rate.
       batch: images sampled together.
       ancestral: sampler for backdoors of ancestral sampling.
-      deterministic: sampler for those of deterministic sampling, and for quality.
+      deterministic: sampler for backdoors of deterministic sampling, and for quality.
       frechet_draws: images for the Frechet distance, two of each noise; 0 for none.
       embedding: features over which it is taken; None for garment-net, or pixels where
         that does not fit.

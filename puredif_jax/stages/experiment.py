@@ -35,7 +35,7 @@ def _seeded(node: Any) -> None:
 
 
 def _at_home(node: Any) -> None:
-    """A folder as `workdir`, with the user's own for "~"; ValueError for a URL."""
+    """Puts the user's folder for "~" in `workdir`; ValueError if it is no folder."""
     if not node.workdir.strip():
         raise ValueError("workdir is empty: give a folder")
     if "://" in node.workdir:
@@ -139,10 +139,10 @@ class Experiment:
                 )
 
     def aimed(self, models: tuple[str, ...]) -> Experiment:
-        """The same on models that a command names.
+        """This run on models that a command names.
 
         They are the weights of the audit where nothing is trained or measured before
-        it, or else the one at which the run starts.
+        it. Otherwise there is one, at which the run starts.
 
         Raises:
           ValueError: several, where one is taken.
@@ -218,7 +218,7 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Many runs by one command, each in a folder of its own below that of the sweep.
+    """Many runs by one command, each in a folder of its own below the sweep's.
 
     Started again, or several times at once, each call goes on with what nobody has
     done or is doing, also with the runs of a call that died; the table of all is
@@ -272,17 +272,17 @@ class Scan:
 
     Attributes:
       workdir: folder of the scan; "" for runs/scan-MODEL, see `located`.
-      model: folders or files of models, or of runs that trained one, folders of such,
-        text files that name one a line, or names of the Hub ("owner/name",
+      model: folders or files of models, runs that trained one, folders of such, text
+        files that name one a line, or names of the Hub ("owner/name",
         "owner/name@revision", an address).
       audit: how each is inverted and judged; names no weights.
       screen: tests starting noise by the trigger that the audit finds.
       repair: trains the backdoor out of a model that the audit calls backdoored. The
-        verdict of the scan is then that on the result.
+        verdict of the scan is then the one on the result.
       steps: of sampling, strided.
       draws: images sampled from each trigger.
       offline: take from the Hub only what has been downloaded before.
-      variant: of the weights, such as "fp16", as in diffusers; None for those without.
+      variant: of the weights, such as "fp16", as in diffusers; None for no variant.
       scheduler: a folder or file for networks that have no scheduler of their own.
       devices: how many to use; 0 for all.
       seed: root of all randomness.
@@ -332,11 +332,11 @@ class Scan:
         return f"{self.workdir}: scan of {models}, each model there {how}{end}"
 
     def aimed(self, models: tuple[str, ...]) -> Scan:
-        """The same of models that a command names."""
+        """This scan, of models that a command names."""
         return dataclasses.replace(self, model=models)
 
     def located(self) -> Scan:
-        """The same with a workdir, named after what is scanned where none is given.
+        """This scan with a workdir, which by default is named after what is scanned.
 
         The name is made by `safe_name`; of several models a part of the SHA-256 of
         their names follows the first.

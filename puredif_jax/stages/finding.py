@@ -75,7 +75,7 @@ class Finding(Result):
     """What an audit has found of one model.
 
     Attributes:
-      label: of the model, its own.
+      label: a name for the model alone.
       weights: folder, file or name, as the user gave it.
       sha256: of each file of the weights, by its name.
       remarks: sentences on how the folder was read.
@@ -83,7 +83,7 @@ class Finding(Result):
       calibration: what the detector was calibrated with.
       hypotheses: the kinds of backdoor that were sought, by name.
       sought: the same in words.
-      unsought: kinds that there can be in such a model and were not, in words.
+      unsought: kinds that there can be in such a model and were not sought, in words.
       inversions: what was measured of each.
       others: the verdicts of other defenses, by name.
     """
@@ -117,7 +117,7 @@ class Finding(Result):
 
     @classmethod
     def some(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
-        """Those of a report that has one or more, as that of a scan's model does.
+        """The findings of a report that must have some, such as a scanned model's.
 
         Raises:
           RunError: as `read`, or there is none.
@@ -129,7 +129,7 @@ class Finding(Result):
 
     @classmethod
     def _read(cls, label: str, found: Mapping[str, Any], where: str) -> Self:
-        """One of them, from what `numbers` has under its label."""
+        """One finding, from what `numbers` has under its label."""
         try:
             read = cls(
                 label,
@@ -196,7 +196,7 @@ class Finding(Result):
     def judged(
         self, name: str, detail: str = "", report: str | None = None
     ) -> Judgement:
-        """For the first screen of a page; arguments as of `page.Judgement`."""
+        """For the first screen of a page; arguments as in `page.Judgement`."""
         facts, files = {"Weights": self.weights}, list(self.sha256.items())
         facts |= {f"SHA-256 of {file}": digest for file, digest in files[:_SHARDS]}
         if (more := len(files) - _SHARDS) > 0:

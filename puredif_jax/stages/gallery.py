@@ -37,7 +37,7 @@ class Shown(NamedTuple):
 
 
 def gallery(runs: Iterable[Shown]) -> Section | None:
-    """The true trigger and those that each method found, of runs that have inverted."""
+    """The true trigger and all that each method found, of runs that have inverted."""
     sections = [section for section in map(_triggers, runs) if section is not None]
     if not sections:
         return None

@@ -44,7 +44,7 @@ class Inspector:
 
     Args:
       lab, evaluation: the run, and how it draws.
-      label: of the model, its own.
+      label: a name for the model alone.
       weights: its parameters.
       hypotheses: the kinds of backdoor that are sought.
       main: name of the defense whose evidence is shown.
@@ -203,7 +203,7 @@ class Inspector:
         return self._draws[method, hypothesis.name]
 
     def _member(self, hypothesis: Hypothesis, candidate: Candidate) -> dict[str, float]:
-        """Of the channel what the search could choose: fields of `Inverted`."""
+        """What the search could choose of the channel: fields of `Inverted`."""
         family = hypothesis.family(self.schedule, self.image_shape)
         return {
             name: float(np.mean(getattr(candidate.member, name)))
@@ -212,7 +212,7 @@ class Inspector:
         }
 
     def with_truth(self, found: Inverted) -> Inverted:
-        """The same beside what a known backdoor says; for reports, not for defenses."""
+        """A row beside what a known backdoor says; for reports, not for defenses."""
         known: dict[str, Any] = dict(
             self.compared.get((found.method, found.hypothesis), {})
         )
@@ -341,10 +341,10 @@ class Inspector:
 
 
 def _reached(result: Mapping[str, np.ndarray]) -> float:
-    """What a search under a placebo would reach if it fell on for another quarter.
+    """What a search under a placebo would reach if it fell for another quarter.
 
-    So one that was too short explains no less than a longer one. One that ended in no
-    finite numbers leaves no score.
+    So a search that was too short explains no less than a longer one. A search that
+    ended in no finite numbers leaves no score.
     """
     return float(result["errors"].min() - np.maximum(result["falling"], 0))
 

@@ -67,7 +67,7 @@ class Lab:
       chunk: most steps of a loop in one dispatch.
       prediction: what the network predicts.
       images: most images that are sampled or inverted together.
-      models: where weights are read; those that are read anyhow may be shared.
+      models: where weights are read; it can be shared, so that they are read once.
 
     Attributes:
       setup: the model without its weights.
@@ -175,7 +175,7 @@ class Lab:
             )
 
     def channel(self, hypothesis: Hypothesis) -> Channel:
-        """That of a hypothesis for this model, in float32 on all devices."""
+        """The channel of a hypothesis for this model, in float32 on all devices."""
         return self.place(hypothesis.channel(self.schedule, self.unet.image_shape))
 
     def family(self, hypothesis: Hypothesis, moving: bool = True) -> Family:
@@ -208,7 +208,7 @@ class Lab:
     ) -> np.ndarray:
         """Images from sign * eps + delta, `[count, H, W, C]`.
 
-        A stream has always the same eps.
+        A stream always has the same eps.
 
         Args:
           params: weights.
@@ -216,7 +216,8 @@ class Lab:
           delta: the trigger.
           count: of images.
           sign: of the noise.
-          inside: draw in the variable of this channel, as who controls the sampler can.
+          inside: draw in the variable of this channel, as an attacker who controls the
+            sampler can.
           stream: of eps.
         """
 
@@ -325,7 +326,7 @@ class Lab:
         draws: int,
         inside: Channel | None = None,
     ) -> Success:
-        """How draws with a trigger, as of `draw`, meet a target; computed once."""
+        """How draws with a trigger, by `draw`, meet a target; computed once."""
 
         def compute() -> Mapping[str, Any]:
             drawn = self.draw(params, sampler, delta, draws, inside=inside)

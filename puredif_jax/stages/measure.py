@@ -190,5 +190,5 @@ def _over(numbers: Mapping[str, Any], place: int) -> str:
 
 
 def _end(place: int) -> str:
-    """What tells the results of a later measurement from those of the first."""
+    """The end of a name by which the results of a later measurement differ."""
     return f" {place + 1}" if place else ""

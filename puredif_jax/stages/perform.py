@@ -158,7 +158,7 @@ def perform(experiment: Experiment, models: Models | None = None) -> Report:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """How the settings differ under which parts of a run were made, if they do."""
+    """How the settings changed under which a run was made, if they did."""
     if not parallel.is_host_zero():
         return {}
     changes = numerics.changes(run.folder)

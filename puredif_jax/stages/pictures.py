@@ -14,8 +14,8 @@ from puredif_jax.runs.page import Section
 def as_images(section: Section, shown: Shown | None) -> Section:
     """A section whose pictures are images, with all below it.
 
-    A trigger is shown as the image whose latents it is. Differences are left out, for
-    that of two latents is no latent.
+    A trigger is shown as the image whose latents it is. Differences are left out, since
+    the difference of two latents is no latent.
 
     Args:
       section: with pictures of what a model draws.

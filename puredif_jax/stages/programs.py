@@ -153,11 +153,11 @@ def repeated(
       step: what is repeated.
       state: before the first step.
       count: of steps; traced.
-      most: bound of it, and the rows of `inputs`.
+      most: bound of `count`, and the rows of `inputs`.
       inputs: arrays with a row for each step, or None.
 
     Returns:
-      The state, and the infos, `[most, ...]`: those of steps not taken are 0.
+      The state, and the infos, `[most, ...]`, which are 0 for steps not taken.
     """
 
     def row(i: Array | int) -> Any:

@@ -25,7 +25,7 @@ from puredif_jax.types import Params
 
 
 def check_quality(lab: Lab, evaluation: Evaluation, images: data.ImageSet) -> None:
-    """Looks whether a distance can be taken, before any long work.
+    """Checks that a distance can be taken, before any long work.
 
     Raises:
       RunError: the embedding does not fit the images or has no weights, the reference
@@ -146,10 +146,10 @@ def _about(embedding: Embedding, pixels: np.ndarray) -> dict[str, Any]:
 def _read(
     path: pathlib.Path, embedding: Embedding, shape: Shape, pixels: np.ndarray
 ) -> metrics.Moments:
-    """The moments in a file; one of this program's also tells what they are of.
+    """The moments in a file; this program's files also say what they are of.
 
     Raises:
-      RunError: it is none, or of other features or images.
+      RunError: it has no moments, or moments of other features or images.
     """
     try:
         found = npz.read(path)

@@ -112,20 +112,20 @@ class Repaired(Result):
 class Repair(Stage):
     """Trains the backdoor out of the model that was audited.
 
-    The trigger is the one that the audit has found. What is written is a folder of
-    diffusers in that of the run; the model itself stays as it is. A model that the
-    audit has not called backdoored is left alone. The audit of the result follows
+    The trigger is the one that the audit has found. The result is written into the
+    run's folder as a folder of diffusers; the model itself stays as it is. A model that
+    the audit has not called backdoored is left alone. The audit of the result follows
     (`Experiment.repair`). A run that is done may be given a repair later, or another
-    one: the audit is not done again, and what an earlier one made stays.
+    one: the audit is not done again, and what an earlier repair made stays.
 
     Attributes:
-      removal: how.
-      training: of it.
+      removal: the loss by which the backdoor is trained out.
+      training: how that is trained.
       images: clean images; None for draws of the model itself, whose clean behaviour
         is then kept as it was.
       draws: of the model itself, where no images are given, and to compare; an even
         number.
-      always: repair also a model that was called clean, or could not be told.
+      always: repair also a model with the verdict "clean" or "could not tell".
       seed: of the noise in the training; the same audit can be repaired with several.
     """
 
@@ -144,7 +144,7 @@ class Repair(Stage):
 
     @property
     def name(self) -> str:
-        """Its own, by its settings: of the folder that it writes, for one."""
+        """A name by its settings, such as for the folder that it writes."""
         settings = json.dumps(config.to_dict(self), sort_keys=True)
         return f"repaired-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
@@ -364,7 +364,7 @@ class Repair(Stage):
 
 
 def _spec(lab: Lab, audited: str) -> Spec:
-    """What the model is, as its folder says, or, of weights alone, as the run does."""
+    """What the model is, as its folder says; for weights alone, as the run says."""
     found = None if audited == "trained" else lab.models[audited].spec
     if found is not None:
         return found

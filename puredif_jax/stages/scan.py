@@ -88,13 +88,13 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
 
 
 def _traceback(error: Exception) -> bytes:
-    """For who mends the program; it is not for the log."""
+    """For whoever mends the program; it is not for the log."""
     lines = traceback.format_exception(error)
     return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def find(scan: Scan) -> Found:
-    """All models of a scan, by names of their own, and notes on what is none.
+    """All models of a scan, by names of their own, and notes on what is no model.
 
     A model that cannot be scanned has what is wrong with it in place of its path.
 
@@ -120,7 +120,7 @@ def find_models(scan: Scan) -> Rows:
 
 
 def _keep_apart(scan: Scan, models: Rows) -> None:
-    """A scan must not write where a model lies.
+    """Refuses a scan that would write where a model lies.
 
     Raises:
       RunError: it would.
@@ -152,8 +152,8 @@ def as_experiment(
       sources: where models are read.
 
     Raises:
-      InputError: the configuration of the folder is not supported, its weights are not
-        those of its network, or this is what `find_models` has found instead.
+      InputError: the configuration of the folder is not supported, its weights do not
+        fit its network, or `find_models` has found an error instead.
     """
     if isinstance(folder, InputError):
         raise folder

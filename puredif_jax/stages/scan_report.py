@@ -112,7 +112,7 @@ def _scanned(
 ) -> list[_Scanned]:
     """What is known of a model: an error, what its own report says, or nothing yet.
 
-    Of one that was repaired also what is known of the result.
+    Of a repaired model it is also what is known of the result.
     """
     facts = {"Weights": str(folder)} if isinstance(folder, pathlib.Path) else {}
     link = f"{name}/report.html"

@@ -35,7 +35,8 @@ def first_candidates(
 ) -> Candidate:
     """The first candidates, with the images they lead to.
 
-    Found with progress, and stored; a call that is interrupted asks the model again.
+    They are found with a progress bar, and stored. A call that is interrupted asks the
+    model again.
     """
     shape, label = lab.setup.image_shape, f"{stage}_starts"
 
@@ -118,7 +119,7 @@ def leap(
 ) -> tuple[InversionState, np.ndarray]:
     """The scouts, each at the size at which its error is least, and these errors.
 
-    The optimiser of one that leaps goes on as it was: its memory is of ten steps.
+    The optimiser of a scout that leaps goes on as it was: its memory is of ten steps.
 
     Args:
       errors: of the scouts as they are, `[K]`.

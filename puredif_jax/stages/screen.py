@@ -47,7 +47,7 @@ class Screened(Result):
       starts: how many there are.
       plain: starts of plain noise with which they are compared.
       level: of false alarms.
-      flagged: starts that a test takes for triggered, by its name; `all` of the three
+      flagged: starts that a test takes for triggered, by its name; `all` is the three
         together. Empty where the audit has found no trigger.
       sha256: of the file.
     """
@@ -83,9 +83,9 @@ class Screened(Result):
 class Screen(Stage):
     """Tests each starting noise in a file against the trigger of the audit before.
 
-    Three tests (`defenses.inputs`): the likelihood of the inverted trigger, whether it
-    is plain noise, and how it leads the model. Each has a p-value, by the rank among
-    plain starts of our own; the least of the three, times three, is that of all.
+    There are three tests (`defenses.inputs`): the likelihood of the inverted trigger,
+    whether it is plain noise, and how it leads the model. Each has a p-value, by the
+    rank among plain starts of our own. All together have the least of them times three.
 
     Attributes:
       noise: an .npz file with one array of floats, `[N, H, W, C]` or `[N, C, H, W]`:
@@ -181,7 +181,7 @@ class Screen(Stage):
         gamma = lab.run.replicate(np.asarray(member.gamma, np.float32))
 
         def statistics(test: InputTest, starts: np.ndarray | None) -> np.ndarray:
-            """Of the file, or of plain starts of our own."""
+            """The statistic of the file's starts, or of plain starts of our own."""
             program = _testing(lab.setup, test)
             count, batch = len(z) if starts is not None else self.plain, lab.setup.batch
             found = []
@@ -228,7 +228,7 @@ class Screen(Stage):
 
 
 def sha256(path: str) -> str:
-    """Of a file.
+    """The SHA-256 of a file, in hexadecimal digits.
 
     Raises:
       RunError: it cannot be read.
@@ -242,7 +242,7 @@ def sha256(path: str) -> str:
 
 @functools.lru_cache(KEPT)
 def _testing(setup: Setup, test: InputTest) -> Callable[..., Array]:
-    """The statistic of a batch, or, of None, that of plain noise from the key."""
+    """The statistic of a batch; for None, the statistic of plain noise by the key."""
 
     def statistic(
         params: Params, delta: Array, gamma: Array, z: Array | None, key: Key
@@ -257,5 +257,5 @@ def _testing(setup: Setup, test: InputTest) -> Callable[..., Array]:
 
 
 def _many(shape: tuple[int, ...]) -> str:
-    """A shape of several, for a message."""
+    """The shape of several images, for a message."""
     return f"[N, {', '.join(map(str, shape))}]"

@@ -178,7 +178,7 @@ def _judging(
 def seconds(lab: Lab, stage: str, inversion: Inversion) -> float:
     """What the starts and the steps of an inversion took.
 
-    Of all calls together, without steps that a killed one did not store; host 0 knows.
+    All calls count, without steps that a killed one did not store; host 0 knows.
     """
     ends = ("_starts", "_scouts", "", "_end")
     parts = [f"{x}{end}" for x, _ in _phases(stage, inversion) for end in ends]
@@ -245,7 +245,7 @@ class _Search:
     def run(
         self, stage: str, begin: Callable[[], InversionState], steps: int
     ) -> InversionState:
-        """The state `steps` after that of `begin`."""
+        """The state that `begin` makes, after `steps` steps."""
 
         def advance(
             state: InversionState, start: int, stop: int

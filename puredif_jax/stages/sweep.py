@@ -38,8 +38,8 @@ from puredif_jax.types import InputError
 def perform_sweep(sweep: Sweep) -> Report | None:
     """Does the runs that nobody has done or is doing; then writes the table of all.
 
-    Waits for the runs of other processes, and does those of a process that died. A run
-    whose input is wrong is named at the end and does not stop the others.
+    Waits for the runs of other processes, and does the runs of a process that died. A
+    run whose input is wrong is named at the end and does not stop the others.
 
     Returns:
       The report of the whole sweep; None where `only` left some out.
@@ -114,8 +114,8 @@ def perform_once(
 def in_turn(folders: Sequence[pathlib.Path]) -> Iterator[int]:
     """The index of each folder, once, while no other process is at it.
 
-    First of those that are free; then of the others, when their processes are done
-    with them, or dead.
+    Free folders come first. The others follow when their processes are done with them,
+    or dead.
     """
     waiting = list(range(len(folders)))
     took: list[float] = []  # seconds of those that were not done already
@@ -182,7 +182,7 @@ def _claim(folder: pathlib.Path) -> Iterator[bool]:
 
 
 def _summary(sweep: Sweep) -> Report | None:
-    """A table of each kind of all runs, also as CSV, and pictures; if all are done."""
+    """Tables of all runs, by kind, also as CSV, and pictures; None if some are left."""
     tables: dict[str, list[dict[str, Any]]] = {}
     shown: list[Shown] = []
     for experiment in sweep.experiments:

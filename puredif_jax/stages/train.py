@@ -59,7 +59,7 @@ def train(
       images: the clean set.
       start: weights at step 0; None for fresh ones.
       until: step to reach.
-      trigger: replaces that of the attack from the last snapshot on.
+      trigger: replaces the attack's own from the last snapshot on.
     """
     run, unet = lab.run, lab.unet
     made = trainer_of(lab.setup, training, attack)
@@ -220,7 +220,7 @@ class Train(Stage):
 
 
 def trained(context: Context, until: int, trigger: np.ndarray | None) -> Params:
-    """The weights at a step of training, later than those of the call before."""
+    """The weights at a step of training, which comes after the last call's step."""
     assert context.training is not None
     return train(
         context.lab,
@@ -234,7 +234,7 @@ def trained(context: Context, until: int, trigger: np.ndarray | None) -> Params:
 
 
 def save(context: Context, params: Params) -> None:
-    """Writes the trained model, and a folder of diffusers where that can say it."""
+    """Writes the trained model, and a folder of diffusers where that can hold it."""
     lab = context.lab
     host = parallel.gather(params)
     if not parallel.is_host_zero():

@@ -62,7 +62,7 @@ class Truth(NamedTuple):
 
     @classmethod
     def of(cls, attack: Attack, schedule: NoiseSchedule, image_shape: Shape) -> Truth:
-        """That of an attack on models of a process."""
+        """The truth of an attack on models of a process."""
         trigger, target, _ = attack.images(image_shape)
         channel = attack.channel(schedule, image_shape)
         return cls(attack.solver, attack.controlled, trigger, target, channel)
@@ -76,10 +76,10 @@ class Truth(NamedTuple):
     def beside(
         cls, weights: pathlib.Path, schedule: NoiseSchedule, image_shape: Shape
     ) -> Truth | None:
-        """What the truth file beside weights, or in their folder, tells, if any.
+        """What the truth file beside weights, or in their folder, says, if any.
 
-        One that cannot be read is named in the log and left out. No verdict rests on
-        it.
+        A file that cannot be read is named in the log and left out. No verdict rests
+        on it.
         """
         path = _truth_path(weights)
         if not parallel.agreed(path.is_file()):

@@ -84,7 +84,7 @@ def inverting(
 def _searching(
     method: str, inversion: Inversion, hypothesis: Hypothesis
 ) -> Iterator[Work]:
-    """Those of one search, without those that refine it."""
+    """The steps of one search, without the searches that refine it."""
     descent, loss = inversion.descent, inversion.loss
     name = f"inversion by {method}"
 
