@@ -38,7 +38,7 @@ Row = dict[str, Any]
 def plain_success(run: pathlib.Path, weights: str, attack: Attack) -> Row:
     """How often the target is drawn without the trigger, by the attack's sampling."""
     target = load_file(pathlib.Path(weights) / "truth.safetensors")["target"]
-    (path,) = run.glob(f"results/plain_*_{attack.solver.name}.npz")
+    (path,) = run.glob(f"results/plain_{run.name}*_{attack.solver.name}.npz")
     found = metrics.success(np.load(path)["images"], target)
     return {"success without a trigger": found["mse<0.01"]}
 
