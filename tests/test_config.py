@@ -334,7 +334,7 @@ def test_a_class_that_nobody_has_listed_fits_its_base():
     """Also one that needs arguments, or is no dataclass: it is made in a file."""
 
     @dataclasses.dataclass(frozen=True)
-    class Mine(Hypothesis):
+    class _Mine(Hypothesis):
         size: int
 
         def shift(self) -> float:
