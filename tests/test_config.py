@@ -340,8 +340,8 @@ def test_a_class_that_nobody_has_listed_fits_its_base():
         def shift(self) -> float:
             return self.size
 
-    check(Audit(first=Mine(3), all=(Mine(1), Fading()), none=Plain()))
-    message_of(lambda: check(Audit(all=(Mine("3"),))), "config.all.size cannot be '3'")
+    check(Audit(first=_Mine(3), all=(_Mine(1), Fading()), none=Plain()))
+    message_of(lambda: check(Audit(all=(_Mine("3"),))), "config.all.size cannot be '3'")
 
 
 def test_values_that_fit_pass():
