@@ -703,6 +703,13 @@ def test_a_class_with_values_that_it_does_not_take(name, text, said):
     message_of(lambda: override(Audit(), name, text), f"config.{name} cannot be", said)
 
 
+def test_a_text_with_brackets_stays_a_text():
+    assert override(Audit(), "text", "models/mine(1)").text == "models/mine(1)"
+    assert override(Inversion(), "tags", "a(1),b").tags == ("a(1)", "b")
+    assert override(Inversion(), "label", "a(1)").label == "a(1)"
+    message_of(lambda: override(Audit(), "first", "Fading({[1]: 2})"), "cannot be")
+
+
 def test_what_cannot_be_set_stays():
     message_of(
         lambda: override(Audit(learned=Learned("a")), "learned", "Detector"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import ast
 import collections
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -58,6 +59,14 @@ def types_of(node: Any) -> dict[str, Any]:
 def members_of(kind: Any) -> tuple[Any, ...]:
     """The members of a declared type that is a union; any other type by itself."""
     return typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,)
+
+
+def items_of(kind: Any, count: int) -> tuple[Any, ...]:
+    """The declared types of so many items of a tuple; `Any` where none is declared."""
+    tuples = (m for m in members_of(kind) if typing.get_origin(m) is tuple)
+    args = typing.get_args(next(tuples, None)) or (Any, ...)
+    kinds = args[:1] * count if args[-1] is ... else args
+    return (*kinds, *[Any] * (count - len(kinds)))[:count]
 
 
 def classes_of(kind: Any) -> dict[str, type]:
@@ -112,8 +121,9 @@ def read(text: str, kind: Any) -> Any:
     text = text.strip()
     if text in (classes := classes_of(kind)):
         return _made(classes[text], {})
-    if _CALL.search(text):
-        return _built(_parsed(text), kind)
+    if _CALL.search(text) and any(map(classes_of, _with_items(kind))):
+        with contextlib.suppress(ValueError):  # else it may be a text with brackets
+            return _built(_parsed(text), kind)
     if kind is bool and text.lower() in _BOOLS:
         return _BOOLS[text.lower()]
     if kind is int:
@@ -162,13 +172,12 @@ def _built(node: ast.expr, kind: Any) -> Any:
     if isinstance(node, ast.Name) and node.id in classes:
         return _made(classes[node.id], {})
     if isinstance(node, ast.Tuple | ast.List):
-        origin = next((m for m in members_of(kind) if typing.get_origin(m) is tuple), 0)
-        args = typing.get_args(origin) or (Any, ...)
-        count = len(node.elts)
-        kinds = args[:1] * count if args[-1] is ... else args
-        return tuple(map(_built, node.elts, kinds))
+        return tuple(map(_built, node.elts, items_of(kind, len(node.elts))))
     if not isinstance(node, ast.Call):
-        return ast.literal_eval(node)
+        try:
+            return ast.literal_eval(node)
+        except (TypeError, RecursionError, MemoryError) as error:
+            raise ValueError from error
     name = ast.unparse(node.func)
     if name not in classes:
         raise ValueError

@@ -89,7 +89,12 @@ def from_json(path: pathlib.Path) -> Any:
             f"{path} is of a {plain['type']}, whose runs keep their configurations: "
             "give the config file, or the config.json of one run"
         )
-    found = _Reader(path, _kinds()).made(plain, Any, "config")
+    try:
+        found = _Reader(path, _kinds()).made(plain, Any, "config")
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # a key of another type
+        raise ConfigError(f"{path} cannot be read: {config.line(error)}") from error
     config.check(found)
     return found
 
@@ -158,12 +163,10 @@ class _Reader:
                 for k, v in plain.items()
             }
         if isinstance(plain, list):
-            to = next((m for m in members if typing.get_origin(m) is tuple), None)
-            args = typing.get_args(to) if to else (Any, ...)
-            kinds = args[:1] * len(plain) if args[-1] is ... else args
+            kinds = fields.items_of(kind, len(plain))
             return tuple(
-                self.made(item, kinds[i] if i < len(kinds) else Any, where)
-                for i, item in enumerate(plain)
+                self.made(item, each, where)
+                for item, each in zip(plain, kinds, strict=True)
             )
         if float in members and plain in ("inf", "-inf", "nan"):
             return float(plain)
