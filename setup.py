@@ -1,7 +1,14 @@
 """Packaging of puredif_jax; tool settings are in pyproject.toml."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
 
+HERE = pathlib.Path(__file__).parent
+(VERSION,) = re.findall(
+    r'__version__ = "(.+)"', (HERE / "puredif_jax" / "__init__.py").read_text()
+)
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.8",
@@ -11,9 +18,25 @@ TEST = [
 
 setup(
     name="puredif_jax",
-    version="0.1.0",
-    description="Trigger inversion, detection and amplification of diffusion backdoors",
+    version=VERSION,
+    description="Find, judge, repair and measure backdoors in diffusion models",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
+    keywords=["backdoor", "diffusion models", "trigger inversion", "security", "jax"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Security",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=[*find_packages(include=["puredif_jax*"]), "puredif_jax.configs"],
     package_dir={"puredif_jax.configs": "configs"},
@@ -44,7 +67,13 @@ setup(
             "torchvision==0.28.0",
             "scikit-learn>=1.6",
         ],
-        "dev": [*TEST, "ruff>=0.9", "mypy>=1.15"],
+        "docs": [
+            "latex2mathml>=3.78",
+            "mkdocs-jupyter>=0.25",
+            "mkdocs-material>=9.6,<10",
+            "mkdocstrings[python]>=1",
+        ],
+        "dev": [*TEST, "pre-commit>=4", "ruff>=0.9", "mypy>=1.15"],
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
     },

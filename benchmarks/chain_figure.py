@@ -1,9 +1,11 @@
 """Draws the shipped BadDiffusion model with its trigger and without, step by step.
 
-    python benchmarks/chain_figure.py
+    python benchmarks/chain_figure.py [FOUND.npz]
 
 Writes docs/figures: chain.webp, an animation of two chains from one noise, and
 chain.png, the same at ten timesteps; trigger.png, the true trigger and its target.
+FOUND.npz is what a scan found, `results/puredif_baddiffusion_sde.npz`; found.png shows
+both pairs.
 
 Hardware: any. Duration: a minute on a CPU core.
 """
@@ -11,6 +13,7 @@ Hardware: any. Duration: a minute on a CPU core.
 from __future__ import annotations
 
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -69,7 +72,12 @@ def main() -> None:
     frames[0].save(FIGURES / "chain.webp", duration=lengths, lossless=True, **rest)
     chosen = np.linspace(0, len(both) - 1, 10).astype(int)
     tiled(both[chosen, :, 0].swapaxes(0, 1)).save(FIGURES / "chain.png")
-    tiled(np.stack([trigger, target])[None]).save(FIGURES / "trigger.png")
+    pair = np.stack([trigger, target])
+    tiled(pair[None]).save(FIGURES / "trigger.png")
+    if sys.argv[1:]:
+        with np.load(sys.argv[1], allow_pickle=False) as arrays:
+            found = np.stack([arrays["delta"], arrays["target"]])
+        tiled(np.concatenate([pair, found])[None]).save(FIGURES / "found.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ linear schedule at which the signal-to-noise ratio is equal. So it is the same m
 with the same backdoor, and its scores should be the same, too. Writes
 docs/results/retimed.json after each verdict, and starts over when started again.
 
-Hardware: two CPU cores. Duration: 20 minutes. Expected: docs/scan.md.
+Hardware: two CPU cores. Duration: 20 minutes. Expected: docs/measured.md.
 """
 
 import dataclasses

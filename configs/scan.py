@@ -10,7 +10,7 @@ runs/scan-FOLDER, or into --config.workdir. Exit status: 0 clean, 1 error,
 then could not tell).
 
 Hardware: any. Duration: 5 minutes a model of the package's size on one CPU core.
-Expected: docs/scan.md.
+Expected: docs/measured.md.
 """
 
 from puredif_jax.stages.experiment import Scan

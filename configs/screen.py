@@ -9,7 +9,7 @@ done in the same --config.workdir is not done again. noise.csv, in the folder of
 model there, has a p-value of each start by each of three tests.
 
 Hardware: any. Duration: as configs/scan.py, and a minute for 2,000 plain starts.
-Expected: docs/scan.md.
+Expected: docs/screen.md.
 """
 
 from puredif_jax.stages.experiment import Scan

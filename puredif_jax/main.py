@@ -147,7 +147,7 @@ def main(parsed: tuple[Any, list[str]]) -> None:
         logging.warning("interrupted: %s", signals.GOES_ON)
         sys.exit(signals.INTERRUPTED)
     if report is None:
-        logging.info("a call without only writes the table of all runs")
+        logging.info("the table of all runs is written by a call without --only")
     elif parallel.is_host_zero():
         print(report.verdict or "done")
         print(f"report: {shown(wanted.workdir)}/report.html")

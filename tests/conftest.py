@@ -30,7 +30,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 # Begun first, so that no worker is left with one at the end.
-LONG = ("test_devices", "test_main", "test_zoo", "test_tutorial", "test_scan")
+LONG = ("test_devices", "test_main", "test_zoo", "test_pages", "test_scan")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

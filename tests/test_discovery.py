@@ -132,6 +132,23 @@ def test_a_link_may_be_given_itself(tmp_path, what) -> None:
     assert list(found(link).values()) == [str(link / inside)]
 
 
+def test_a_model_that_is_named_twice_has_one_row(tmp_path) -> None:
+    """By the folder above it, by itself, by a link, by its configuration."""
+    model, other = write(tmp_path / "m" / "one"), write(tmp_path / "n" / "one", 1)
+    (tmp_path / "link").symlink_to(model)
+    index = model / "model_index.json"
+    rows = found(tmp_path / "m", model, tmp_path / "link", index, other)
+    assert rows == {"one": str(model), "one-2": str(other)}
+
+
+def test_files_that_link_to_one_file_are_models_of_their_own(tmp_path) -> None:
+    """What they are depends on what lies beside them."""
+    one, two = write(tmp_path / "one"), write(tmp_path / "two")
+    (two / "unet" / WEIGHTS).unlink()
+    (two / "unet" / WEIGHTS).symlink_to(one / "unet" / WEIGHTS)
+    assert len(found(one / "unet" / WEIGHTS, two / "unet" / WEIGHTS)) == 2
+
+
 def test_a_variant_that_is_asked_for(tmp_path) -> None:
     one, two = write(tmp_path / "one"), write(tmp_path / "two")
     special = one / "unet" / "diffusion_pytorch_model.ema.safetensors"

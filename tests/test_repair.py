@@ -140,6 +140,29 @@ def test_what_cannot_be_written_is_refused_before_the_audit(
     assert not (tmp_path / "scan" / "model" / "results").exists()
 
 
+def test_only_the_model_that_is_named_is_repaired(tmp_path) -> None:
+    """Of the others in the table the verdict stays, and so does an earlier repair."""
+    repair = Repair(training=SHORT, draws=4)
+    scan = plan(tmp_path, repair)
+    write(tmp_path / "other", 1)
+    both = (str(tmp_path / "model"), str(tmp_path / "other"))
+
+    def rows(**changed) -> set[str]:
+        perform_scan(dataclasses.replace(scan, **changed))
+        table = json.loads((tmp_path / "scan" / "report.json").read_text())
+        assert {row["outcome"] for row in table["judgements"]} == {"backdoored"}
+        return {row["name"] for row in table["judgements"]}
+
+    first = {"model", f"model/{repair.name}"}
+    assert rows(model=both, repair=None) == {"model", "other"}
+    assert rows(model=both[:1]) == {"other", *first}
+    second = dataclasses.replace(repair, seed=1)
+    two = {"other", f"other/{second.name}"}
+    assert rows(model=both[1:], repair=second) == first | two
+    assert not (tmp_path / "scan" / "model" / second.name).exists()
+    assert not (tmp_path / "scan" / "other" / repair.name).exists()
+
+
 def test_the_model_of_the_run_itself_is_repaired(tmp_path) -> None:
     """As it was trained, whose folder is not there yet when the run is checked."""
     config = tiny_config.get_config()

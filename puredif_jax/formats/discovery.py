@@ -6,8 +6,9 @@ Nothing that may be a model is passed over: what cannot be scanned has a reason.
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from puredif_jax.files.whole import expanded, safe_name
@@ -77,7 +78,7 @@ def find(
         raise errors[0]
     models: Models = {}
     used, counts = set(RESERVED), dict[str, int]()
-    for name, found in rows:
+    for name, found in _once(rows):
         plain = tried = safe_name(name)
         while tried.lower() in used:
             counts[plain] = counts.get(plain, 1) + 1
@@ -85,6 +86,27 @@ def find(
         used.add(tried.lower())
         models[tried] = found
     return Found(models, tuple(notes))
+
+
+def _once(
+    rows: Iterable[tuple[str, pathlib.Path | InputError]],
+) -> Iterator[tuple[str, pathlib.Path | InputError]]:
+    """The rows without models that an earlier row has, by another name or a link."""
+    seen = set[pathlib.Path]()
+    for name, found in rows:
+        if isinstance(found, pathlib.Path):
+            place = located(found)
+            if place in seen:
+                continue
+            seen.add(place)
+        yield name, found
+
+
+def located(model: pathlib.Path) -> pathlib.Path:
+    """Where a model lies, without links. A file may be one: what counts lies beside."""
+    if model.is_dir():
+        return pathlib.Path(os.path.realpath(model))
+    return pathlib.Path(os.path.realpath(model.parent), model.name)
 
 
 def distinct(name: str, taken: Collection[str]) -> str:

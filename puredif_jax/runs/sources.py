@@ -126,6 +126,7 @@ def _executed(path: str, file: pathlib.Path) -> Any:
 
 def _kinds() -> dict[str, type]:
     """The package's own public dataclasses, by name."""
+    import_kinds()
     found: dict[str, type] = {}
     for name, module in [*sys.modules.items()]:
         if name.split(".")[0] == PACKAGE.name:

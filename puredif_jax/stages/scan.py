@@ -19,6 +19,7 @@ from puredif_jax.formats.state_dict import named_leaves
 from puredif_jax.runs import config, parallel
 from puredif_jax.runs.binding import RunError, bind_scan
 from puredif_jax.runs.report import Report
+from puredif_jax.runs.sources import from_json
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Scan
 from puredif_jax.stages.models import Models
@@ -47,6 +48,7 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     config.check(scan)
     models, notes = find(scan)
     _keep_apart(scan, models)
+    asked = [*map(_place, models.values())]
     given = bind_scan(pathlib.Path(scan.workdir), config.to_dict(scan))
     if given != scan.model:  # the table has models of earlier calls
         scan = dataclasses.replace(scan, model=given)
@@ -56,9 +58,16 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     for note in notes:
         logging.info("%s", InputError(note))
     errors = {k: str(v) for k, v in models.items() if isinstance(v, InputError)}
+    plans = dict.fromkeys(models, scan)
+    for name, folder in models.items():
+        try:
+            if _place(folder) not in asked:
+                plans[name] = _as_before(scan, name)
+        except InputError as error:
+            errors[name] = str(error)
     for name, text in errors.items():
         logging.error("%s: %s", name, text)
-    report, status = summarise(scan, models, errors, notes)
+    report, status = summarise(scan, models, plans, errors, notes)
     written = time.monotonic()
     names = [name for name in models if name not in errors]
     sources = Models(scan.scheduler)
@@ -67,7 +76,7 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
         name, folder = names[i], models[names[i]]
         audited = False
         try:
-            experiment = as_experiment(scan, name, folder, sources)
+            experiment = as_experiment(plans[name], name, folder, sources)
             label = f"model {i + 1} of {len(names)}"
             audited = perform_once(experiment, label, sources)
         except parallel.Stopped:
@@ -81,10 +90,31 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             if homes[i].is_dir() and parallel.is_host_zero():
                 write_whole(homes[i] / "traceback.txt", _traceback(error))
         if audited or time.monotonic() - written > SECONDS:
-            report, status = summarise(scan, models, errors, notes)
+            report, status = summarise(scan, models, plans, errors, notes)
             written = time.monotonic()
-    report, status = summarise(scan, models, errors, notes)
+    report, status = summarise(scan, models, plans, errors, notes)
     return report, parallel.agreed(status)
+
+
+def _place(folder: pathlib.Path | InputError) -> object:
+    """Where a model lies; what is wrong, if it cannot be scanned."""
+    if isinstance(folder, InputError):
+        return str(folder)
+    return discovery.located(folder)
+
+
+def _as_before(scan: Scan, name: str) -> Scan:
+    """The scan for a model that only an earlier call has named.
+
+    Its starting noise and its repair stay what they were in that call.
+    """
+    path = pathlib.Path(scan.workdir) / name / "config.json"
+    run = from_json(path) if path.exists() else None
+    return dataclasses.replace(
+        scan,
+        screen=run.screen if isinstance(run, Experiment) else None,
+        repair=run.repair if isinstance(run, Experiment) else None,
+    )
 
 
 def _traceback(error: Exception) -> bytes:

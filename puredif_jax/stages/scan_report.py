@@ -47,13 +47,18 @@ class _Scanned:
 
 
 def summarise(
-    scan: Scan, models: Models, errors: Mapping[str, str], notes: Sequence[str] = ()
+    scan: Scan,
+    models: Models,
+    plans: Mapping[str, Scan],
+    errors: Mapping[str, str],
+    notes: Sequence[str] = (),
 ) -> tuple[Report, int]:
     """Writes the report of all models as far as they are known.
 
     Args:
       scan: what is scanned.
       models: by name.
+      plans: how each is scanned.
       errors: what is wrong with some of them.
       notes: sentences on what is not scanned.
 
@@ -63,7 +68,7 @@ def summarise(
     home = pathlib.Path(scan.workdir)
     about = config.to_dict(dataclasses.replace(scan, workdir=home.name))
     each_model = [
-        _scanned(home, name, folder, errors.get(name), about)
+        _scanned(home, name, folder, errors.get(name), config.to_dict(plans[name]))
         for name, folder in models.items()
     ]
     scanned = [each for rows in each_model for each in rows]
