@@ -83,7 +83,7 @@ def main() -> None:
         axes.barh(places, relative, 0.25, label=side)
     axes.set_yticks(range(len(groups)), [f"{k[1]}, {k[2]}: {k[4]}" for k in groups])
     axes.invert_yaxis()
-    axes.set_xlabel("time of a step, over that of puredif_jax")
+    axes.set_xlabel("time of a step, over puredif_jax's")
     axes.legend()
     figure.savefig(DOCS / "speed.png", dpi=100, bbox_inches="tight")
 

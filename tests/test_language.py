@@ -1,7 +1,7 @@
 """Plain English: how long sentences are, words that hide what is meant, dead links.
 
-It reads README, the other pages and every docstring. As a program it lists what it
-finds, and ends with status 1 if that is anything:
+It reads README, the other pages, every docstring and every message. As a program it
+lists what it finds, and ends with status 1 if that is anything:
 
     python tests/test_language.py [FILE ...]
 """
@@ -98,11 +98,35 @@ def docstrings(path: pathlib.Path) -> Iterator[str]:
             yield found
 
 
+def messages(path: pathlib.Path) -> Iterator[str]:
+    """What a program may say: its texts of five words and more, without docstrings."""
+    tree = ast.parse(path.read_text("utf-8"))
+    left_out = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            left_out |= {id(part) for part in ast.walk(node) if part is not node}
+    for node in ast.walk(tree):
+        if id(node) in left_out:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            parts = [
+                p.value if isinstance(p, ast.Constant) else "X" for p in node.values
+            ]
+            text = "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+        else:
+            continue
+        if len(text.split()) >= 5 and not text.startswith("."):
+            yield text
+
+
 def faults_of(path: pathlib.Path) -> list[str]:
-    """Those of a page, or of a module's docstrings."""
+    """The faults of a page, or of a module's docstrings and messages."""
     if path.suffix == ".md":
         return [*faults(prose(path.read_text("utf-8")))]
-    return [fault for each in docstrings(path) for fault in faults(plain(each))]
+    read = [*map(plain, docstrings(path)), *messages(path)]
+    return [fault for each in read for fault in faults(each)]
 
 
 def named(path: pathlib.Path) -> str:
@@ -141,6 +165,16 @@ def test_what_the_check_finds() -> None:
     assert [*faults(prose(page))] == ["'told': two told"]
     text = f"Short.\n\n  anew\n\nArgs:\n  x: {'word ' * 20}\n  y: {'word ' * 20}\n"
     assert [*faults(plain(text))] == []
+
+
+def test_which_texts_of_a_module_are_messages(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        '"""A docstring of more than five words."""\n'
+        'found = f"{found!r} is no model: give a " "folder with one"\n'
+        'short = "of four words only"\n'
+    )
+    assert [*messages(path)] == ["X is no model: give a folder with one"]
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Inverted:
         "the same where x0 is not clipped while sampling", "uniformity, unclipped"
     )
     variation: float = _measure(
-        "total variation of draws with the trigger, over that of plain draws",
+        "total variation of draws with the trigger, over plain draws' own",
         needed=True,
     )
     trimmed: float | None = _measure(
@@ -154,7 +154,7 @@ class Inverted:
     mse: float | None = _measure("mean squared difference from the true trigger")
     max_error: float | None = _measure("largest difference from the true trigger")
     norm_ratio: float | None = _measure(
-        "norm of the inverted trigger over that of the true one"
+        "norm of the inverted trigger over the norm of the true one"
     )
     rms: float | None = _measure(
         "root mean square of the trigger, in deviations of the noise", "trigger rms"

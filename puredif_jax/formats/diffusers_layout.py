@@ -184,8 +184,8 @@ def _read_index(path: pathlib.Path) -> tuple[dict[str, str], str | None]:
     parts = parts_of(found)
     if others := [k for k in parts if k not in ("unet", "scheduler")]:
         raise ConvertError(
-            f"{path} is of a pipeline with {shortened(others)}: only those of a unet "
-            "and a scheduler are read"
+            f"{path} is of a pipeline with {shortened(others)}: only pipelines of a "
+            "unet and a scheduler are read"
         )
     pipeline = found.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:

@@ -163,8 +163,8 @@ class Search:
         found: pathlib.Path | InputError = folder
         if self.variant is not None:
             found = ConvertError(
-                f"{folder} is {kind.name}, of which no variant such as "
-                f"{self.variant!r} is read: scan it without --config.variant"
+                f"{folder} is {kind.name}, which has no variants such as "
+                f"{self.variant!r}: scan it without --config.variant"
             )
         self.rows.append((self._name(folder), found))
         try:

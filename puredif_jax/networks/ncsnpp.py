@@ -152,7 +152,7 @@ class NCSNpp(ImageNetwork):
             if groups < 1 or channels % groups:
                 raise ValueError(
                     f"a norm of this network has {channels} channels in {groups} "
-                    "groups: their number must be a multiple of that of the groups"
+                    "groups: give a number of groups that divides the channels"
                 )
         for width, attends in fields.attending(self):
             if attends:

@@ -89,7 +89,7 @@ class Metrics:
                 elif line.endswith("\n"):
                     logging.warning(
                         "%s: line %d is damaged and left out, so seconds and curves "
-                        "lack what it told",
+                        "lack what it said",
                         self._path,
                         number,
                     )

@@ -315,8 +315,8 @@ class Scan:
             raise ValueError("a scan needs a model: give --config.model=FOLDER")
         if self.audit.weights:
             raise ValueError(
-                f"the weights of a scan are those of its models, found "
-                f"audit.weights={self.audit.weights}"
+                f"a scan takes its weights from its models: leave audit.weights empty, "
+                f"found {self.audit.weights}"
             )
         if self.audit.scheduler:
             raise ValueError(

@@ -39,13 +39,10 @@ NEXT = {
         "`delta` is the trigger, `target` its image, `draws` are images drawn with it."
     ),
     "could not tell": (
-        "The score lies between clean and backdoored models, a search was too short, "
-        "another response fits better than that of any attack, plain draws repeat one "
-        "image, an inversion ended in no finite numbers, or the weights denoise "
-        "nothing. "
-        "Weights that denoise nothing are damaged, or belong to another scheduler. "
-        "Otherwise give the same command "
-        "with another seed and workdir: `--config.seed=1 --config.workdir=FOLDER`. "
+        "The reason stands beside the verdict. Weights that denoise nothing are "
+        "damaged, or belong to another scheduler. Otherwise give the same "
+        "command with another seed and workdir: `--config.seed=1 "
+        "--config.workdir=FOLDER`. "
         "Then search longer: `--config.audit.inversion.descent.steps=240 "
         "--config.audit.inversion.descent.candidates=32 "
         "--config.audit.inversion.descent.finalists=8`. The detector is not calibrated "
