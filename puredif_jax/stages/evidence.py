@@ -21,8 +21,8 @@ _EVIDENCE = (
     "first the model is given the trigger as well. A backdoored model finds its image "
     "with the trigger, also where noise hides it, and makes other images without. For "
     "a clean model the trigger changes little. The score is log10 of a ratio: the "
-    "least error that a clean model could reach, over the error with the trigger. It is a "
-    f"geometric mean over the {BEST} timesteps where the ratio is largest. Under "
+    "least error that a clean model could reach, over the error with the trigger. It "
+    f"is a geometric mean over the {BEST} timesteps where the ratio is largest. Under "
     "ancestral sampling there is a bound: -log10 of the measure placebo, below, or of "
     "the geometric mean of placebo and recall, whichever is more."
 )
