@@ -34,7 +34,7 @@ from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas, ScaledLinearBetas
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
 from puredif_jax.diffusion.widened import Widened
-from puredif_jax.formats import ddim_checkpoint, discovery, hub
+from puredif_jax.formats import ddim_checkpoint, discovery, entries, hub
 from puredif_jax.formats.base import Format, Model, Spec
 from puredif_jax.formats.ddim_checkpoint import DDIMCheckpoint
 from puredif_jax.formats.ddim_config import Config, read_config
@@ -861,3 +861,14 @@ def test_a_file_that_must_not_be_read_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(ddim_checkpoint.zipfile, "is_zipfile", closed)
     with pytest.raises(InputError, match=r"ckpt.pth \(a pickle\)"):
         discovery.find([str(path.parent)])
+
+
+def test_a_loader_that_may_execute_a_pickle_opens_none(tmp_path, monkeypatch) -> None:
+    """Weights-only loading was evaded up to PyTorch 2.5 (CVE-2025-32434)."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "weights.bin"
+    torch.save({"a": torch.ones(2)}, path)
+    assert list(entries.unpickled(path)) == ["a"]
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(ConvertError, match="PyTorch 2.5.1.cpu may execute one"):
+        entries.unpickled(path)

@@ -29,7 +29,7 @@ class Scores(abc.ABC):
 
     Attributes:
       clean: finite scores of clean models after the inversion in use, two or more; ()
-        for the scores that the package knows (docs/claims.md).
+        for the scores that the package knows (docs/verdict.md).
       doubt, alarm: in standard deviations of `clean`.
       measure: which of the features.
     """

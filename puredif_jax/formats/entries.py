@@ -22,6 +22,7 @@ from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.opening import refuse_broken
 from puredif_jax.formats.weight_sets import WEIGHTS, WeightSet
 
+SAFE_TORCH = (2, 6)  # from there on weights-only loading executes nothing
 MOST_COMPARED = 2**30  # numbers of an array
 FLOATS = {
     "F16": 16,
@@ -115,16 +116,21 @@ def unpickled(path: pathlib.Path) -> Any:
 
     Raises:
       ConvertError: it is damaged or packed, holds anything else, or there is no
-        PyTorch.
+        PyTorch, or one whose loader can be made to execute a file.
     """
     refuse_broken(path)
+    instead = f"install the extra 'torch', or store it as {WEIGHTS}"
     try:
         import torch
     except ImportError as error:
         raise ConvertError(
-            f"{path} is a pickle: to read its arrays and nothing else, install the "
-            f"extra 'torch', or store it as {WEIGHTS}"
+            f"{path} is a pickle: to read its arrays and nothing else, {instead}"
         ) from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+        raise ConvertError(
+            f"{path} is a pickle, and PyTorch {torch.__version__} may execute one "
+            f"(CVE-2025-32434): {instead}"
+        )
     _refuse_packed(path)
     try:
         with warnings.catch_warnings():  # about the version of a pickle
