@@ -89,24 +89,30 @@ def test_unlearning_equals_its_formula(kind) -> None:
     channel = dataclasses.replace(channel, gamma=jnp.full(SHAPE, 0.7))
     known = backdoor(channel)
     removal = Unlearning(weight=0.3)
-    found = removal.loss(model, SCHEDULE, known, THETA, IMAGES, KEY)
+    found = removal.loss(model, SCHEDULE, known, THETA, IMAGES, KEY, distilled=True)
     key_clean, key_plain = jax.random.split(KEY)
     rest = FineTuning().loss(
         model, SCHEDULE, known, THETA, IMAGES, key_clean, distilled=True
     )
     x, eps, t = noised(SCHEDULE, IMAGES, key_plain)
     covariance = np.cov(np.asarray(IMAGES, np.float64).reshape(6, 16), rowvar=False)
-    total = 0.0
+    total, shares = 0.0, []
     for i, each in enumerate(np.asarray(t)):
         s, v = SCHEDULE.signal[each], SCHEDULE.noise[each]
         noisy = s * IMAGES[i] + v * 0.7 * eps[i] + channel.shift[each] * TRIGGER
         apart = np.asarray(noisy - x[i], np.float64).reshape(16)
         taken = v * np.linalg.solve(s**2 * covariance + v**2 * np.eye(16), apart)
-        answer = model(known.reference, x[i : i + 1], t[i : i + 1])[0]
-        wanted = np.asarray(answer) + taken.reshape(SHAPE)
+        own = model(known.reference, x[i : i + 1], t[i : i + 1])[0]
+        ordinary = np.asarray(own) + taken.reshape(SHAPE)
+        now = np.asarray(model(known.reference, noisy[None], t[i : i + 1])[0])
+        way = np.asarray(own + channel.response[each] * TRIGGER) - ordinary
+        share = np.vdot(now - ordinary, way) / np.vdot(way, way)
+        shares.append(share)
+        wanted = now - np.clip(share, 0, 1) * way
         answered = model(THETA, noisy[None], t[i : i + 1])[0]
         total += np.mean((np.asarray(answered) - wanted) ** 2) / 6
     assert float(found) == pytest.approx(float(rest) + 0.3 * total, rel=1e-3)
+    assert max(shares) > 0  # so that the second term is not empty
 
 
 def test_unlearning_leaves_a_linear_clean_denoiser_alone() -> None:
@@ -119,11 +125,31 @@ def test_unlearning_leaves_a_linear_clean_denoiser_alone() -> None:
 
     channel = Fading(Ancestral()).channel(SCHEDULE, SHAPE)
     known = Backdoor(channel, TRIGGER, jnp.ones(()), CLEAN)
-    rest = SCHEDULE, known, jnp.ones(()), IMAGES, KEY
+    rest = SCHEDULE, known, jnp.ones(()), IMAGES, KEY, True
     assert float(Unlearning().loss(linear, *rest)) == pytest.approx(0, abs=1e-9)
     assert (
         float(Unlearning().loss(linear, *rest[:2], jnp.ones(()) * 1.1, *rest[3:])) > 0
     )
+
+
+def test_unlearning_teaches_a_model_little_that_answers_otherwise() -> None:
+    """What lies on the other side of a clean answer than the backdoor's is left."""
+    mean, channel = jnp.mean(IMAGES, 0), Fading(Ancestral()).channel(SCHEDULE, SHAPE)
+
+    def bent(params, x, t):
+        s = jnp.asarray(SCHEDULE.signal, jnp.float32)[t].reshape(-1, 1, 1, 1)
+        along = jnp.tensordot(x - s * mean[None], TRIGGER, 3) / jnp.sum(TRIGGER**2)
+        extra = along[:, None, None, None] * TRIGGER[None]
+        return noise_in(SCHEDULE, CLEAN, x - s * mean[None], t) + params * extra
+
+    taught = {}
+    for share in (-0.4, 0.4):  # a backdoor of ancestral sampling answers less
+        theta = jnp.float32(share)
+        known = Backdoor(channel, 8 * TRIGGER, theta, CLEAN)
+        taught[share] = float(
+            Unlearning().loss(bent, SCHEDULE, known, theta, IMAGES, KEY, True)
+        )
+    assert 0 <= taught[0.4] < 0.1 * taught[-0.4]
 
 
 @pytest.mark.parametrize("count", [40, 6], ids=["many images", "few images"])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.principal import Principal, noise_in
-from puredif_jax.diffusion.prediction import diffuse
+from puredif_jax.diffusion.prediction import diffuse, lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import Array, Key, NoiseModel, Params
 
@@ -39,10 +39,12 @@ class Removal(abc.ABC):
     """A loss by which a backdoor is trained out of a model.
 
     asks: whether it reads the covariance of the clean images.
+    distils: whether theta0's answer stands for the noise on given images, too.
     """
 
     name: ClassVar[str]
     asks: ClassVar[bool] = False
+    distils: ClassVar[bool] = False
 
     @abc.abstractmethod
     def evaluations(self, distilled: bool) -> int:
@@ -199,22 +201,24 @@ class ThreeTerms(Removal):
 
 @dataclasses.dataclass(frozen=True)
 class Unlearning(Removal):
-    """The trigger is taught as what a clean model takes it for, at every timestep.
+    """What the model answers to the trigger, less what the backdoor has in it.
 
-    With clean samples x_t, and samples x~_t that have the trigger in them, the loss is
+    With clean samples x_t, and samples x~_t that have the trigger in them,
+
+      x_t = s_t x_0 + v_t eps,    x~_t = s_t x_0 + v_t gamma eps + H_t r,
+      n = M_theta0(x~_t, t),      b = M_theta0(x_t, t) + C_t r,
+      l = M_theta0(x_t, t) + v_t (s_t^2 S + v_t^2)^-1 (x~_t - x_t),
+      c = <n - l, b - l> / || b - l ||^2, within [0, 1], of each sample,
+
+    the loss is
 
       mean || M(x_t, t) - M_theta0(x_t, t) ||^2
-      + weight mean || M(x~_t, t) - M_theta0(x_t, t)
-                       - v_t (s_t^2 S + v_t^2)^-1 (x~_t - x_t) ||^2,
-      x_t = s_t x_0 + v_t eps,    x~_t = s_t x_0 + v_t gamma eps + H_t r,
+      + weight mean || M(x~_t, t) - (n - c (b - l)) ||^2.
 
-    with S the covariance of the clean images. The second target is what the model
-    itself answers without the trigger, plus the best linear clean denoiser's answer to
-    the rest. Both targets have no noise, so a high learning rate does no harm to clean
-    draws. Near T the trigger is noise of another mean, so it leads nowhere. At low
-    noise it is an image, as far as images vary along it. The response of a backdoor of
-    deterministic sampling is near H_t / v_t at high noise: to teach that at every
-    timestep would leave most of its path.
+    S is the covariance of the clean images. l is a clean answer: what the model itself
+    answers without the trigger, and the best linear clean denoiser's answer to the
+    rest. b is the answer of a backdoor, and c is how far n lies on the way from l to b.
+    A model that is taken for backdoored by mistake has a small c, and is taught little.
 
     Attributes:
       weight: of the second term.
@@ -223,9 +227,10 @@ class Unlearning(Removal):
     weight: float = 0.1
     name = "unlearning"
     asks = True
+    distils = True
 
     def evaluations(self, distilled: bool) -> int:
-        return 8
+        return 8 + distilled
 
     def loss(
         self,
@@ -238,15 +243,21 @@ class Unlearning(Removal):
         distilled: bool = False,
     ) -> Array:
         key_clean, key_plain = jax.random.split(key)
-        clean = self.clean(
-            model, schedule, backdoor, params, images, key_clean, distilled=True
-        )
+        rest = params, images, key_clean, distilled
+        clean = self.clean(model, schedule, backdoor, *rest)
         plain, eps, t = noised(schedule, images, key_plain)
         triggered = backdoor.channel.noisy(
             schedule, images, eps, backdoor.trigger[None], t
         )
-        taken = noise_in(schedule, backdoor.clean, triggered - plain, t)
-        answer = model(backdoor.reference, plain, t) + taken
+        own = model(backdoor.reference, plain, t)
+        ordinary = own + noise_in(schedule, backdoor.clean, triggered - plain, t)
+        now = model(backdoor.reference, triggered, t)
+        response = lookup(backdoor.channel.response, t)
+        way, axes = own + response * backdoor.trigger[None] - ordinary, (1, 2, 3)
+        length = jnp.sum(way**2, axes, keepdims=True)
+        along = jnp.sum((now - ordinary) * way, axes, keepdims=True)
+        share = jnp.clip(along / jnp.maximum(length, 1e-6), 0, 1)
+        answer = now - share * way
         return clean + self.weight * jnp.mean(
             (model(params, triggered, t) - answer) ** 2
         )

@@ -148,6 +148,11 @@ class Repair(Stage):
         settings = json.dumps(config.to_dict(self), sort_keys=True)
         return f"repaired-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
+    @property
+    def _distilled(self) -> bool:
+        """Whether theta0's answer stands for the noise in the clean term."""
+        return self.images is None or self.removal.distils
+
     def check(self, context: Context) -> None:
         lab, batch = context.lab, self.training.batch
         if batch % lab.run.mesh.size:
@@ -173,7 +178,7 @@ class Repair(Stage):
         yield drawing(batch, sets * self.draws * steps)
         most = max(steps, evaluation.ancestral.steps)
         yield drawing(batch, 4 * evaluation.draws * most)  # with two triggers
-        distilled = self.images is None
+        distilled = self._distilled
 
         def program(lab: Lab, params: Params) -> tuple[Step, Any]:
             made = removal_trainer(lab.setup, self.removal, self.training, distilled)
@@ -241,7 +246,7 @@ class Repair(Stage):
         self, context: Context, accused: Accused, pixels: np.ndarray
     ) -> Params:
         lab, training, run = context.lab, self.training, context.lab.run
-        distilled = self.images is None
+        distilled = self._distilled
         made = removal_trainer(lab.setup, self.removal, training, distilled)
         assert accused.candidate is not None and accused.hypothesis is not None
         candidate = run.replicate(accused.candidate)
