@@ -271,7 +271,7 @@ def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, attack) -> None
         Reinforcement(ancestral=wanted, ancestral_descent=descent),
         Reinforcement(deterministic=wanted, descent=descent),
     )
-    found = search.reinforce(lab, "reinforce", params, options, truth)
+    found = search.reinforce(lab, "reinforce", params, options, truth, truth.trigger)
 
     rolled = dataclasses.replace(wanted, on_path=attack.controlled)
     bound = rolled.bind(model, SCHEDULE, truth.channel)

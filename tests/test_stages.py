@@ -255,7 +255,7 @@ def test_a_model_that_no_scheduler_can_say_is_kept_as_weights(
         )
     )
     params = draw_params(TINY)
-    train.save(context, params)
+    train.save(context, params, context.truth)
     whole = cap == 0.999
     assert (tmp_path / "diffusers").exists() == whole
     loaded = context.lab.load(str(tmp_path / "weights.safetensors"))
@@ -279,8 +279,8 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
         seen[until] = trigger
         return params
 
-    def reinforce(lab, stage, params, reinforcement, truth):
-        return truth.trigger + int(stage.removeprefix("reinforce_"))
+    def reinforce(lab, stage, params, reinforcement, truth, trigger):
+        return trigger + int(stage.removeprefix("reinforce_"))
 
     monkeypatch.setattr(train, "train", to_step)
     monkeypatch.setattr(search, "reinforce", reinforce)
@@ -300,7 +300,11 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
     if alternate:
         true = WHOLE.attack.trigger.image(TINY.image_shape)
         np.testing.assert_array_equal(seen[4], true + 2)
-        np.testing.assert_array_equal(seen[12], true + 4)
+        np.testing.assert_array_equal(seen[12], true + 2 + 4)  # from the last
+        known = Truth.beside(
+            tmp_path / "weights.safetensors", context.lab.schedule, (16, 16, 1)
+        )
+        np.testing.assert_array_equal(known.trigger, true + 6)
     else:
         assert seen == {4: None, 12: None}
 

@@ -96,10 +96,13 @@ class Amplified(Result):
 class Amplification(Stage):
     """Reinforcement of the trigger at snapshots of the backdoor training.
 
+    The first descent starts at the true trigger, each other at what the last has found.
+
     Attributes:
       snapshots: training steps at which the trigger is reinforced; rising.
       reinforcement: how.
-      alternate: go on training with the reinforced trigger.
+      alternate: go on training with the reinforced trigger, which the truth file of the
+        model then names.
     """
 
     snapshots: tuple[int, ...]
@@ -135,15 +138,18 @@ class Amplification(Stage):
         lab, training, truth = context.lab, context.training, context.truth
         assert truth is not None and training is not None
         last, trigger = training.steps, state.trigger
+        delta = truth.trigger if trigger is None else trigger
         found_at: list[Snapshot] = []
         pictures = [("true trigger", truth.trigger)]
         for snapshot in self.snapshots:
             params = trained(context, snapshot, trigger)
 
-            def reinforce(params: Params = params, at: int = snapshot) -> Any:
-                stage = f"reinforce_{at}"
-                delta = search.reinforce(lab, stage, params, self.reinforcement, truth)
-                return {"delta": delta, "seconds": lab.run.metrics.seconds(stage)}
+            def reinforce(
+                params: Params = params, at: int = snapshot, start: Any = delta
+            ) -> Any:
+                stage, how = f"reinforce_{at}", self.reinforcement
+                found = search.reinforce(lab, stage, params, how, truth, start)
+                return {"delta": found, "seconds": lab.run.metrics.seconds(stage)}
 
             found = lab.run.once(f"reinforced_{snapshot}", reinforce)
             delta = found["delta"]
@@ -174,7 +180,7 @@ class Amplification(Stage):
                 (f"draws, {name} trigger, {snapshot} steps", drawn.images)
                 for name, drawn in success.items()
             ]
-            if self.alternate:
+            if self.alternate and snapshot < last:
                 trigger = delta
         steps = np.array([each.steps for each in found_at])
         curve = {

@@ -68,6 +68,17 @@ class Context:
         except ValueError as error:
             raise RunError(str(error)) from error
 
+    def trained_in(self, state: State) -> Truth | None:
+        """The backdoor that the training has put in, by the trigger that came last.
+
+        Raises:
+          RunError: as `truth`.
+        """
+        truth = self.truth
+        if truth is None or state.trigger is None:
+            return truth
+        return truth._replace(trigger=state.trigger)
+
     def success(
         self, name: str, params: Params, truth: Truth, trigger: np.ndarray
     ) -> Success:
@@ -110,7 +121,7 @@ class State:
       params: weights of the model at hand; None before there are any.
       repaired: the model that was repaired: its folder within the run's, and its
         weights.
-      trigger: the one with which training goes on, in place of the attack's own.
+      trigger: the last one that was trained with, if that is not the attack's own.
       accused: the model that was audited last.
     """
 

@@ -122,7 +122,8 @@ class Measure(Stage):
         yield drawing(evaluation.batch, frechet)
 
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
-        lab, evaluation, truth = context.lab, context.evaluation, context.truth
+        lab, evaluation = context.lab, context.evaluation
+        truth = context.trained_in(state)
         end = _end(context.place).replace(" ", "-")
         params = state.params
         if params is None:

@@ -40,12 +40,26 @@ from puredif_jax.types import Array, Candidate, Key, Params
 
 
 def reinforce(
-    lab: Lab, stage: str, params: Params, reinforcement: Reinforcement, truth: Truth
+    lab: Lab,
+    stage: str,
+    params: Params,
+    reinforcement: Reinforcement,
+    truth: Truth,
+    trigger: np.ndarray,
 ) -> np.ndarray:
-    """The known trigger, reinforced on these weights; `[H, W, C]`."""
+    """A trigger, reinforced on these weights; `[H, W, C]`.
+
+    Args:
+      lab: the model and its devices.
+      stage: name of the descent.
+      params: the weights.
+      reinforcement: how.
+      truth: the backdoor; its target is what the trigger shall lead to.
+      trigger: where the descent starts, `[H, W, C]`.
+    """
     loss = reinforcement.loss(truth.solver, truth.controlled)
     descent = reinforcement.descending(truth.solver)
-    start = Candidate(jnp.asarray(truth.trigger), jnp.asarray(truth.target))
+    start = Candidate(jnp.asarray(trigger), jnp.asarray(truth.target))
     search = _Search(lab, loss, descent, params, lab.place(truth.channel), start)
     state = search.run(stage, search.first, descent.steps)
     delta: np.ndarray = parallel.gather(state.candidate.delta)[0]

@@ -34,7 +34,7 @@ from puredif_jax.stages.base import Context, Outcome, Stage, State
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.programs import KEPT, repeated
 from puredif_jax.stages.setup import Setup
-from puredif_jax.stages.weights import WEIGHTS
+from puredif_jax.stages.weights import WEIGHTS, Truth
 from puredif_jax.stages.work import Step, Work
 from puredif_jax.types import Array, Params
 
@@ -215,7 +215,7 @@ class Train(Stage):
         training = context.training
         assert training is not None
         params = trained(context, training.steps, state.trigger)
-        save(context, params)
+        save(context, params, context.trained_in(state))
         return dataclasses.replace(state, params=params), Outcome()
 
 
@@ -233,13 +233,16 @@ def trained(context: Context, until: int, trigger: np.ndarray | None) -> Params:
     )
 
 
-def save(context: Context, params: Params) -> None:
-    """Writes the trained model, and a folder of diffusers where that can hold it."""
+def save(context: Context, params: Params, truth: Truth | None) -> None:
+    """Writes the trained model, and a folder of diffusers where that can hold it.
+
+    Its truth file, if it has a backdoor, lies beside each.
+    """
     lab = context.lab
     host = parallel.gather(params)
     if not parallel.is_host_zero():
         return
-    setup, top, truth = lab.setup, lab.run.folder, context.truth
+    setup, top = lab.setup, lab.run.folder
     about = {"experiment": json.dumps(lab.run.about, sort_keys=True)}
     weight_file.save_weights(top / WEIGHTS, host, about)
     if truth is not None:
