@@ -2,10 +2,10 @@
 
     python -m puredif_jax.main --config=configs/scan.py --config.model=FOLDERS \\
         --config.workdir=RUN
-    python benchmarks/inputs.py RUN [DRAWS]
+    python benchmarks/inputs.py RUN ...
 
-For each model in RUN that has a truth beside it, DRAWS starts (by default 2,000) have
-its true trigger and as many have none. Each test judges all of them. The likelihood is
+For each model in a RUN that has a truth beside it, 2,000 starts have its true trigger
+and as many have none. Each test judges all of them. The likelihood is
 taken with the true trigger, and with each trigger that a defense has found under the
 hypothesis of the attack. Writes docs/results/inputs.json after each model.
 
@@ -34,7 +34,7 @@ from puredif_jax.runs.report import environment, placeless
 from puredif_jax.stages.weights import Truth
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "inputs.json"
-BATCH, KEY = 250, jax.random.key(12)
+DRAWS, BATCH, KEY = 2000, 250, jax.random.key(12)
 ALARM = 0.01
 
 
@@ -67,7 +67,7 @@ def triggers(run: pathlib.Path, truth: Truth) -> dict[str, tuple]:
     return known
 
 
-def rows(run: pathlib.Path, draws: int) -> list[dict] | None:
+def rows(run: pathlib.Path) -> list[dict] | None:
     """What each test says of the starts of one model; None without a truth."""
     report = json.loads((run / "report.json").read_text())
     folder = pathlib.Path(report["numbers"][run.name]["weights"])
@@ -81,7 +81,7 @@ def rows(run: pathlib.Path, draws: int) -> list[dict] | None:
     network = predicting(model.spec.network, schedule, scheduling.prediction_type)
     channel = Channel(truth.channel.shift, truth.channel.response, truth.channel.gamma)
     keys = jax.random.split(KEY, 4)
-    plain, eps = (np.asarray(jax.random.normal(k, (draws, *shape))) for k in keys[:2])
+    plain, eps = (np.asarray(jax.random.normal(k, (DRAWS, *shape))) for k in keys[:2])
     known = triggers(run, truth)
     suspects = {
         name: Suspect(
@@ -113,7 +113,7 @@ def rows(run: pathlib.Path, draws: int) -> list[dict] | None:
                 "auc, 95 %": [low_auc, high_auc],
                 "true positive rate": metrics.true_positive_rate(high, low, ALARM),
                 "false positive rate": ALARM,
-                "draws": draws,
+                "draws": DRAWS,
                 "seconds": time.perf_counter() - began,
             }
         )
@@ -121,15 +121,15 @@ def rows(run: pathlib.Path, draws: int) -> list[dict] | None:
 
 
 def main() -> None:
-    top = pathlib.Path(sys.argv[1])
-    draws = int(sys.argv[2]) if len(sys.argv) > 2 else 2000
+    runs = [pathlib.Path(name) for name in sys.argv[1:]]
     record = {
+        "command": "python benchmarks/inputs.py RUN ...",
         "environment": placeless(environment()),
         "device": jax.devices()[0].device_kind,
         "rows": [],
     }
-    for report in sorted(top.glob("*/report.json")):
-        made = rows(report.parent, draws)
+    for report in sorted(each for run in runs for each in run.glob("*/report.json")):
+        made = rows(report.parent)
         if made is None:
             continue
         record["rows"] += made
