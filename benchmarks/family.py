@@ -35,7 +35,7 @@ from puredif_jax.diffusion.schedules import LinearBetas, Process
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
 from puredif_jax.networks.unet import SHIPPED
-from puredif_jax.runs.report import environment
+from puredif_jax.runs.report import environment, placeless
 from puredif_jax.stages import calibration
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
@@ -161,7 +161,7 @@ def main() -> None:
         found = row(name, seed, images)
         stored["rows"].append(found)
         command = f"python benchmarks/family.py {seeds}"
-        stored |= {"command": command, "environment": environment()}
+        stored |= {"command": command, "environment": placeless(environment())}
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         each = (time.perf_counter() - began) / (number + 1)
         minutes = each * (len(left) - number - 1) / 60

@@ -25,7 +25,7 @@ from puredif_jax.diffusion.schedules import (
     ScaledLinearBetas,
 )
 from puredif_jax.formats.diffusers import read_folder
-from puredif_jax.runs.report import environment
+from puredif_jax.runs.report import environment, placeless
 from puredif_jax.stages.weights import ZOO
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "retimed.json"
@@ -62,7 +62,7 @@ def main() -> None:
             rows.append({"model": model, "schedule": name} | found)
             stored = {
                 "command": "python benchmarks/retimed.py",
-                "environment": environment(),
+                "environment": placeless(environment()),
                 "rows": rows,
             }
             RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
