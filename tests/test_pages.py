@@ -165,7 +165,6 @@ def names(*modules: str) -> dict[str, Any]:
 
 
 KNOWN = {
-    "images": names("stages.evaluation"),
     "extending": {"dataclasses": dataclasses}
     | names("attacks.base", "attacks.channel", "diffusion.solver", "types"),
 }
@@ -200,15 +199,13 @@ def test_a_snippet_runs(path, body, place, monkeypatch, capsys) -> None:
         assert found["images"].shape == (2, 32, 32, 3)
 
 
-def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs() -> None:
     notebook = json.loads((ROOT / "docs/tutorials/invert.ipynb").read_text())
     cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     assert not any(cell["outputs"] for cell in cells)  # the site makes them
-    monkeypatch.setattr(matplotlib, "use", lambda *_: None)
     matplotlib.pyplot.switch_backend("agg")
     found: dict[str, Any] = {}
     for text in ("".join(cell["source"]) for cell in cells):
-        assert len(text.strip()) > 0
         exec(text.replace("STEPS = 120", "STEPS = 2"), found)
     matplotlib.pyplot.close("all")
     assert found["losses"].shape == (2, 8)

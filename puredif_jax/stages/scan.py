@@ -48,7 +48,7 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
     config.check(scan)
     models, notes = find(scan)
     _keep_apart(scan, models)
-    asked = [*map(_place, models.values())]
+    asked = {*map(_place, models.values())}
     given = bind_scan(pathlib.Path(scan.workdir), config.to_dict(scan))
     if given != scan.model:  # the table has models of earlier calls
         scan = dataclasses.replace(scan, model=given)
