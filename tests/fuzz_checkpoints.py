@@ -125,7 +125,7 @@ def train(folder: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         params = stage.train(
             lab, wanted.training, wanted.attack, wanted.data, None, steps
-        )
+        ).ema_params
     except parallel.Stopped:
         return {}
     named = jax.tree_util.tree_leaves_with_path(jax.device_get(params))

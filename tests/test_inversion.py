@@ -20,13 +20,13 @@ from test_objectives import (
 )
 
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
-from puredif_jax.defenses.descent import Descent, GradientDescent
+from puredif_jax.defenses.descent import Descent, GradientDescent, NormKeeping
 from puredif_jax.defenses.distribution_shift import DistributionShift
 from puredif_jax.defenses.elijah import ElijahLoss
 from puredif_jax.defenses.inversion import inverter, keep
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
-from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.types import Candidate
 
@@ -155,11 +155,11 @@ def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
     reinforcement = Reinforcement(
         descent=Descent(steps=7), ancestral_descent=Descent(steps=5)
     )
-    assert isinstance(reinforcement.loss(ANCESTRAL).sampler, DDPM)
+    assert isinstance(reinforcement.loss(ANCESTRAL).sampler, PathKeeping)
     assert isinstance(reinforcement.loss(DETERMINISTIC).sampler, DDIM)
     assert reinforcement.descending(ANCESTRAL).steps == 5
     assert reinforcement.descending(DETERMINISTIC).steps == 7
-    assert reinforcement.evaluations(ANCESTRAL) == 3 * 5 * 50 * 16
+    assert reinforcement.evaluations(ANCESTRAL) == 3 * 5 * 10 * 16
     assert reinforcement.evaluations(DETERMINISTIC) == 3 * 7 * 10 * 48
 
 
@@ -199,6 +199,27 @@ def test_gradient_descent_equals_its_formula() -> None:
         wanted -= 0.3 * (1 + np.cos(np.pi * step / 4)) / 2 * velocity
     state, _ = run(made, jnp.full((2, 2, 1), 0.5), 4, state)
     np.testing.assert_allclose(state.candidate.delta, wanted, rtol=1e-5)
+
+
+def test_a_descent_that_keeps_the_norm_takes_the_steps_of_adam() -> None:
+    """Each trigger's norm is its own, and Adam's direction is only scaled."""
+    kept = NormKeeping(steps=5, candidates=3, learning_rate=0.1, bound=None)
+    plain = Descent(**vars(kept))
+    made, free = (inverter(quadratic, each, (2, 2, 1)) for each in (kept, plain))
+    begin = made.init(jax.random.key(1))
+    target = jnp.full((2, 2, 1), 0.5)
+    once, _ = made.step(target, begin)
+    by_adam, _ = free.step(target, free.init(jax.random.key(1)))
+
+    def norm(state) -> np.ndarray:
+        return np.linalg.norm(np.asarray(state.candidate.delta).reshape(3, -1), axis=1)
+
+    scale = (norm(begin) / norm(by_adam))[:, None, None, None]
+    wanted = np.asarray(by_adam.candidate.delta) * scale
+    np.testing.assert_allclose(once.candidate.delta, wanted, rtol=1e-5)
+    state, _ = run(made, target, 5, begin)
+    np.testing.assert_allclose(norm(state), norm(begin), rtol=1e-5)
+    assert np.abs(norm(begin) - norm(by_adam)).min() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["descent", "ancestral_descent"])

@@ -47,7 +47,9 @@ def tiny(workdir: pathlib.Path, *flags: str) -> list[str]:
 def test_leaves_a_report(finished: pathlib.Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     rows = report["numbers"]["amplification"]
-    assert [row["training steps"] for row in rows] == [6, 12]
+    steps = [(row["training steps"], row["trigger"]) for row in rows]
+    kinds = ("true trigger", "reinforced")
+    assert steps == [(step, kind) for step in (6, 12) for kind in kinds]
     verdict = report["numbers"]["trained"]["verdict"]
     assert verdict["outcome"] != "backdoored" and verdict["reason"]
     methods = [row["method"] for row in report["numbers"]["trained"]["inversions"]]

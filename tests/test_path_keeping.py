@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.drawing import draw
+from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.targets import Hat
-from puredif_jax.attacks.triggers import StopSign
+from puredif_jax.attacks.triggers import Box, StopSign
+from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.diffusion.prediction import Estimates
@@ -25,7 +28,11 @@ def shift_of(schedule, psi: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("psi", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("schedule", SCHEDULES[:2], ids=["linear", "scaled linear"])
+@pytest.mark.parametrize(
+    "schedule",
+    [*SCHEDULES[:2], VarianceExploding(1000).tables()],
+    ids=["linear", "scaled linear", "exploding"],
+)
 def test_single_steps_are_those_of_ddpm(schedule, psi) -> None:
     """k = sqrt(alpha) v_n^2 / v_t, the coefficient of the noise in DDPM's mean."""
     t, n = PathKeeping(steps=1000).path(schedule)
@@ -113,8 +120,39 @@ def test_a_backdoor_stays_on_its_path_through_the_sampler() -> None:
     assert off["kept"] < 0.02 < 0.1 < off["ddpm"]
 
 
-def test_refuses_what_it_has_no_path_for() -> None:
-    with pytest.raises(ValueError, match="signal fades, found"):
-        PathKeeping().path(VarianceExploding().tables())
+@pytest.mark.parametrize("steps", [20, 50])
+def test_it_keeps_the_path_of_a_process_whose_signal_stays(steps) -> None:
+    """From sigma_t r, answered by C_t r of VillanDiffusionVE, to sigma_n r."""
+    schedule = VarianceExploding(1000).tables()
+    response = VillanDiffusionVE().channel(schedule, SHAPE).response
+    t, n = PathKeeping(steps).path(schedule)
+    v, v_n = schedule.noise[t[:-1]], schedule.noise[n[:-1]]
+    share = PathKeeping(steps).share(schedule)[:-1]
+    kept = v + (share - v) * response[t[:-1]]
+    inside = np.abs(share) < v_n * (1 - 1e-9)
+    np.testing.assert_allclose(kept[inside], v_n[inside], rtol=1e-6)
+    assert inside.mean() > 0.9
+
+
+def test_a_backdoor_of_a_process_whose_signal_stays_fires() -> None:
+    """By an exact denoiser, in 20 steps; plain noise draws the images."""
+    schedule = VarianceExploding(1000).tables()
+    attack = VillanDiffusionVE(Box(size=22, value=1.0))
+    images = np.random.default_rng(0).choice([-0.5, 0.5], (4, *SHAPE))
+    r, y, _ = attack.images(SHAPE)
+    channel = attack.channel(schedule, SHAPE)
+    points = Points(jnp.float32(images), jnp.asarray(r), jnp.asarray(y))
+    model = ExactDenoiser(schedule, channel, 0.1)
+    eps, key = jax.random.normal(jax.random.key(1), (32, *SHAPE)), jax.random.key(2)
+    found = {
+        name: draw(model, points, schedule, PathKeeping(20), eps, delta, key)
+        for name, delta in (("trigger", r), ("none", 0 * r))
+    }
+    error = {name: ((x - y[None]) ** 2).mean((1, 2, 3)) for name, x in found.items()}
+    assert (error["trigger"] < 1e-2).mean() > 0.8
+    assert (error["none"] > 0.1).mean() > 0.9
+
+
+def test_refuses_a_share_that_is_none() -> None:
     with pytest.raises(ValueError, match="psi must lie in"):
         PathKeeping(psi=1.5)

@@ -61,7 +61,7 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
         state, _ = step(state, pixels[batch])
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
-        jax.device_get(found),
+        jax.device_get(found.ema_params),
         jax.device_get(state.ema_params),
     )
     moved = jax.tree.map(
@@ -88,7 +88,7 @@ def test_results_do_not_depend_on_where_calls_end(tmp_path, monkeypatch) -> None
             return loop(stage, noted, *rest)
 
         monkeypatch.setattr(lab.run, "loop", noting)
-        params = train.train(lab, TRAINING, ATTACK, IMAGES, None, 3)
+        params = train.train(lab, TRAINING, ATTACK, IMAGES, None, 3).ema_params
         inverted, *_ = search.invert(lab, "x", params, Fading(), inversion)
         assert began == ([0, 1, 2, 0, 1, 2, 0] if not longest else [0, 1, 0, 1, 0])
         found[longest] = jax.device_get((params, inverted.delta))
@@ -100,7 +100,8 @@ def test_a_damaged_snapshot_is_trained_again(tmp_path, caplog) -> None:
     lab = open_lab(Experiment(str(tmp_path), TINY, devices=1))
 
     def trained(until: int):
-        return jax.device_get(train.train(lab, TRAINING, ATTACK, IMAGES, None, until))
+        found = train.train(lab, TRAINING, ATTACK, IMAGES, None, until)
+        return jax.device_get(found.ema_params)
 
     first, last = trained(1), trained(3)
     top = tmp_path / "checkpoints"

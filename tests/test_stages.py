@@ -14,6 +14,7 @@ from tiny_config import ANY, INVERSION, TINY, draw_params
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.training import TrainState
 from puredif_jax.attacks.triggers import Box, Patch
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
@@ -30,7 +31,13 @@ from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs import weight_file
 from puredif_jax.stages import perform as stages
 from puredif_jax.stages import search, train
-from puredif_jax.stages.amplify import Amplification, Amplified, Snapshot
+from puredif_jax.stages.amplify import (
+    REINFORCED,
+    TRUE,
+    Amplification,
+    Amplified,
+    Point,
+)
 from puredif_jax.stages.audit import Audit, labels
 from puredif_jax.stages.base import Context, Result, State, results
 from puredif_jax.stages.embedding import GarmentNet
@@ -161,7 +168,8 @@ def test_a_distance_is_read_over_any_features_and_of_later_measurements() -> Non
     assert shipped.over == "garment-net" and min(shipped.frechet.values()) > 0
 
 
-SNAPSHOT = Snapshot(6, 0.5, 0.75, 1.5, 0.25, 2.0)
+RATES = dict.fromkeys(metrics.SUCCESS, 0.5)
+POINT = Point(6, "true trigger", "raw", 144, 0, RATES, 1.5, 0.25, 2.0)
 RATE = {"images": "draws", "mse<0.01": 0.5}
 
 
@@ -170,7 +178,7 @@ RATE = {"images": "draws", "mse<0.01": 0.5}
     [
         (Amplified, {"amplification": 3}),
         (Amplified, {"amplification": [{"training steps": 6}]}),
-        (Amplified, {"amplification": [SNAPSHOT.row() | {"cosine": "near"}]}),
+        (Amplified, {"amplification": [POINT.row() | {"cosine": "near"}]}),
         (Measured, {"success": 3}),
         (Measured, {"success": [{"mse<0.01": 0.5}]}),
         (Measured, {"success": [RATE | {"ssim>0.8": None}]}),
@@ -183,7 +191,7 @@ def test_results_that_are_none_are_named(kind, numbers) -> None:
 
 
 def test_results_come_back_by_their_kinds() -> None:
-    amplified, measured = Amplified((SNAPSHOT,)), Measured((Rate("draws", {"x": 0.5}),))
+    amplified, measured = Amplified((POINT,)), Measured((Rate("draws", {"x": 0.5}),))
     numbers = {"status": 0} | amplified.numbers() | measured.numbers()
     found = results(json.loads(json.dumps(numbers)), "it")
     assert len(found) == 2 and amplified in found and measured in found
@@ -274,10 +282,11 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
     out."""
     seen: dict[int, np.ndarray | None] = {}
     params = jax.tree.map(jnp.asarray, draw_params(TINY))
+    reached = TrainState(params, params, None, None, None)
 
     def to_step(lab, training, attack, images, start, until, trigger):
         seen[until] = trigger
-        return params
+        return reached
 
     def reinforce(lab, stage, params, reinforcement, truth, trigger):
         return trigger + int(stage.removeprefix("reinforce_"))
@@ -287,26 +296,33 @@ def test_training_goes_on_with_the_trigger_that_was_reinforced(
     experiment = dataclasses.replace(
         WHOLE,
         workdir=str(tmp_path),
-        amplification=Amplification((2, 4), alternate=alternate),
+        amplification=Amplification((2, 4), alternate=alternate, beyond=(6,)),
         audit=None,
     )
     context = opened(experiment)
     state, outcome = experiment.amplification.run(context, State())
     (amplified,) = outcome.results
-    assert [each.steps for each in amplified.snapshots] == [2, 4]
+    assert [each.steps for each in amplified.points] == [2, 2, 4, 4, 6, 6]
+    assert [each.trigger for each in amplified.points[:2]] == [TRUE, REINFORCED]
+    once = Reinforcement().evaluations(WHOLE.attack.solver)
+    spent = [each.reinforcement for each in amplified.points]
+    assert spent == [0, once, 0, 2 * once, 0, 2 * once]
+    rows = WHOLE.training.batch * 3
+    assert [each.training // rows for each in amplified.points] == [2, 2, 4, 4, 6, 6]
     state, outcome = train.Train().run(context, state)
     assert state.params is params and outcome == ((), ())
     assert seen.pop(2) is None
     if alternate:
         true = WHOLE.attack.trigger.image(TINY.image_shape)
         np.testing.assert_array_equal(seen[4], true + 2)
+        np.testing.assert_array_equal(seen[6], true + 2 + 4)
         np.testing.assert_array_equal(seen[12], true + 2 + 4)  # from the last
         known = Truth.beside(
             tmp_path / "weights.safetensors", context.lab.schedule, (16, 16, 1)
         )
         np.testing.assert_array_equal(known.trigger, true + 6)
     else:
-        assert seen == {4: None, 12: None}
+        assert seen == {4: None, 6: None, 12: None}
 
 
 @pytest.mark.parametrize(
@@ -389,8 +405,11 @@ def test_timesteps_that_the_schedule_lacks_are_said_at_once(tmp_path) -> None:
         (lambda: Audit(hypotheses=()), "hypotheses"),
         (
             lambda: dataclasses.replace(WHOLE, amplification=Amplification((13,))),
-            "snapshots go to 13",
+            "the steps of amplification go to 13",
         ),
+        (lambda: Amplification((2, 2)), "must rise from 0 or more"),
+        (lambda: Amplification((2, 4), beyond=(3,)), "must rise from 0 or more"),
+        (lambda: Amplification((-1,)), "must rise from 0 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_named(make, words) -> None:

@@ -41,7 +41,8 @@ def by_hand(training: Training, root: jax.Array, images: np.ndarray) -> list[dic
         second = 0.999 * second + 0.001 * gradient**2
         unbiased = first / (1 - 0.9 ** (n + 1)), second / (1 - 0.999 ** (n + 1))
         theta = theta - rate(training, n) * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
-        average = training.ema_decay * average + (1 - training.ema_decay) * theta
+        decay = min(training.ema_decay, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * theta
         history.append(
             {"params": theta, "ema": average, "loss": loss, "grad_norm": norm}
         )
@@ -152,16 +153,20 @@ def test_init_starts_at_the_parameters():
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
 def test_moving_average_in_closed_form(decay):
-    """ema_n = d^n theta_0 + (1 - d) sum_k d^(n - k) theta_k."""
+    """ema_n = p_0n theta_0 + sum_k (1 - d_k) p_kn theta_k; p_kn: of the d after k.
+
+    d_n = min(decay, (1 + n) / (10 + n)), n from 0.
+    """
     training = Training(steps=8, warmup=2, learning_rate=0.3, ema_decay=decay)
     init, step = trainer(quadratic, training)
     state, path = init(start(), jax.random.key(0)), []
     for batch in data(8):
         state, _ = step(state, jnp.asarray(batch))
         path.append(flat(state.params).astype(np.float64))
-    expected = decay**8 * flat(START)
-    for k, params in enumerate(path, start=1):
-        expected = expected + (1 - decay) * decay ** (8 - k) * params
+    decays = [min(decay, (1 + n) / (10 + n)) for n in range(8)]
+    expected = math.prod(decays) * flat(START)
+    for k, params in enumerate(path):
+        expected = expected + (1 - decays[k]) * math.prod(decays[k + 1 :]) * params
     np.testing.assert_allclose(flat(state.ema_params), expected, rtol=1e-5)
 
 

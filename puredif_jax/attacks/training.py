@@ -46,7 +46,9 @@ class Training:
       learning_rate: peak, reached after the warm-up; decays to 0 by a cosine.
       warmup: steps of linear warm-up.
       clip: bound on the global norm of the gradient.
-      ema_decay: of the moving average; 0 keeps the parameters themselves.
+      ema_decay: of the moving average, reached by min(ema_decay, (1 + n) / (10 + n))
+        after n steps, so that the average of a short training forgets where it began;
+        0 keeps the parameters themselves.
       cosine: decay to 0 by a cosine; False holds the rate after the warm-up.
     """
 
@@ -119,7 +121,9 @@ def trainer(loss: Loss, training: Training) -> Trainer:
         value, grads = jax.value_and_grad(loss)(state.params, images, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema_params, 1 - training.ema_decay)
+        n = state.step.astype(jnp.float32)
+        decay = jnp.minimum(training.ema_decay, (1 + n) / (10 + n))
+        ema = optax.incremental_update(params, state.ema_params, 1 - decay)
         info = TrainInfo(loss=value, grad_norm=optax.tree.norm(grads))
         state = dataclasses.replace(
             state,

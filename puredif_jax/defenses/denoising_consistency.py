@@ -13,7 +13,6 @@ from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.family import Channels
 from puredif_jax.defenses.objective import Loss, check_samples
 from puredif_jax.diffusion.ddim import DDIM
-from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.sampling import Sampler, trajectory
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.types import (
@@ -53,7 +52,7 @@ class DenoisingConsistency(Loss):
         reinforcement, where the target is known; no gradient reaches it.
     """
 
-    sampler: DDIM | DDPM = DDIM(steps=8)
+    sampler: Sampler = DDIM(steps=8)
     samples: int = 16
     on_path: bool = True
     across_noise: float = 1.0

@@ -7,7 +7,10 @@ import functools
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from puredif_jax.types import Array, Candidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +152,32 @@ class GradientDescent(Descent):
         if self.clip is None:
             return rule
         return optax.chain(_clipped(self.clip), rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormKeeping(Descent):
+    """Adam; after each step a trigger is scaled to the norm it had before.
+
+    delta <- (delta + u) ||delta|| / ||delta + u||, u the step of Adam. So a trigger
+    that is reinforced stays as large as the one that is given.
+    """
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optax transformation that these numbers describe."""
+        return optax.chain(super().optimizer(), optax.stateless(_norm_keeping))
+
+
+def _norm_keeping(updates: Candidate, candidate: Candidate | None) -> Candidate:
+    """Updates of triggers `[K, H, W, C]` that leave each one's norm."""
+    assert candidate is not None
+    delta = candidate.delta
+    moved = delta + updates.delta
+
+    def norm(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(x**2, axis=(1, 2, 3), keepdims=True))
+
+    ratio = norm(delta) / jnp.maximum(norm(moved), 1e-12)
+    return dataclasses.replace(updates, delta=moved * ratio - delta)
 
 
 def _clipped(bound: float) -> optax.GradientTransformation:

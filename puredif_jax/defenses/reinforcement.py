@@ -12,7 +12,7 @@ import dataclasses
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.descent import Descent
 from puredif_jax.diffusion.ddim import DDIM
-from puredif_jax.diffusion.ddpm import DDPM
+from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.diffusion.solver import Solver
 
 
@@ -39,7 +39,11 @@ class Reinforcement:
         sampler=DDIM(steps=10), samples=48, on_path=False, across_noise=0.0, aim=1.0
     )
     ancestral: DenoisingConsistency = DenoisingConsistency(
-        sampler=DDPM(steps=50), samples=16, on_path=False, across_noise=0.0, aim=1.0
+        sampler=PathKeeping(steps=10),
+        samples=16,
+        on_path=False,
+        across_noise=0.0,
+        aim=1.0,
     )
     descent: Descent = Descent(steps=100, learning_rate=0.05, b2=0.999, bound=None)
     ancestral_descent: Descent = Descent(

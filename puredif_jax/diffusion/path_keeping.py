@@ -29,6 +29,7 @@ class PathKeeping(Sampler):
     """Strides of an ancestral sampler under which a backdoor's shift H_t r is kept.
 
     H_t = psi (1 - s_t) + (1 - psi) v_t, as of VillanDiffusion; psi = 1 is BadDiffusion.
+    On a process whose signal stays, H_t = v_t, as of VillanDiffusionVE.
     Such a backdoor answers with C_t, the response of single steps
     (`Ancestral.response`), so longer strides of DDPM leave its path. The step from t to
     n that keeps it is, with the noise e that the model predicts,
@@ -47,7 +48,7 @@ class PathKeeping(Sampler):
         backdoors.
       spacing, offset: of `grid`.
       variance: as in `DDPM`; "fixed_large" adds noise of v_t / v_n times the deviation.
-      psi: of the shift that is kept.
+      psi: of the shift that is kept; no matter where the signal stays.
     """
 
     steps: int = 50
@@ -65,14 +66,8 @@ class PathKeeping(Sampler):
         """Each step leads to the next timestep of the grid, the last to clean.
 
         Raises:
-          ValueError: as `grid`, or the signal of the process stays.
+          ValueError: as `grid`.
         """
-        if not schedule.fades:
-            raise ValueError(
-                "PathKeeping needs a process whose signal fades, found one whose "
-                f"signal stays at {schedule.signal[-1]:.3g}: take PredictorCorrector "
-                "or DPMSolver"
-            )
         return to_next(grid(schedule, self.steps, self.spacing, self.offset))
 
     def share(self, schedule: NoiseSchedule) -> np.ndarray:
@@ -80,7 +75,8 @@ class PathKeeping(Sampler):
         t, n = self.path(schedule)
         signal = np.concatenate([schedule.signal, [1.0]])
         noise = np.concatenate([schedule.noise, [0.0]])
-        shift = self.psi * (1 - signal) + (1 - self.psi) * noise
+        psi = self.psi if schedule.fades else 0.0
+        shift = psi * (1 - signal) + (1 - psi) * noise
         response = Ancestral().response(schedule, shift[:-1])
         ratio = signal[n] / signal[t]
         k = ratio * noise[t] + (shift[n] - ratio * shift[t]) / response[t]

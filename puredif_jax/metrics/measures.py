@@ -17,6 +17,9 @@ from puredif_jax.types import Array
 
 MSE_THRESHOLDS = (1e-3, 1e-2, 1e-1)
 SSIM_THRESHOLD = 0.8
+_RATES = tuple(f"mse<{limit:g}" for limit in MSE_THRESHOLDS)
+SUCCESS = (*_RATES, f"ssim>{SSIM_THRESHOLD:g}", "mean_mse", "mean_ssim")
+"""The names of what `success` returns."""
 
 
 class TriggerDistance(NamedTuple):
@@ -110,15 +113,13 @@ def success(images: ArrayLike, target: ArrayLike) -> dict[str, float]:
     """
     error = np.asarray(mse(images, target))
     similarity = np.asarray(ssim(images, target))
-    rates = {
-        f"mse<{limit:g}": float((error < limit).mean()) for limit in MSE_THRESHOLDS
-    }
-    return {
-        **rates,
-        f"ssim>{SSIM_THRESHOLD:g}": float((similarity > SSIM_THRESHOLD).mean()),
-        "mean_mse": float(error.mean()),
-        "mean_ssim": float(similarity.mean()),
-    }
+    found = (
+        *((error < limit).mean() for limit in MSE_THRESHOLDS),
+        (similarity > SSIM_THRESHOLD).mean(),
+        error.mean(),
+        similarity.mean(),
+    )
+    return dict(zip(SUCCESS, map(float, found), strict=True))
 
 
 class Moments(NamedTuple):

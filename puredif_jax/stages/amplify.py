@@ -11,6 +11,7 @@ import numpy as np
 
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
+from puredif_jax.attacks.training import Training
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs.binding import RunError
@@ -19,51 +20,91 @@ from puredif_jax.stages import search
 from puredif_jax.stages.base import Context, Outcome, Result, Row, Stage, State
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.train import trained
+from puredif_jax.stages.weights import Truth
 from puredif_jax.stages.work import Work, descending, drawing
 from puredif_jax.types import Params
 
 AMPLIFICATION = "amplification"
 
 
+TRUE, REINFORCED = "true trigger", "reinforced"
+AVERAGED, RAW = "averaged", "raw"
+
+
 @dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """What reinforcement did at one step of training.
+class Point:
+    """How one trigger does on one set of weights at one step of training.
 
     Attributes:
       steps: of training.
-      true, reinforced: success at MSE < 1e-2 with the true trigger and the reinforced.
-      norm_ratio, cosine: of the reinforced trigger, beside the true one.
-      seconds: of the reinforcement.
+      trigger: "true trigger" or "reinforced".
+      weights: "averaged", the moving average, which is kept, or "raw", the weights that
+        it averages.
+      training: network evaluations of one image that the training took so far; one with
+        its gradient counts for three.
+      reinforcement: the same of all reinforcements so far; 0 for the true trigger.
+      rates: `metrics.success` of the draws.
+      norm_ratio, cosine: of the trigger, beside the true one.
+      seconds: of the reinforcements so far.
     """
 
     steps: int
-    true: float
-    reinforced: float
+    trigger: str
+    weights: str
+    training: int
+    reinforcement: int
+    rates: Mapping[str, float]
     norm_ratio: float
     cosine: float
     seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Share of draws at MSE < 1e-2."""
+        return self.rates["mse<0.01"]
 
     def row(self) -> dict[str, Any]:
         """As a report keeps it."""
         return {
             "training steps": self.steps,
-            "success, true trigger": self.true,
-            "success, reinforced": self.reinforced,
+            "trigger": self.trigger,
+            "weights": self.weights,
+            "evaluations, training": self.training,
+            "evaluations, reinforcement": self.reinforcement,
+            **self.rates,
             "norm ratio": self.norm_ratio,
             "cosine": self.cosine,
             "seconds": self.seconds,
         }
 
     @classmethod
-    def read(cls, row: Row) -> Snapshot:
+    def read(cls, row: Row) -> Point:
         """What `row` has returned.
 
         Raises:
           KeyError, TypeError, ValueError: it is something else.
         """
-        names = ("success, true trigger", "success, reinforced", "norm ratio")
-        values = (float(row[name]) for name in (*names, "cosine", "seconds"))
-        return cls(int(row["training steps"]), *values)
+        left = dict(row)
+        whole = (int(left.pop(name)) for name in _COUNTS)
+        steps, training, reinforcement = whole
+        trigger, weights = str(left.pop("trigger")), str(left.pop("weights"))
+        values = (float(left.pop(name)) for name in ("norm ratio", "cosine", "seconds"))
+        norm_ratio, cosine, seconds = values
+        rates = {name: float(left[name]) for name in metrics.SUCCESS}
+        return cls(
+            steps,
+            trigger,
+            weights,
+            training,
+            reinforcement,
+            rates,
+            norm_ratio,
+            cosine,
+            seconds,
+        )
+
+
+_COUNTS = "training steps", "evaluations, training", "evaluations, reinforcement"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,47 +112,61 @@ class Amplified(Result):
     """What an amplification did.
 
     Attributes:
-      snapshots: in the order of training.
+      points: in the order of training.
     """
 
-    snapshots: tuple[Snapshot, ...]
+    points: tuple[Point, ...]
 
     def numbers(self) -> dict[str, Any]:
-        return {AMPLIFICATION: [each.row() for each in self.snapshots]}
+        return {AMPLIFICATION: [each.row() for each in self.points]}
 
     @classmethod
     def read(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
         if AMPLIFICATION not in numbers:
             return []
         try:
-            return [cls(tuple(map(Snapshot.read, numbers[AMPLIFICATION])))]
+            return [cls(tuple(map(Point.read, numbers[AMPLIFICATION])))]
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{where} has no {AMPLIFICATION} of this version") from error
 
     def tables(self) -> dict[str, list[Row]]:
-        return {AMPLIFICATION: [each.row() for each in self.snapshots]}
+        return {AMPLIFICATION: [each.row() for each in self.points]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Amplification(Stage):
-    """Reinforcement of the trigger at snapshots of the backdoor training.
+    """Reinforcement of the trigger along the backdoor training.
 
     The first descent starts at the true trigger, each other at what the last has found.
+    Both triggers are measured, on the averaged weights, which are kept and on which the
+    trigger is reinforced, and on the raw ones.
 
     Attributes:
-      snapshots: training steps at which the trigger is reinforced; rising.
+      snapshots: training steps at which the trigger is reinforced; rising. Step 0 is
+        the model before any training.
       reinforcement: how.
       alternate: go on training with the reinforced trigger, which the truth file of the
         model then names.
+      beyond: later steps, at which both triggers are measured as they are.
     """
 
     snapshots: tuple[int, ...]
     reinforcement: Reinforcement = Reinforcement()
     alternate: bool = False
+    beyond: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.snapshots or list(self.snapshots) != sorted(set(self.snapshots)):
-            raise ValueError(f"snapshots must rise, found {self.snapshots}")
+        steps = self.steps
+        if not self.snapshots or steps[0] < 0 or list(steps) != sorted(set(steps)):
+            raise ValueError(
+                "snapshots, and the steps beyond them, must rise from 0 or more, found "
+                f"{self.snapshots} and {self.beyond}"
+            )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """All training steps at which the triggers are measured."""
+        return (*self.snapshots, *self.beyond)
 
     def check(self, context: Context) -> None:
         lab, attack = context.lab, context.attack
@@ -123,83 +178,118 @@ class Amplification(Stage):
             raise RunError(str(error)) from error
 
     def work(self, context: Context) -> Iterator[Work]:
-        attack, evaluation = context.attack, context.evaluation
-        assert attack is not None
-        count, solver = len(self.snapshots), attack.solver
+        attack, evaluation, training = (
+            context.attack,
+            context.evaluation,
+            context.training,
+        )
+        assert attack is not None and training is not None
+        solver, sets = attack.solver, len(_weights(training))
         steps = evaluation.sampler(solver).steps
-        yield drawing(evaluation.batch, 2 * evaluation.draws * steps * count)
+        images = 2 * sets * evaluation.draws * steps * len(self.steps)
+        yield drawing(evaluation.batch, images)
         loss = self.reinforcement.loss(solver, attack.controlled)
         descent = self.reinforcement.descending(solver)
         channel = functools.partial(_channel, attack)
-        yield descending(loss, channel, descent, descent.steps * count, "reinforcement")
+        times = descent.steps * len(self.snapshots)
+        yield descending(loss, channel, descent, times, "reinforcement")
 
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
-        """Trains to each snapshot, reinforces the trigger there, and measures both."""
-        lab, training, truth = context.lab, context.training, context.truth
+        """Trains to each step, reinforces the trigger there, and measures both."""
+        training, truth, trigger = context.training, context.truth, state.trigger
         assert truth is not None and training is not None
-        last, trigger = training.steps, state.trigger
         delta = truth.trigger if trigger is None else trigger
-        found_at: list[Snapshot] = []
+        evaluations, seconds = 0, 0.0
+        points: list[Point] = []
         pictures = [("true trigger", truth.trigger)]
-        for snapshot in self.snapshots:
-            params = trained(context, snapshot, trigger)
-
-            def reinforce(
-                params: Params = params, at: int = snapshot, start: Any = delta
-            ) -> Any:
-                stage, how = f"reinforce_{at}", self.reinforcement
-                found = search.reinforce(lab, stage, params, how, truth, start)
-                return {"delta": found, "seconds": lab.run.metrics.seconds(stage)}
-
-            found = lab.run.once(f"reinforced_{snapshot}", reinforce)
-            delta = found["delta"]
-            at = "trained" if snapshot == last else str(snapshot)
-            success = {
-                name: context.success(f"{name}_{at}", params, truth, r)
-                for name, r in (("true", truth.trigger), ("reinforced", delta))
-            }
-            distance = metrics.trigger_distance(delta, truth.trigger)
-            found_at.append(
-                Snapshot(
-                    snapshot,
-                    success["true"].rate,
-                    success["reinforced"].rate,
-                    float(distance.norm_ratio),
-                    float(distance.cosine),
-                    float(found["seconds"]),
-                )
-            )
-            pictures += [
-                (f"reinforced trigger, {snapshot} steps", delta),
-                (
-                    f"difference from the true one, {snapshot} steps",
-                    delta - truth.trigger,
-                ),
-            ]
-            pictures += [
-                (f"draws, {name} trigger, {snapshot} steps", drawn.images)
-                for name, drawn in success.items()
-            ]
-            if self.alternate and snapshot < last:
-                trigger = delta
-        steps = np.array([each.steps for each in found_at])
-        curve = {
-            "true trigger": (steps, np.array([each.true for each in found_at])),
-            "reinforced": (steps, np.array([each.reinforced for each in found_at])),
-        }
-        text = (
-            "Share of draws at MSE < 1e-2 of the target, with the true trigger and "
-            "with the one reinforced on the same weights."
-        )
+        for step in self.steps:
+            trained_to = trained(context, step, trigger)
+            sets = {AVERAGED: trained_to.ema_params, RAW: trained_to.params}
+            if step in self.snapshots:
+                params = sets[AVERAGED]
+                delta, took = self._reinforced(context, truth, params, step, delta)
+                evaluations += self.reinforcement.evaluations(truth.solver)
+                seconds += took
+                if self.alternate and step < training.steps:
+                    trigger = delta
+                pictures += [
+                    (f"reinforced trigger, {step} steps", delta),
+                    (
+                        f"difference from the true one, {step} steps",
+                        delta - truth.trigger,
+                    ),
+                ]
+            for name, r in ((TRUE, truth.trigger), (REINFORCED, delta)):
+                distance = metrics.trigger_distance(r, truth.trigger)
+                own = name == REINFORCED
+                for weights in _weights(training):
+                    stored = f"{name.split()[0]}_{weights}_{step}"
+                    drawn = context.success(stored, sets[weights], truth, r)
+                    points.append(
+                        Point(
+                            step,
+                            name,
+                            weights,
+                            3 * training.batch * step,
+                            evaluations if own else 0,
+                            drawn.rates,
+                            float(distance.norm_ratio),
+                            float(distance.cosine),
+                            seconds if own else 0.0,
+                        )
+                    )
+                    if weights == AVERAGED:
+                        shown = f"draws, {name}, {step} steps"
+                        pictures.append((shown, drawn.images))
         section = Section(
             "Amplification",
-            text,
-            tuple(each.row() for each in found_at),
+            TEXT,
+            tuple(each.row() for each in points),
             tuple(pictures),
-            (("success over training", curve),),
+            _curves(points),
         )
-        state = dataclasses.replace(state, params=params, trigger=trigger)
-        return state, Outcome((Amplified(tuple(found_at)),), (section,))
+        state = dataclasses.replace(state, params=sets[AVERAGED], trigger=trigger)
+        return state, Outcome((Amplified(tuple(points)),), (section,))
+
+    def _reinforced(
+        self, context: Context, truth: Truth, params: Params, step: int, start: Any
+    ) -> tuple[np.ndarray, float]:
+        """The trigger on these weights, and the seconds that it took; found once."""
+        lab, stage = context.lab, f"reinforce_{step}"
+
+        def reinforce() -> Mapping[str, Any]:
+            how = self.reinforcement
+            found = search.reinforce(lab, stage, params, how, truth, start)
+            return {"delta": found, "seconds": lab.run.metrics.seconds(stage)}
+
+        found = lab.run.once(f"reinforced_{step}", reinforce)
+        return found["delta"], float(found["seconds"])
+
+
+TEXT = (
+    "Draws at a distance of the target, with the true trigger and with the reinforced "
+    "one, on the same weights. Evaluations are of the network on one image; one with "
+    "its gradient counts for three."
+)
+
+
+def _weights(training: Training) -> tuple[str, ...]:
+    """The sets of weights that differ."""
+    return (AVERAGED, RAW) if training.ema_decay else (AVERAGED,)
+
+
+def _curves(points: list[Point]) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Success over steps and over evaluations, a curve for each trigger and weights."""
+    steps: dict[str, Any] = {}
+    costs: dict[str, Any] = {}
+    for key in dict.fromkeys((each.trigger, each.weights) for each in points):
+        own = [each for each in points if (each.trigger, each.weights) == key]
+        rates = np.array([each.rate for each in own])
+        cost = [each.training + each.reinforcement for each in own]
+        name = ", ".join(key)
+        steps[name] = np.array([each.steps for each in own]), rates
+        costs[name] = np.array(cost), rates
+    return ("success over training", steps), ("success over evaluations", costs)
 
 
 def _channel(attack: Attack, lab: Lab) -> Channel:

@@ -101,10 +101,10 @@ class Experiment:
         if self.amplification and not (self.training and self.attack):
             raise ValueError("amplification needs both a training and an attack")
         if self.amplification and self.training:
-            last = self.amplification.snapshots[-1]
+            last = self.amplification.steps[-1]
             if last > self.training.steps:
                 raise ValueError(
-                    f"amplification.snapshots go to {last}, past the last of "
+                    f"the steps of amplification go to {last}, past the last of "
                     f"training.steps={self.training.steps}"
                 )
         if (self.screen or self.repair) and (

@@ -47,8 +47,8 @@ def train(
     start: str | None,
     until: int,
     trigger: np.ndarray | None = None,
-) -> Params:
-    """The moving average of the weights at step `until`, trained on to it.
+) -> TrainState:
+    """The training at step `until`, trained on to it.
 
     Each `until` is kept as a snapshot, so that an earlier one is read back.
 
@@ -83,10 +83,10 @@ def train(
     snapshots = run.folder / "checkpoints" / "snapshots"
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         found = kept.restore_last(run.place(shapes), until)
-    before: TrainState | None
     first, before = found or (0, None)
     if before is not None and first == until:
-        return before.ema_params
+        reached: TrainState = before
+        return reached
     pixels = images.load(unet.image_shape)
 
     def several(
@@ -95,10 +95,12 @@ def train(
         batch = batches(lab, pixels, training.batch, first, last)
         return program(state, batch, trigger, np.int32(last - first))
 
-    state = run.loop("train", several, begin, shapes, until, lab.chunk, first)
+    state: TrainState = run.loop(
+        "train", several, begin, shapes, until, lab.chunk, first
+    )
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         kept.save(until, state)
-    return state.ema_params
+    return state
 
 
 def batches(lab: Lab, pixels: np.ndarray, size: int, first: int, last: int) -> Array:
@@ -214,13 +216,13 @@ class Train(Stage):
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
         training = context.training
         assert training is not None
-        params = trained(context, training.steps, state.trigger)
+        params = trained(context, training.steps, state.trigger).ema_params
         save(context, params, context.trained_in(state))
         return dataclasses.replace(state, params=params), Outcome()
 
 
-def trained(context: Context, until: int, trigger: np.ndarray | None) -> Params:
-    """The weights at a step of training, which comes after the last call's step."""
+def trained(context: Context, until: int, trigger: np.ndarray | None) -> TrainState:
+    """The training at a step that comes after the last call's step."""
     assert context.training is not None
     return train(
         context.lab,
