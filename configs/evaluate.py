@@ -22,14 +22,9 @@ from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.defenses.terd import Terd
-from puredif_jax.diffusion.multistep import DPMSolver
 from puredif_jax.diffusion.schedules import LinearBetas, Process
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
-from puredif_jax.diffusion.ve import (
-    Preconditioned,
-    PredictorCorrector,
-    VarianceExploding,
-)
+from puredif_jax.diffusion.ve import Preconditioned, VarianceExploding
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
@@ -39,14 +34,7 @@ WORKDIR = "runs/evaluate"
 SEEDS = (0, 1, 2)
 BUDGETS = (10_000, 40_000)
 EXPLODING = Preconditioned(VarianceExploding(200, sigma_max=50.0))
-DRAWN = {
-    "fading": Evaluation(draws=128),
-    "exploding": Evaluation(
-        draws=128,
-        ancestral=PredictorCorrector(200, corrections=0),
-        deterministic=DPMSolver(steps=30),
-    ),
-}
+DRAWN = Evaluation(draws=128)
 STOP, BOX = StopSign(), Box()
 ATTACKS: dict[str, tuple[Attack, int]] = {  # with the steps of its training
     "baddiffusion": (BadDiffusion(STOP, Shoe(), 0.3, trigger_only=True), 2000),
@@ -93,7 +81,7 @@ def experiment(
         attack=attack,
         audit=audit(first),
         then=tuple(map(audit, others)),
-        evaluation=DRAWN["exploding" if exploding else "fading"],
+        evaluation=DRAWN,
         schedule=process,
         seed=seed,
         chunk=40,
@@ -110,7 +98,7 @@ def base() -> Experiment:
             steps=2000, batch=64, learning_rate=3e-4, warmup=100, ema_decay=0.999
         ),
         schedule=EXPLODING,
-        evaluation=DRAWN["exploding"],
+        evaluation=DRAWN,
         chunk=40,
     )
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from tiny_config import TINY, draw_params, get_config
 
+from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.villandiffusion import VillanDiffusion
+from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.data.images import FashionMNIST
 from puredif_jax.defenses import elijah
 from puredif_jax.defenses.blocks import Blocks
@@ -23,7 +26,8 @@ from puredif_jax.defenses.puredif import Puredif
 from puredif_jax.defenses.spectrum import Spectrum
 from puredif_jax.defenses.starts import Starts
 from puredif_jax.diffusion.ddim import DDIM
-from puredif_jax.diffusion.schedules import LinearBetas
+from puredif_jax.diffusion.path_keeping import PathKeeping
+from puredif_jax.diffusion.schedules import CosineBetas, LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.diffusion.ve import PredictorCorrector, VarianceExploding
 from puredif_jax.metrics import measures as metrics
@@ -36,6 +40,7 @@ from puredif_jax.stages.measure import Measure
 from puredif_jax.stages.perform import names, open_lab
 from puredif_jax.stages.quality import quality
 from puredif_jax.stages.train import Train
+from puredif_jax.stages.weights import Truth
 from puredif_jax.types import Candidate
 
 SHAPE = (8, 8, 1)
@@ -255,6 +260,28 @@ def test_a_backdoor_is_measured_by_the_sampler_under_which_it_fires() -> None:
     found = Evaluation(ancestral=corrected, deterministic=DDIM(3))
     assert found.sampler(Ancestral()) == corrected and corrected.steps == 14
     assert found.sampler(Deterministic()) == DDIM(3)
+    assert found.sampler(Ancestral(), 0.5) == corrected
+    kept = Evaluation(ancestral=PathKeeping(7))
+    assert kept.sampler(Ancestral()) == PathKeeping(7)
+    assert kept.sampler(Ancestral(), 0.5) == PathKeeping(7, psi=0.5)
+    assert kept.sampler(Deterministic(), 0.5) == kept.deterministic
+
+
+@pytest.mark.parametrize(
+    "attack,psi",
+    [
+        (BadDiffusion(), 1.0),
+        (VillanDiffusion(psi=0.3), 0.3),
+        (VillanDiffusion(psi=0.0, solver=Ancestral()), 0.0),
+        (VillanDiffusionVE(), None),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_the_share_of_a_backdoor_is_read_from_its_channel(attack, psi) -> None:
+    explodes = isinstance(attack, VillanDiffusionVE)
+    process = VarianceExploding(50) if explodes else CosineBetas()
+    schedule = process.tables()
+    assert Truth.of(attack, schedule, (16, 16, 1)).psi(schedule) == psi
 
 
 @pytest.mark.parametrize(

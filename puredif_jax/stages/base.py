@@ -86,7 +86,7 @@ class Context:
         return self.lab.success(
             name,
             params,
-            self.evaluation.sampler(truth.solver),
+            self.evaluation.sampler(truth.solver, truth.psi(self.lab.schedule)),
             trigger,
             truth.target,
             self.evaluation.draws,

@@ -70,6 +70,12 @@ class Evaluation:
         """The embedding, of images of a shape."""
         return self.embedding or embedding_for(shape)
 
-    def sampler(self, solver: Solver) -> Sampler:
-        """The sampler under which a backdoor of that kind fires."""
-        return solver.pick(self.ancestral, self.deterministic)
+    def sampler(self, solver: Solver, psi: float | None = None) -> Sampler:
+        """The sampler under which a backdoor of that kind fires.
+
+        `PathKeeping` keeps the path of `psi`, where that is given.
+        """
+        found = solver.pick(self.ancestral, self.deterministic)
+        if psi is not None and isinstance(found, PathKeeping):
+            return dataclasses.replace(found, psi=psi)
+        return found

@@ -310,7 +310,8 @@ class Inspector:
         Returns fields of `Inverted`.
         """
         lab, evaluation = self.lab, self.evaluation
-        sampler, draws = evaluation.sampler(truth.solver), evaluation.draws
+        draws, psi = evaluation.draws, truth.psi(lab.schedule)
+        sampler = evaluation.sampler(truth.solver, psi)
 
         def success(name: str, r: np.ndarray, by: Sampler) -> float:
             found = lab.success(
@@ -320,7 +321,7 @@ class Inspector:
 
         delta = result["delta"]
         inside = hypothesis.controlled or truth.controlled
-        same = hypothesis.solver == truth.solver and not inside
+        same = not inside and sampler == evaluation.sampler(hypothesis.solver)
         rates = {}
         for by, end in ((sampler, ""), (unclipped(sampler), "_unclipped")):
             if by is None:

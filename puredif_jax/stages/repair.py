@@ -321,7 +321,7 @@ class Repair(Stage):
             "inverted trigger": (solver, candidate.delta, found_image, inside)
         }
         if (truth := accused.truth) is not None:
-            by = evaluation.sampler(truth.solver)
+            by = evaluation.sampler(truth.solver, truth.psi(lab.schedule))
             backdoors["true trigger"] = (by, truth.trigger, truth.target, truth.inside)
         embedding, own = embedding_for(lab.unet.image_shape), self.images is None
         clean = pixels if own else data.to_float(pixels)

@@ -69,8 +69,9 @@ def train(
         return made(None).init(params, key_train)
 
     def begin() -> TrainState:
-        if before is not None:  # the trigger is another from there on
-            return before
+        if found is not None:  # the trigger is another from there on
+            reached: TrainState = found[1]
+            return reached
         init = jax.jit(unet.init)
         params: Params = init(key_init) if start is None else lab.load(start, True)
         return fresh(params)
@@ -83,10 +84,9 @@ def train(
     snapshots = run.folder / "checkpoints" / "snapshots"
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         found = kept.restore_last(run.place(shapes), until)
-    first, before = found or (0, None)
-    if before is not None and first == until:
-        reached: TrainState = before
-        return reached
+    first = 0 if found is None else found[0]
+    if found is not None and first == until:
+        return begin()
     pixels = images.load(unet.image_shape)
 
     def several(

@@ -67,6 +67,17 @@ class Truth(NamedTuple):
         channel = attack.channel(schedule, image_shape)
         return cls(attack.solver, attack.controlled, trigger, target, channel)
 
+    def psi(self, schedule: NoiseSchedule) -> float | None:
+        """The share of 1 - s_t in H_t, beside v_t, to two decimals.
+
+        By least squares, within [0, 1]. None where the signal of the process stays.
+        """
+        if not schedule.fades:
+            return None
+        whole = np.asarray(schedule.noise - (1 - schedule.signal))
+        left = schedule.noise - np.asarray(self.channel.shift, np.float64)
+        return round(float(np.clip(whole @ left / (whole @ whole), 0, 1)), 2)
+
     @property
     def inside(self) -> Channel | None:
         """The channel, where draws with the trigger run inside it."""
