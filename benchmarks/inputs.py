@@ -7,7 +7,8 @@
 For each model in a RUN that has a truth beside it, 2,000 starts have its true trigger
 and as many have none. Each test judges all of them. The likelihood is
 taken with the true trigger, and with each trigger that a defense has found under the
-hypothesis of the attack. Writes docs/results/inputs.json after each model.
+hypothesis of the attack. Writes docs/results/inputs.json after each model, and goes on
+with the models that are not there.
 
 Hardware: any; on two CPU cores a minute for each model.
 """
@@ -122,14 +123,15 @@ def rows(run: pathlib.Path) -> list[dict] | None:
 
 def main() -> None:
     runs = [pathlib.Path(name) for name in sys.argv[1:]]
-    record = {
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    record |= {
         "command": "python benchmarks/inputs.py RUN ...",
         "environment": placeless(environment()),
         "device": jax.devices()[0].device_kind,
-        "rows": [],
     }
+    done = {row["model"] for row in record["rows"]}
     for report in sorted(each for run in runs for each in run.glob("*/report.json")):
-        made = rows(report.parent)
+        made = None if report.parent.name in done else rows(report.parent)
         if made is None:
             continue
         record["rows"] += made
