@@ -1,10 +1,10 @@
-"""A tour in ten minutes: a short backdoor, its amplification, and two audits.
+"""A tour in ten minutes: two audits, a short backdoor and its amplification.
 
     python -m puredif_jax.main --config=configs/quickstart.py
 
-From the shipped clean model a VillanDiffusion backdoor is trained for 240 steps, too
-few for its trigger to work well; the trigger is reinforced on those weights; then the
-shipped backdoored model and the clean one are inverted and judged.
+The shipped backdoored model and the clean one are inverted and judged. Then a
+VillanDiffusion backdoor is trained into the clean model for 240 steps, too few for its
+trigger to work well, and the trigger is reinforced on those weights.
 
 Hardware: two CPU cores. Duration: 3 to 8 minutes. Expected: docs/models.md.
 """

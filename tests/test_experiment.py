@@ -243,6 +243,9 @@ def test_a_run_is_its_stages_in_order() -> None:
     bare = dataclasses.replace(whole, **only)
     assert bare.stages == ()
     assert dataclasses.replace(bare, weights="clean").stages == (Measure(),)
+    known = dataclasses.replace(whole, audit=Audit(("clean",)))
+    assert [type(stage) for stage in known.stages] == [kinds[-1], *kinds[:-1]]
+    assert known.plan.index("audit") < known.plan.index("training")
     longer = dataclasses.replace(whole, then=(Measure(), Measure()))
     assert longer.stages == (*whole.stages, Measure(), Measure())
     assert longer.plan == f"{whole.plan}, Measure, Measure"

@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.training import Training
@@ -44,6 +44,9 @@ def _at_home(node: Any) -> None:
             "there are several (a bucket can be mounted as one)"
         )
     object.__setattr__(node, "workdir", os.path.expanduser(node.workdir))
+
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,43 +166,54 @@ class Experiment:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """What the run does, in order."""
-        found: list[Stage] = []
+        """What the run does, in order.
+
+        Models that are there already are judged before another one is made.
+        """
+        made: list[Stage] = []
         if self.amplification:
-            found.append(self.amplification)
+            made.append(self.amplification)
         if self.training:
-            found.append(Train())
+            made.append(Train())
         if self.training or self.weights:
-            found.append(Measure())
+            made.append(Measure())
+        judged: list[Stage] = []
         if self.audit:
-            found.append(self.audit)
+            judged.append(self.audit)
         if self.screen:
-            found.append(self.screen)
+            judged.append(self.screen)
         if self.repair and self.audit:
-            found.append(self.repair)
-            found.append(dataclasses.replace(self.audit, weights=("repaired",)))
-        return (*found, *self.then)
+            judged.append(self.repair)
+            judged.append(dataclasses.replace(self.audit, weights=("repaired",)))
+        return (*self._ordered(made, judged), *self.then)
+
+    def _ordered(self, made: list[_T], judged: list[_T]) -> list[_T]:
+        """What is judged comes first where it does not wait for what is made."""
+        if self.audit and "trained" not in self.audit.weights:
+            return judged + made
+        return made + judged
 
     @property
     def plan(self) -> str:
         """What will be done, in words."""
-        parts = []
+        made, judged = [], []
         if self.training:
-            parts.append(f"{self.training.steps:,} steps of training")
+            made.append(f"{self.training.steps:,} steps of training")
         if self.amplification:
             steps = ", ".join(map(str, self.amplification.snapshots))
-            parts.append(f"reinforcement of the trigger at step {steps}")
+            made.append(f"reinforcement of the trigger at step {steps}")
         if self.training or self.weights:
-            parts.append("measuring of the model")
+            made.append("measuring of the model")
         if self.audit:
             count = len(self.audit.weights)
             models = f"{count} models" if count > 1 else self.audit.weights[0]
             how = self.audit.plan(self.schedule.tables())
-            parts.append(f"audit of {models} {how}")
+            judged.append(f"audit of {models} {how}")
         if self.screen:
-            parts.append(f"screening of {self.screen.noise or 'no noise'}")
+            judged.append(f"screening of {self.screen.noise or 'no noise'}")
         if self.repair:
-            parts.append("repair of it, and audit of the result")
+            judged.append("repair of it, and audit of the result")
+        parts = self._ordered(made, judged)
         parts += [type(stage).__name__ for stage in self.then]
         return f"{self.workdir}: {', '.join(parts) or 'nothing but a report'}"
 
