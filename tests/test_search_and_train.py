@@ -44,14 +44,17 @@ def test_training_from_weights_takes_the_steps_of_the_trainer(
     start = str(tmp_path / "start.safetensors")
     weight_file.save_weights(start, STARTED, {})
     lab = open_lab(Experiment(str(tmp_path / "run"), TINY, devices=1, seed=3, chunk=2))
-    poisoned = poison(ATTACK, TINY.image_shape)
+    attack = dataclasses.replace(ATTACK, trigger_only=False)
+    poisoned = poison(attack, TINY.image_shape)
+    assert poisoned.see_through.any()
     other = None
-    if trigger:
+    if trigger:  # no clean image shows through another one
         other = 0.5 * np.asarray(poisoned.trigger)
-        poisoned = poisoned._replace(trigger=jnp.asarray(other))
-    found = train.train(lab, TRAINING, ATTACK, IMAGES, start, 3, other)
+        bare = 0 * poisoned.see_through
+        poisoned = poisoned._replace(trigger=jnp.asarray(other), see_through=bare)
+    found = train.train(lab, TRAINING, attack, IMAGES, start, 3, other)
 
-    channel = ATTACK.channel(lab.schedule, TINY.image_shape)
+    channel = attack.channel(lab.schedule, TINY.image_shape)
     loss = functools.partial(training_loss, TINY, lab.schedule, channel, poisoned)
     made = trainer(loss, TRAINING)
     step = jax.jit(made.step)

@@ -274,6 +274,36 @@ def test_a_model_that_no_scheduler_can_say_is_kept_as_weights(
         assert "cap of 0.999" in line
 
 
+@pytest.mark.parametrize("bare", [True, False])
+def test_reinforcement_begins_at_the_trigger_as_it_was_trained(
+    tmp_path, monkeypatch, bare
+) -> None:
+    """With the mean image where the clean one shows through."""
+    params = jax.tree.map(jnp.asarray, draw_params(TINY))
+    reached = TrainState(params, params, None, None, None)
+    seen = []
+
+    def reinforce(lab, stage, params, reinforcement, truth, trigger):
+        seen.append(trigger)
+        return trigger
+
+    monkeypatch.setattr(train, "train", lambda *_: reached)
+    monkeypatch.setattr(search, "reinforce", reinforce)
+    experiment = dataclasses.replace(
+        WHOLE,
+        workdir=str(tmp_path),
+        attack=dataclasses.replace(WHOLE.attack, trigger_only=bare),
+        amplification=Amplification((0,)),
+        audit=None,
+    )
+    experiment.amplification.run(opened(experiment), State())
+    trigger = WHOLE.attack.trigger.image(TINY.image_shape)
+    pixels = WHOLE.data.load(TINY.image_shape)
+    mean = pixels.astype(np.float64).mean(0) / 127.5 - 1
+    wanted = trigger if bare else np.where(trigger == -1, mean, trigger)
+    np.testing.assert_allclose(seen[0], wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("alternate", [True, False])
 def test_training_goes_on_with_the_trigger_that_was_reinforced(
     tmp_path, monkeypatch, alternate

@@ -12,6 +12,7 @@ import numpy as np
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.training import Training
+from puredif_jax.data import images as data
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs.binding import RunError
@@ -137,7 +138,8 @@ class Amplified(Result):
 class Amplification(Stage):
     """Reinforcement of the trigger along the backdoor training.
 
-    The first descent starts at the true trigger, each other at what the last has found.
+    The first descent starts at the true trigger; where the clean image shows through in
+    training, at the mean image there. Each other starts at what the last has found.
     Both triggers are measured, on the averaged weights, which are kept and on which the
     trigger is reinforced, and on the raw ones.
 
@@ -145,8 +147,8 @@ class Amplification(Stage):
       snapshots: training steps at which the trigger is reinforced; rising. Step 0 is
         the model before any training.
       reinforcement: how.
-      alternate: go on training with the reinforced trigger, which the truth file of the
-        model then names.
+      alternate: go on training with the reinforced trigger, bare, which the truth file
+        of the model then names.
       beyond: later steps, at which both triggers are measured as they are.
     """
 
@@ -198,7 +200,7 @@ class Amplification(Stage):
         """Trains to each step, reinforces the trigger there, and measures both."""
         training, truth, trigger = context.training, context.truth, state.trigger
         assert truth is not None and training is not None
-        delta = truth.trigger if trigger is None else trigger
+        delta = _as_trained(context) if trigger is None else trigger
         evaluations, seconds = 0, 0.0
         points: list[Point] = []
         pictures = [("true trigger", truth.trigger)]
@@ -271,6 +273,18 @@ TEXT = (
     "one, on the same weights. Evaluations are of the network on one image; one with "
     "its gradient counts for three."
 )
+
+
+def _as_trained(context: Context) -> np.ndarray:
+    """The trigger as the training shows it, on average over the clean images."""
+    attack, shape = context.attack, context.lab.unet.image_shape
+    assert attack is not None
+    trigger, _, through = attack.images(shape)
+    if not through.any():
+        return trigger
+    mean = data.to_float(context.data.load(shape)).mean(0)
+    found: np.ndarray = trigger * (1 - through) + mean * through
+    return found
 
 
 def _weights(training: Training) -> tuple[str, ...]:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.poisoning import poison, training_loss
+from puredif_jax.attacks.poisoning import Poison, poison, training_loss
 from puredif_jax.attacks.training import (
     Trainer,
     TrainInfo,
@@ -59,7 +60,7 @@ def train(
       images: the clean set.
       start: weights at step 0; None for fresh ones.
       until: step to reach.
-      trigger: replaces the attack's own from the last snapshot on.
+      trigger: replaces the attack's own from the last snapshot on; trained bare.
     """
     run, unet = lab.run, lab.unet
     made = trainer_of(lab.setup, training, attack)
@@ -77,9 +78,13 @@ def train(
         return fresh(params)
 
     program = _training(lab.setup, training, attack, lab.chunk)
+    poisoned = None
     if attack is not None:
-        chosen = attack.images(unet.image_shape)[0] if trigger is None else trigger
-        trigger = run.replicate(np.asarray(chosen, np.float32))
+        own = poison(attack, unet.image_shape)
+        if trigger is not None:  # which no clean image shows through
+            bare = jnp.zeros_like(own.see_through)
+            own = own._replace(trigger=jnp.asarray(trigger), see_through=bare)
+        poisoned = run.replicate(jax.tree.map(np.float32, own))
     shapes = jax.eval_shape(fresh, jax.eval_shape(unet.init, key_init))
     snapshots = run.folder / "checkpoints" / "snapshots"
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
@@ -93,7 +98,7 @@ def train(
         state: TrainState, first: int, last: int
     ) -> tuple[TrainState, TrainInfo]:
         batch = batches(lab, pixels, training.batch, first, last)
-        return program(state, batch, trigger, np.int32(last - first))
+        return program(state, batch, poisoned, np.int32(last - first))
 
     state: TrainState = run.loop(
         "train", several, begin, shapes, until, lab.chunk, first
@@ -129,20 +134,18 @@ def batches(lab: Lab, pixels: np.ndarray, size: int, first: int, last: int) -> A
     return jax.make_array_from_callback(shape, sharding, rows)
 
 
-Made = Callable[[Array | None], Trainer]
+Made = Callable[[Poison | None], Trainer]
 
 
 def trainer_of(setup: Setup, training: Training, attack: Attack | None) -> Made:
-    """The trainer of a model, clean or poisoned, by the trigger that it is given."""
+    """The trainer of a model, clean or poisoned, by the arrays that it is given."""
     channel, poisoned = Channel.clean(setup.schedule), None
     if attack is not None:
         channel = attack.channel(setup.schedule, setup.image_shape)
         poisoned = poison(attack, setup.image_shape)
 
-    def made(trigger: Array | None) -> Trainer:
-        chosen = poisoned
-        if poisoned is not None and trigger is not None:
-            chosen = poisoned._replace(trigger=trigger)
+    def made(given: Poison | None) -> Trainer:
+        chosen = poisoned if given is None else given
         loss = functools.partial(
             training_loss, setup.whole, setup.schedule, channel, chosen
         )
@@ -158,9 +161,9 @@ def _training(
     made = trainer_of(setup, training, attack)
 
     def advance(
-        state: TrainState, batches: Array, trigger: Array | None, count: Array
+        state: TrainState, batches: Array, poisoned: Poison | None, count: Array
     ) -> tuple[TrainState, TrainInfo]:
-        return repeated(made(trigger).step, state, count, chunk, batches)
+        return repeated(made(poisoned).step, state, count, chunk, batches)
 
     return jax.jit(advance, donate_argnums=0)
 
