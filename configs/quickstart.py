@@ -9,15 +9,12 @@ trigger to work well, and the trigger is reinforced on those weights.
 Hardware: two CPU cores. Duration: 3 to 8 minutes. Expected: docs/models.md.
 """
 
-import dataclasses
-
 from puredif_jax.attacks.targets import Cat
 from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.inversion import Inversion
-from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.stages.amplify import Amplification
 from puredif_jax.stages.audit import Audit
@@ -36,15 +33,7 @@ def get_config() -> Experiment:
         attack=VillanDiffusion(
             trigger=Box(), target=Cat(), poison_rate=0.2, trigger_only=True
         ),
-        amplification=Amplification(
-            snapshots=(240,),
-            reinforcement=Reinforcement(
-                deterministic=dataclasses.replace(
-                    Reinforcement().deterministic, samples=16
-                ),
-                descent=Descent(steps=80, learning_rate=0.05, bound=None),
-            ),
-        ),
+        amplification=Amplification(snapshots=(240,)),
         audit=Audit(
             weights=("baddiffusion", "clean"),
             inversion=Inversion(descent=Descent(steps=80, candidates=2, scout=40)),

@@ -91,7 +91,7 @@ def chosen(whole: Experiment, last: int) -> Experiment:
         training=dataclasses.replace(whole.training, steps=last),
         amplification=Amplification(
             tuple(step for step in whole.amplification.steps if step <= last),
-            Reinforcement(descent=KEPT, ancestral_descent=KEPT),
+            Reinforcement(descent=KEPT),
             alternate=True,
         ),
     )

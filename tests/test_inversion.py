@@ -1,5 +1,7 @@
 """Inversion: descent, candidates, projection, resumption, reinforcement."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from puredif_jax.defenses.elijah import ElijahLoss
 from puredif_jax.defenses.inversion import inverter, keep
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.ddim import DDIM
+from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.types import Candidate
@@ -143,7 +146,7 @@ def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
     channel = attack.channel(schedule, SHAPE)
     reinforcement, solver = Reinforcement(), attack.solver
     loss = reinforcement.loss(solver).bind(model, schedule, channel)
-    made = inverter(loss, reinforcement.descending(solver), SHAPE, truth)
+    made = inverter(loss, reinforcement.descent, SHAPE, truth)
     state = made.init(jax.random.key(0))
     np.testing.assert_array_equal(state.candidate.delta[0], truth.delta)
     after, info = made.step((), state)
@@ -152,15 +155,17 @@ def test_reinforcement_starts_at_the_true_trigger(attack) -> None:
 
 
 def test_reinforcement_rolls_out_the_sampling_of_the_backdoor() -> None:
-    reinforcement = Reinforcement(
-        descent=Descent(steps=7), ancestral_descent=Descent(steps=5)
-    )
+    reinforcement = Reinforcement(descent=Descent(steps=7))
     assert isinstance(reinforcement.loss(ANCESTRAL).sampler, PathKeeping)
     assert isinstance(reinforcement.loss(DETERMINISTIC).sampler, DDIM)
-    assert reinforcement.descending(ANCESTRAL).steps == 5
-    assert reinforcement.descending(DETERMINISTIC).steps == 7
-    assert reinforcement.evaluations(ANCESTRAL) == 3 * 5 * 10 * 16
-    assert reinforcement.evaluations(DETERMINISTIC) == 3 * 7 * 10 * 48
+    assert reinforcement.evaluations(ANCESTRAL) == 3 * 7 * 10 * 16
+    assert reinforcement.evaluations(DETERMINISTIC) == 3 * 7 * 10 * 16
+    half = reinforcement.loss(ANCESTRAL, psi=0.5).sampler
+    assert half == PathKeeping(10, psi=0.5)
+    assert reinforcement.loss(DETERMINISTIC, psi=0.5).sampler == DDIM(10)
+    whole = dataclasses.replace(reinforcement.ancestral, sampler=DDPM(9))
+    strided = Reinforcement(ancestral=whole)
+    assert strided.loss(ANCESTRAL, psi=0.5).sampler == DDPM(9)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +227,9 @@ def test_a_descent_that_keeps_the_norm_takes_the_steps_of_adam() -> None:
     assert np.abs(norm(begin) - norm(by_adam)).min() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["descent", "ancestral_descent"])
 @pytest.mark.parametrize(
     "descent", [Descent(candidates=2), Descent(steps=9, scout=3)], ids=["two", "scout"]
 )
-def test_reinforcement_has_one_candidate_from_the_start(name, descent) -> None:
+def test_reinforcement_has_one_candidate_from_the_start(descent) -> None:
     with pytest.raises(ValueError, match="candidates=1 and scout=0, found"):
-        Reinforcement(**{name: descent})
+        Reinforcement(descent=descent)

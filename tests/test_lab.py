@@ -268,7 +268,7 @@ def test_reinforcement_takes_the_steps_of_its_inverter(tmp_path, attack) -> None
     )
     descent = Descent(steps=3, learning_rate=0.05, bound=None)
     options = solver.pick(
-        Reinforcement(ancestral=wanted, ancestral_descent=descent),
+        Reinforcement(ancestral=wanted, descent=descent),
         Reinforcement(deterministic=wanted, descent=descent),
     )
     found = search.reinforce(lab, "reinforce", params, options, truth, truth.trigger)

@@ -24,19 +24,17 @@ class Reinforcement:
       deterministic: the loss for backdoors of deterministic sampling; its `aim` pulls
         the last images to the known target.
       ancestral: the loss for backdoors of ancestral sampling, which do not fire under a
-        deterministic rollout. The chain must be as long as can be afforded: the trigger
-        that suits a short one does not suit the sampler (docs/method.md).
-      descent: optimiser and bound for `deterministic`, from the true trigger; one
-        candidate, without scouts.
-      ancestral_descent: the same for `ancestral`: few small steps, since the gradient
-        through a chain of random steps is mostly noise.
+        deterministic rollout. Its sampler must keep their path: a trigger that suits
+        strides of DDPM does not suit all of its steps.
+      descent: optimiser and bound, from the known trigger; one candidate, without
+        scouts. `NormKeeping` keeps the trigger's norm.
 
     Raises:
-      ValueError: a descent has several candidates, or scouts.
+      ValueError: the descent has several candidates, or scouts.
     """
 
     deterministic: DenoisingConsistency = DenoisingConsistency(
-        sampler=DDIM(steps=10), samples=48, on_path=False, across_noise=0.0, aim=1.0
+        sampler=DDIM(steps=10), samples=16, on_path=False, across_noise=0.0, aim=1.0
     )
     ancestral: DenoisingConsistency = DenoisingConsistency(
         sampler=PathKeeping(steps=10),
@@ -45,28 +43,31 @@ class Reinforcement:
         across_noise=0.0,
         aim=1.0,
     )
-    descent: Descent = Descent(steps=100, learning_rate=0.05, b2=0.999, bound=None)
-    ancestral_descent: Descent = Descent(
-        steps=12, learning_rate=0.02, b2=0.999, bound=None
-    )
+    descent: Descent = Descent(steps=80, learning_rate=0.05, b2=0.999, bound=None)
 
     def __post_init__(self) -> None:
-        for each in (self.descent, self.ancestral_descent):
-            if (each.candidates, each.scout) != (1, 0):
-                raise ValueError(
-                    "reinforcement needs a descent of candidates=1 and scout=0, found "
-                    f"{each.candidates} and {each.scout}"
-                )
+        if (self.descent.candidates, self.descent.scout) != (1, 0):
+            raise ValueError(
+                "reinforcement needs a descent of candidates=1 and scout=0, found "
+                f"{self.descent.candidates} and {self.descent.scout}"
+            )
 
-    def loss(self, solver: Solver, controlled: bool = False) -> DenoisingConsistency:
-        """The loss for a kind of backdoor; inside the channel where draws run there."""
+    def loss(
+        self, solver: Solver, controlled: bool = False, psi: float | None = None
+    ) -> DenoisingConsistency:
+        """The loss for a kind of backdoor.
+
+        Args:
+          solver: the kind of sampling under which it fires.
+          controlled: whether draws run inside the channel; then so does the rollout.
+          psi: whose path the ancestral rollout keeps, where its sampler keeps one.
+        """
         found = solver.pick(self.ancestral, self.deterministic)
+        if psi is not None and isinstance(found.sampler, PathKeeping):
+            sampler = dataclasses.replace(found.sampler, psi=psi)
+            found = dataclasses.replace(found, sampler=sampler)
         return dataclasses.replace(found, on_path=True) if controlled else found
-
-    def descending(self, solver: Solver) -> Descent:
-        """How the loss for a kind of backdoor is descended."""
-        return solver.pick(self.ancestral_descent, self.descent)
 
     def evaluations(self, solver: Solver) -> int:
         """Network evaluations of one image; one with its gradient counts for three."""
-        return 3 * self.descending(solver).steps * self.loss(solver).evaluations
+        return 3 * self.descent.steps * self.loss(solver).evaluations

@@ -191,7 +191,7 @@ class Amplification(Stage):
         images = 2 * sets * evaluation.draws * steps * len(self.steps)
         yield drawing(evaluation.batch, images)
         loss = self.reinforcement.loss(solver, attack.controlled)
-        descent = self.reinforcement.descending(solver)
+        descent = self.reinforcement.descent
         channel = functools.partial(_channel, attack)
         times = descent.steps * len(self.snapshots)
         yield descending(loss, channel, descent, times, "reinforcement")

@@ -57,8 +57,8 @@ def reinforce(
       truth: the backdoor; its target is what the trigger shall lead to.
       trigger: where the descent starts, `[H, W, C]`.
     """
-    loss = reinforcement.loss(truth.solver, truth.controlled)
-    descent = reinforcement.descending(truth.solver)
+    psi, descent = truth.psi(lab.schedule), reinforcement.descent
+    loss = reinforcement.loss(truth.solver, truth.controlled, psi)
     start = Candidate(jnp.asarray(trigger), jnp.asarray(truth.target))
     search = _Search(lab, loss, descent, params, lab.place(truth.channel), start)
     state = search.run(stage, search.first, descent.steps)
