@@ -138,7 +138,7 @@ ABOUT = """
   trigger.
 """
 FACTORS = """
-Steps that the true trigger needs for a success, over those of the reinforced one.
+Steps that the true trigger needs for a success, over the reinforced one's steps.
 Success is the mean over the seeds. The interval is a bootstrap over seeds and draws.
 With its cost, the network evaluations of all descents up to that step count as
 training. Each trigger is measured on the weights that serve it best, raw or averaged.
