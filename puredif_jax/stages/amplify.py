@@ -78,6 +78,23 @@ class Point:
             "seconds": self.seconds,
         }
 
+    def shown(self) -> dict[str, Any]:
+        """As a page shows it."""
+        rates = {
+            name.replace("mse<", "MSE < ").replace("ssim>", "SSIM > "): round(rate, 3)
+            for name, rate in self.rates.items()
+            if "mean" not in name
+        }
+        return {
+            "training steps": self.steps,
+            "trigger": self.trigger,
+            "weights": self.weights,
+            **rates,
+            "norm ratio": round(self.norm_ratio, 2),
+            "cosine": round(self.cosine, 2),
+            "evaluations": self.training + self.reinforcement,
+        }
+
     @classmethod
     def read(cls, row: Row) -> Point:
         """What `row` has returned.
@@ -246,7 +263,7 @@ class Amplification(Stage):
         section = Section(
             "Amplification",
             TEXT,
-            tuple(each.row() for each in points),
+            tuple(each.shown() for each in points),
             tuple(pictures),
             _curves(points),
         )
@@ -269,9 +286,9 @@ class Amplification(Stage):
 
 
 TEXT = (
-    "Draws at a distance of the target, with the true trigger and with the reinforced "
-    "one, on the same weights. Evaluations are of the network on one image; one with "
-    "its gradient counts for three."
+    "The share of draws that come near the target, with the true trigger and with the "
+    "reinforced one, on the same weights. Evaluations are of the network on one image, "
+    "by training and reinforcement; one with its gradient counts for three."
 )
 
 
