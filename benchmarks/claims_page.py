@@ -2,15 +2,14 @@
 
     python -m puredif_jax.main --config=configs/claims.py
     python -m puredif_jax.main --config=configs/ablation.py
-    python -m puredif_jax.main --config=configs/speedup.py
     python benchmarks/claims_page.py
 
-Reads the finished runs of runs/claims, runs/ablation and runs/speedup and adds them to
-the records, docs/results/claims.json and claims_images.npz. The page is made from the
-records, so a machine that holds a part of the runs adds a part. Runs that are not done
-yet are left out and counted. A record is dropped when the configurations no longer name
-its run, unless the run is of an option that was removed (`GONE`). The detector is
-calibrated here on the calibrating clean models and judges the others.
+Reads the finished runs of runs/claims and runs/ablation and adds them to the records,
+docs/results/claims.json and claims_images.npz. The page is made from the records, so a
+machine that holds a part of the runs adds a part. Runs that are not done yet are left
+out and counted. A record is dropped when the configurations no longer name its run,
+unless the run is of an option that was removed (`GONE`). The detector is calibrated
+here on the calibrating clean models and judges the others.
 """
 
 from __future__ import annotations
@@ -30,14 +29,12 @@ from puredif_jax.defenses.detector import Detector
 from puredif_jax.defenses.features import Features
 from puredif_jax.defenses.hypothesis import Fading, Hypothesis
 from puredif_jax.defenses.inversion import Inversion
-from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.networks.unet import SHIPPED
 from puredif_jax.runs import sources
 from puredif_jax.runs.report import placeless
-from puredif_jax.stages.amplify import Amplified
 from puredif_jax.stages.measure import Measured
 from puredif_jax.stages.weights import WEIGHTS, Truth
 
@@ -45,7 +42,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs/results/claims.json"
 IMAGES = ROOT / "docs/results/claims_images.npz"
 CALIBRATING = 20
-BATCH = 64  # of the trainings
 GONE = ("target-refreshed-every-20-steps/",)  # an option that its ablation removed
 KINDS = (Fading(Ancestral()), Fading(Deterministic()))
 Row = dict[str, Any]
@@ -283,88 +279,6 @@ def ablation_rows(runs: dict[str, Row]) -> list[Row]:
     return rows
 
 
-def reinforcing_steps(setting: str) -> int:
-    """The training steps that cost as many network evaluations as one reinforcement."""
-    evaluations = Reinforcement().evaluations(kind_of(setting).solver)
-    return round(evaluations / (3 * BATCH))
-
-
-def speedup_rows(runs: dict[str, Row]) -> list[Row]:
-    """Success of both triggers after trainings of each length, a number a seed."""
-    found: dict[tuple[str, str, int], list[Row]] = {}
-    for name, report in sorted(runs.items()):
-        setting, _, rest = name.partition("/")
-        loop, _, steps = rest.split("-")
-        row: Row = {"true": successes(report)["draws, true trigger"]}
-        for amplified in Amplified.read(report["numbers"], name):
-            last = amplified.snapshots[-1]
-            row["reinforced"], row["norm"] = last.reinforced, last.norm_ratio
-            row["times"] = len(amplified.snapshots)
-        found.setdefault((setting, loop, int(steps)), []).append(row)
-
-    def shown(rows: list[Row], name: str, scale: float, digits: int) -> str:
-        return " ".join(f"{scale * r[name]:.{digits}f}" for r in rows if name in r)
-
-    return [
-        {
-            "setting": setting,
-            "loop": loop,
-            "training steps": steps,
-            "with reinforcement, in steps": (
-                steps + rows[0]["times"] * reinforcing_steps(setting)
-                if "times" in rows[0]
-                else ""
-            ),
-            "true trigger, %": shown(rows, "true", 100, 1),
-            "reinforced, %": shown(rows, "reinforced", 100, 1),
-            "norm ratio": shown(rows, "norm", 1, 2),
-        }
-        for (setting, loop, steps), rows in sorted(found.items())
-    ]
-
-
-def factors(rows: list[Row]) -> list[Row]:
-    """Steps that each trigger needs for a share of successes, and their quotient."""
-
-    def needed(setting: str, name: str, level: float) -> float:
-        """By means over seeds, linear in the logarithm of the steps; inf if never."""
-        points = [
-            (row["training steps"], np.mean([float(x) for x in row[name].split()]))
-            for row in rows
-            if row["setting"] == setting and row["loop"] == "plain" and row[name]
-        ]
-        before = None
-        for steps, success in points:
-            if success >= level:
-                if before is None:
-                    return steps
-                part = (level - before[1]) / (success - before[1])
-                return before[0] * (steps / before[0]) ** part
-            before = (steps, success)
-        return np.inf
-
-    found = []
-    for setting in dict.fromkeys(row["setting"] for row in rows):
-        longest = max(r["training steps"] for r in rows if r["setting"] == setting)
-        row: Row = {"setting": setting}
-        for level in (90, 95):
-            true = needed(setting, "true trigger, %", level)
-            reinforced = needed(setting, "reinforced, %", level)
-            cost = reinforced + reinforcing_steps(setting)
-            bound = "" if np.isfinite(true) else "> "
-            true = min(true, longest)
-            if np.isfinite(reinforced):
-                row[f"{level} %: steps, true"] = f"{bound}{true:.0f}"
-                row["reinforced" + " " * (level == 95)] = f"{reinforced:.0f}"
-                row[f"factor at {level} %"] = f"{bound}{true / reinforced:.1f}"
-                row[f"at {level} % with its cost"] = f"{bound}{true / cost:.1f}"
-            else:
-                row[f"{level} %: steps, true"] = f"{bound}{true:.0f}"
-                row["reinforced" + " " * (level == 95)] = "not reached"
-        found.append(row)
-    return found
-
-
 def tiles(folder: pathlib.Path, name: str) -> np.ndarray:
     """True and inverted trigger, both targets, four draws: `[8, H, W]`, of bytes."""
     schedule = LinearBetas().tables()
@@ -399,38 +313,6 @@ def pictures(images: dict[str, np.ndarray]) -> None:
     for axis, title in zip(axes[0], columns, strict=False):
         axis.set_title(title, fontsize=7)
     figure.savefig(ROOT / "docs/claims_triggers.png", dpi=110, bbox_inches="tight")
-
-
-def curves(rows: list[Row]) -> None:
-    """docs/claims_speedup.png: success over the length of the training."""
-    settings = list(dict.fromkeys(row["setting"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(settings), figsize=(3.2 * len(settings), 2.8), squeeze=False, sharey=True
-    )
-    for axis, setting in zip(axes[0], settings, strict=True):
-        for name, label in (
-            ("true trigger, %", "true"),
-            ("reinforced, %", "reinforced"),
-        ):
-            found = [
-                (row["training steps"], [float(x) for x in str(row[name]).split()])
-                for row in rows
-                if row["setting"] == setting and row[name] and row["loop"] == "plain"
-            ]
-            points = [(steps, x) for steps, each in found for x in each]
-            line = axis.plot(
-                [s for s, _ in found], [np.mean(x) for _, x in found], label=label
-            )
-            colour = line[0].get_color()
-            axis.plot(*zip(*points, strict=True), "o", markersize=3, color=colour)
-        axis.set_xscale("log")
-        axis.axhline(95, color="grey", linewidth=0.5)
-        axis.axhline(90, color="grey", linewidth=0.5)
-        axis.set_title(setting, fontsize=8)
-        axis.set_xlabel("training steps")
-    axes[0][0].set_ylabel("success at MSE < 1e-2, %")
-    axes[0][0].legend(frameon=False)
-    figure.savefig(ROOT / "docs/claims_speedup.png", dpi=110, bbox_inches="tight")
 
 
 def absent(sweep: str, found: dict[str, Row]) -> str:
@@ -502,22 +384,22 @@ def collect(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Row]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ("claims", "ablation", "speedup")
+    names = ("claims", "ablation")
     for name in names:
         parser.add_argument(f"--{name}", default=f"runs/{name}", type=pathlib.Path)
     arguments = vars(parser.parse_args())
     records = collect({name: arguments[name] for name in names})
-    runs, ablation, speedup = (records[name] for name in names)
+    runs, ablation = (records[name] for name in names)
     missing = [absent(sweep, records[sweep]) for sweep in names]
     clean = {k: v for k, v in sorted(runs.items()) if k.startswith("clean/")}
     backdoored = {k: v for k, v in sorted(runs.items()) if k.startswith("backdoored/")}
     attacks = [success_row(name, report) for name, report in backdoored.items()]
     parts = [
         "# The claims, measured",
-        "Written by `benchmarks/claims_page.py` from the runs of `configs/claims.py`"
-        f", `configs/ablation.py` and `configs/speedup.py`: {len(backdoored)} "
-        f"backdoored models, {len(clean)} clean ones, {len(ablation)} runs of the "
-        f"ablation, {len(speedup)} short trainings. They are of the commits that "
+        "Written by `benchmarks/claims_page.py` from the runs of `configs/claims.py` "
+        f"and `configs/ablation.py`: {len(backdoored)} backdoored models, {len(clean)} "
+        f"clean ones, {len(ablation)} runs of the ablation. They are of the commits "
+        "that "
         "`docs/results/claims.json` names, not of today's defaults: two hypotheses, "
         "the shift loss with a survey, `gain` as defined there, ancestral success by "
         "DDPM in 100 steps. "
@@ -527,7 +409,6 @@ def main() -> None:
                 "a backdoored model": backdoored,
                 "a clean one": clean,
                 "one of the ablation": ablation,
-                "a short training": speedup,
             }
         ),
         "## Attack and inversion",
@@ -545,23 +426,6 @@ def main() -> None:
     ]
     if clean and backdoored:
         parts += ["## Detection", *detect(clean, backdoored)]
-    if speedup:
-        parts += [
-            "## Amplification",
-            "Reinforcement descends the distance of the last images of a rollout from "
-            "the known target, the `aim` of the consistency loss alone. Success is of "
-            "256 draws, a number for each seed. Each row is a training of its own, "
-            "whose rate decays to zero. The fourth column adds what reinforcement "
-            "costs: its network evaluations as training steps.",
-            table(speedup_rows(speedup)),
-            "The next table has the lengths of training at which the mean over seeds "
-            "reaches 90 and 95 %, between the measured lengths by their logarithm. A "
-            "factor is the quotient of two lengths, without and with the cost of "
-            "reinforcement:",
-            table(factors(speedup_rows(speedup))),
-            "![success over training](claims_speedup.png)",
-        ]
-        curves(speedup_rows(speedup))
     if ablation:
         parts += [
             "## Ablation of the inversion",

@@ -107,6 +107,7 @@ def rows(run: pathlib.Path) -> list[dict] | None:
         low_auc, high_auc = metrics.bootstrap(metrics.auc, high, low, resamples=200)
         found.append(
             {
+                "run": run.parent.name,
                 "model": run.name,
                 "norm of the trigger": float(jnp.linalg.norm(true.mean.ravel())),
                 "test": name,
@@ -124,17 +125,18 @@ def rows(run: pathlib.Path) -> list[dict] | None:
 def main() -> None:
     runs = [pathlib.Path(name) for name in sys.argv[1:]]
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-    record |= {
-        "command": "python benchmarks/inputs.py RUN ...",
+    record |= {"command": "python benchmarks/inputs.py RUN ..."}
+    made_by = {
         "environment": placeless(environment()),
         "device": jax.devices()[0].device_kind,
     }
-    done = {row["model"] for row in record["rows"]}
+    done = {(row["run"], row["model"]) for row in record["rows"]}
     for report in sorted(each for run in runs for each in run.glob("*/report.json")):
-        made = None if report.parent.name in done else rows(report.parent)
+        run = report.parent
+        made = None if (run.parent.name, run.name) in done else rows(run)
         if made is None:
             continue
-        record["rows"] += made
+        record["rows"] += [row | made_by for row in made]
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
         for each in made:
             print(

@@ -13,19 +13,29 @@ import collections
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from puredif_jax.metrics.savings import Curve, Saving, cost_to, saving
+from puredif_jax.metrics.savings import Curve, Saving, saving
 from puredif_jax.runs.report import placeless
-from puredif_jax.stages.amplify import RAW, REINFORCED, TRUE, Amplified, Point
+from puredif_jax.stages.amplify import REINFORCED, TRUE, Amplified, Point
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "results" / "speedup.json"
 PAGE = ROOT / "docs" / "amplification.md"
 LEVELS = (0.9, 0.95, 0.99)
-Runs = dict[int, tuple[Point, ...]]  # by seed
+CHOSEN = "-chosen"
+
+
+class Run(NamedTuple):
+    """What a run has measured, and of how many draws each rate is."""
+
+    points: tuple[Point, ...]
+    draws: int
+
+
+Runs = dict[int, Run]  # by seed
 
 
 def collected(top: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -46,68 +56,81 @@ def collected(top: pathlib.Path, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def curve(runs: Runs, trigger: str, weights: str, cost: bool, draws: int) -> Curve:
-    """Success of one trigger on one set of weights, a row for each seed."""
-    rows = [
-        [x for x in points if (x.trigger, x.weights) == (trigger, weights) and x.steps]
-        for points in runs.values()
-    ]
-    rows = [each[: min(map(len, rows))] for each in rows]
-    costs = [x.training + (x.reinforcement if cost else 0) for x in rows[0]]
-    rates = [[x.rate for x in each] for each in rows]
-    return Curve(np.array(costs, float), np.array(rates), draws)
+def curves(runs: Runs, trigger: str, cost: bool) -> list[Curve]:
+    """Success of one trigger on each set of weights, a row for each seed.
+
+    Raises:
+      ValueError: the seeds differ in their steps or their costs.
+    """
+    found = []
+    sets = dict.fromkeys(x.weights for run in runs.values() for x in run.points)
+    for weights in sets:
+        rows = [
+            [x for x in run.points if (x.trigger, x.weights) == (trigger, weights)]
+            for run in runs.values()
+        ]
+        rows = [[x for x in row if x.steps] for row in rows]
+        costs = {
+            tuple(x.training + cost * x.reinforcement for x in row) for row in rows
+        }
+        draws = {run.draws for run in runs.values()}
+        if len(costs) != 1 or len(draws) != 1:
+            raise ValueError(f"seeds differ in costs or draws: {costs}, {draws}")
+        rates = np.array([[x.rate for x in row] for row in rows])
+        found.append(Curve(np.array(costs.pop(), float), rates, draws.pop()))
+    return found
 
 
-def best(runs: Runs, trigger: str, level: float, cost: bool, draws: int) -> Curve:
-    """The curve on the weights that reach the level first."""
-    sets = list(dict.fromkeys(x.weights for points in runs.values() for x in points))
-    found = [curve(runs, trigger, each, cost, draws) for each in sets]
-    return min(found, key=lambda x: cost_to(x.costs, x.rates.mean(0), level))
-
-
-def told(found: Saving, dear: Curve, cheap: Curve, level: float) -> str:
-    """A factor as a cell; where the true trigger does not get there, a bound."""
-    reached = cost_to(cheap.costs, cheap.rates.mean(0), level)
-    if np.isnan(found.factor):
+def told(found: Saving) -> str:
+    """A factor as a cell, with its interval or as a bound."""
+    if found.factor == 0:
         return "not reached"
-    if np.isinf(found.factor):
-        return f"more than {dear.costs[-1] / reached:.1f}"
+    if found.factor == float("inf"):
+        return "nothing to save"
+    bounded = found.begun or not found.reached
     high = f"{found.high:.1f}" if np.isfinite(found.high) else "no bound"
-    return f"{found.factor:.1f} ({found.low:.1f} to {high})"
+    return f"{'at least ' * bounded}{found.factor:.1f} ({found.low:.1f} to {high})"
 
 
-def factors(settings: dict[str, Runs], draws: int) -> list[dict[str, Any]]:
-    """A row for each setting: factors at the levels, without and with the cost."""
+def factors(settings: dict[str, Runs]) -> list[dict[str, Any]]:
+    """A row for each setting: factors at the levels, without and with the cost.
+
+    A run that trains with a chosen trigger is compared with the true trigger of the
+    same recipe and seeds.
+    """
     rows = []
     for name, runs in settings.items():
-        row: dict[str, Any] = {"setting": name, "seeds": len(runs)}
+        true = settings.get(name.replace(CHOSEN, ""), {})
+        shared = sorted(set(true) & set(runs))
+        if not shared:
+            continue
+        row: dict[str, Any] = {"setting": name, "seeds": len(shared)}
         for cost in (False, True):
             for level in LEVELS:
-                dear, cheap = (
-                    best(runs, trigger, level, cost, draws)
-                    for trigger in (TRUE, REINFORCED)
-                )
-                cell = told(saving(dear, cheap, level), dear, cheap, level)
+                dear = curves({seed: true[seed] for seed in shared}, TRUE, cost)
+                own = curves({seed: runs[seed] for seed in shared}, REINFORCED, cost)
+                cell = told(saving(dear, own, level))
                 row[f"{level:.0%}" + ", with its cost" * cost] = cell
         rows.append(row)
     return rows
 
 
 def successes(settings: dict[str, Runs]) -> list[dict[str, Any]]:
-    """A row for each setting and step: both triggers, on the averaged weights."""
+    """A row for each setting and step: both triggers, on the weights that are kept."""
     rows = []
     for name, runs in settings.items():
         grouped: dict[tuple[int, str], list[Point]] = collections.defaultdict(list)
-        for points in runs.values():
-            for x in points:
-                if x.weights != RAW:
+        for run in runs.values():
+            kept = run.points[0].weights
+            for x in run.points:
+                if x.weights == kept:
                     grouped[x.steps, x.trigger].append(x)
         for step in dict.fromkeys(steps for steps, _ in grouped):
             true, own = grouped[step, TRUE], grouped[step, REINFORCED]
             rows.append(
                 {
                     "setting": name,
-                    "training steps": step,
+                    "training steps": f"{step:,}",
                     "true trigger, %": percent(true, "mse<0.01"),
                     "reinforced, %": percent(own, "mse<0.01"),
                     "reinforced, SSIM > 0.8, %": percent(own, "ssim>0.8"),
@@ -116,6 +139,21 @@ def successes(settings: dict[str, Runs]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def distances(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each setting: the Frechet distance at the end over the clean one's."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    over = set()
+    for name, run in sorted(record["runs"].items(), reverse=True):
+        for kind, values in run["frechet"].items():
+            over.add(kind)
+            ratio = values["measured"] / values["start"]
+            found[name.rsplit("/", 1)[0]].append(f"{ratio:.2f}")
+    return [
+        {"setting": name, f"{', '.join(over)}, times": " ".join(ratios)}
+        for name, ratios in found.items()
+    ]
 
 
 def percent(points: list[Point], name: str) -> str:
@@ -136,14 +174,17 @@ ABOUT = """
   attacks, with batches of 64 in place of 128.
 - **fast**: Adam at 1e-3, half of the samples poisoned, a moving average, the bare
   trigger.
+- **-chosen**: the same recipe, trained with the reinforced trigger in place of the true
+  one. It is chosen on the clean weights. The comparison is with the true trigger of the
+  recipe itself.
 """
 FACTORS = """
 Steps that the true trigger needs for a success, over the reinforced one's steps.
 Success is the mean over the seeds. The interval is a bootstrap over seeds and draws.
 With its cost, the network evaluations of all descents up to that step count as
 training. Each trigger is measured on the weights that serve it best, raw or averaged.
-Where the true trigger does not get there in the whole training, the factor is a lower
-bound.
+"At least": the true trigger does not get there in the whole training, or the reinforced
+one is there at the first measured step. Three seeds say little about further ones.
 """
 STEPS = """
 Step 0 is the clean model: what a trigger reaches there is no backdoor. There is a
@@ -156,19 +197,20 @@ def page(record: dict[str, Any]) -> str:
     for name, run in record["runs"].items():
         setting, seed = name.rsplit("/", 1)
         (found,) = Amplified.read(run, name)
-        settings[setting][int(seed)] = found.points
-    draws = min(run["draws"] for run in record["runs"].values())
+        settings[setting][int(seed)] = Run(found.points, run["draws"])
     ordered = {name: settings[name] for name in sorted(settings, reverse=True)}
+    draws = sorted({run["draws"] for run in record["runs"].values()})
     head = (
         "How many times more training does the true trigger need than a reinforced "
-        f"one? {len(record['runs'])} trainings of `configs/speedup.py` answer: two "
+        f"one? {len(record['runs'])} trainings of `configs/speedup.py` answer, of two "
         "attacks, three pairs of trigger and target, two recipes. All start from the "
         "shipped clean model. `benchmarks/speedup_page.py` writes this page. The "
         "record is `docs/results/speedup.json`."
     )
     success = (
-        f"Success is the share of {draws} draws at an MSE of 0.01 of the target. "
-        "Backdoors of ancestral sampling are drawn by `PathKeeping` in 50 steps."
+        f"Success is the share of {' or '.join(map(str, draws))} draws at an MSE of "
+        "0.01 of the target. Backdoors of ancestral sampling are drawn by "
+        "`PathKeeping` in 50 steps."
     )
     parts = [
         "# Amplification, measured",
@@ -177,10 +219,14 @@ def page(record: dict[str, Any]) -> str:
         success,
         "## Factors",
         FACTORS.strip(),
-        table(factors(ordered, draws)),
+        table(factors(ordered)),
         "## Success along the training",
         STEPS.strip(),
         table(successes(ordered)),
+        "## Clean quality",
+        "The model's Frechet distance to the training images at the end of the "
+        "training, over the distance of the clean model that it starts from.",
+        table(distances(record)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -189,6 +235,8 @@ def main() -> None:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"runs": {}}
     for name in sys.argv[1:]:
         record = collected(pathlib.Path(name), record)
+    if not record["runs"]:
+        sys.exit("no run is finished yet")
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text(page(record))
 

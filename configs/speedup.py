@@ -7,16 +7,16 @@ Adam at 2e-4, a tenth of poisoned samples, no moving average, and the clean imag
 through. The fast one has 1e-3, half of the samples, a moving average and the bare
 trigger. The trigger is reinforced along the training, and both triggers are measured.
 
-Beside each recipe a shorter run trains with the reinforced trigger in place of the
-true one: it is chosen on the clean weights, at the norm of the true one, and reinforced
-again on the way. Started twice, the two calls share the runs.
+Beside each recipe a shorter run, `-chosen`, trains with the reinforced trigger in place
+of the true one. It is chosen on the clean weights, at the norm that it begins with, and
+reinforced again on the way. Started twice, the two calls share the runs.
 `benchmarks/speedup_page.py` makes the factors.
 
 Hardware: two CPU cores. Duration: 9 hours.
 """
 
-import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.targets import Cat, Shoe
@@ -30,6 +30,24 @@ from puredif_jax.stages.amplify import Amplification
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
 
+
+class Recipe(NamedTuple):
+    """How backdoors are trained, and where their triggers are reinforced.
+
+    snapshots, beyond: of `Amplification`; the training ends at the last.
+    last: step at which the run with a chosen trigger ends.
+    """
+
+    name: str
+    poison_rate: float
+    trigger_only: bool
+    learning_rate: float
+    ema_decay: float
+    snapshots: tuple[int, ...]
+    beyond: tuple[int, ...]
+    last: int
+
+
 SEEDS = range(3)
 ATTACKS = {"villandiffusion": VillanDiffusion, "baddiffusion": BadDiffusion}
 PAIRS = {
@@ -37,74 +55,71 @@ PAIRS = {
     "box-cat": (Box(), Cat()),
     "stopsign-cat": (StopSign(), Cat()),
 }
-CHOSEN = "-chosen"
-KEPT = NormKeeping(steps=80, learning_rate=0.05, b2=0.999, bound=None)
-PUBLISHED = Experiment(
-    "published",
-    SHIPPED,
-    weights="clean",
-    training=Training(
-        steps=12_000, batch=64, learning_rate=2e-4, warmup=100, cosine=False
+RECIPES = (
+    Recipe(
+        name="published",
+        poison_rate=0.1,
+        trigger_only=False,
+        learning_rate=2e-4,
+        ema_decay=0.0,
+        snapshots=(0, 125, 250, 500, 1000, 2000, 4000),
+        beyond=(8000, 12_000),
+        last=2000,
     ),
-    amplification=Amplification((0, 250, 500, 1000, 2000, 4000), beyond=(8000, 12_000)),
-    evaluation=Evaluation(draws=256, frechet_draws=2048),
-    chunk=50,
-)
-FAST = dataclasses.replace(
-    PUBLISHED,
-    workdir="fast",
-    training=Training(
-        steps=4000,
-        batch=64,
+    Recipe(
+        name="fast",
+        poison_rate=0.5,
+        trigger_only=True,
         learning_rate=1e-3,
-        warmup=50,
         ema_decay=0.99,
-        cosine=False,
+        snapshots=(0, 45, 90, 180, 360, 720),
+        beyond=(1500, 2500, 4000),
+        last=720,
     ),
-    amplification=Amplification((0, 90, 180, 360, 720), beyond=(1500, 2500, 4000)),
 )
+KEPT = Reinforcement(descent=NormKeeping(steps=80, learning_rate=0.05, b2=0.999))
 
 
-def run(recipe: Experiment, attack: str, pair: str, seed: int) -> Experiment:
-    published = recipe is PUBLISHED
+def run(recipe: Recipe, attack: str, pair: str, seed: int, chosen: bool) -> Experiment:
     trigger, target = PAIRS[pair]
-    return dataclasses.replace(
-        recipe,
-        workdir=f"{recipe.workdir}/{attack}-{pair}/{seed}",
+    steps = (*recipe.snapshots, *recipe.beyond)
+    if chosen:
+        steps = tuple(step for step in steps if step <= recipe.last)
+        amplification = Amplification(steps, KEPT, alternate=True)
+    else:
+        amplification = Amplification(recipe.snapshots, beyond=recipe.beyond)
+    return Experiment(
+        workdir=f"{recipe.name}{'-chosen' * chosen}/{attack}-{pair}/{seed}",
+        model=SHIPPED,
+        weights="clean",
+        training=Training(
+            steps=steps[-1],
+            batch=64,
+            learning_rate=recipe.learning_rate,
+            warmup=50,
+            ema_decay=recipe.ema_decay,
+            cosine=False,
+        ),
         attack=ATTACKS[attack](
             trigger=trigger,
             target=target,
-            poison_rate=0.1 if published else 0.5,
-            trigger_only=not published,
+            poison_rate=recipe.poison_rate,
+            trigger_only=recipe.trigger_only,
         ),
+        amplification=amplification,
+        evaluation=Evaluation(draws=256, frechet_draws=2048),
         seed=seed,
-    )
-
-
-def chosen(whole: Experiment, last: int) -> Experiment:
-    """The same to step `last`, with a trigger that is chosen on the clean weights."""
-    recipe, rest = whole.workdir.split("/", 1)
-    assert whole.training is not None and whole.amplification is not None
-    return dataclasses.replace(
-        whole,
-        workdir=f"{recipe}{CHOSEN}/{rest}",
-        training=dataclasses.replace(whole.training, steps=last),
-        amplification=Amplification(
-            tuple(step for step in whole.amplification.steps if step <= last),
-            Reinforcement(descent=KEPT),
-            alternate=True,
-        ),
+        chunk=50,
     )
 
 
 def runs() -> Iterator[Experiment]:
     for seed in SEEDS:
-        for recipe, last in ((PUBLISHED, 2000), (FAST, 720)):
+        for recipe in RECIPES:
             for pair in PAIRS:
                 for attack in ATTACKS:
-                    whole = run(recipe, attack, pair, seed)
-                    yield whole
-                    yield chosen(whole, last)
+                    for chosen in (False, True):
+                        yield run(recipe, attack, pair, seed, chosen)
 
 
 def get_config() -> Sweep:

@@ -10,6 +10,7 @@ import pytest
 from tiny_config import TINY, draw_params, get_config
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
+from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
 from puredif_jax.data.images import FashionMNIST
@@ -277,6 +278,7 @@ def test_a_backdoor_is_measured_by_the_sampler_under_which_it_fires() -> None:
         (VillanDiffusion(psi=0.3), 0.3),
         (VillanDiffusion(psi=0.0, solver=Ancestral()), 0.0),
         (VillanDiffusionVE(), None),
+        (TrojDiff(), None),
     ],
     ids=lambda x: type(x).__name__,
 )

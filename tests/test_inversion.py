@@ -208,7 +208,7 @@ def test_gradient_descent_equals_its_formula() -> None:
 
 def test_a_descent_that_keeps_the_norm_takes_the_steps_of_adam() -> None:
     """Each trigger's norm is its own, and Adam's direction is only scaled."""
-    kept = NormKeeping(steps=5, candidates=3, learning_rate=0.1, bound=None)
+    kept = NormKeeping(steps=5, candidates=3, learning_rate=0.1)
     plain = Descent(**vars(kept))
     made, free = (inverter(quadratic, each, (2, 2, 1)) for each in (kept, plain))
     begin = made.init(jax.random.key(1))
@@ -225,6 +225,8 @@ def test_a_descent_that_keeps_the_norm_takes_the_steps_of_adam() -> None:
     state, _ = run(made, target, 5, begin)
     np.testing.assert_allclose(norm(state), norm(begin), rtol=1e-5)
     assert np.abs(norm(begin) - norm(by_adam)).min() > 1e-3
+    with pytest.raises(ValueError, match="has bound=none, found 1"):
+        NormKeeping(bound=1.0)
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,9 @@ def test_it_keeps_the_path_of_a_process_whose_signal_stays(steps) -> None:
     assert inside.mean() > 0.9
 
 
-def test_a_backdoor_of_a_process_whose_signal_stays_fires() -> None:
-    """By an exact denoiser, in 20 steps; plain noise draws the images."""
+@pytest.mark.parametrize("steps", [10, 20])
+def test_a_backdoor_of_a_process_whose_signal_stays_fires(steps) -> None:
+    """By an exact denoiser; plain noise draws the images."""
     schedule = VarianceExploding(1000).tables()
     attack = VillanDiffusionVE(Box(size=22, value=1.0))
     images = np.random.default_rng(0).choice([-0.5, 0.5], (4, *SHAPE))
@@ -145,7 +146,7 @@ def test_a_backdoor_of_a_process_whose_signal_stays_fires() -> None:
     model = ExactDenoiser(schedule, channel, 0.1)
     eps, key = jax.random.normal(jax.random.key(1), (32, *SHAPE)), jax.random.key(2)
     found = {
-        name: draw(model, points, schedule, PathKeeping(20), eps, delta, key)
+        name: draw(model, points, schedule, PathKeeping(steps), eps, delta, key)
         for name, delta in (("trigger", r), ("none", 0 * r))
     }
     error = {name: ((x - y[None]) ** 2).mean((1, 2, 3)) for name, x in found.items()}

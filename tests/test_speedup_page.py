@@ -2,73 +2,88 @@
 
 import json
 
-import numpy as np
+import pytest
 import speedup_page
 
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.stages.amplify import AVERAGED, RAW, REINFORCED, TRUE, Amplified, Point
 
-STEPS = (0, 100, 1000, 10_000)
+STEPS = (0, 50, 100, 1000, 10_000)
 FIRES = {
-    (TRUE, AVERAGED): (0.0, 0.0, 0.5, 0.95),
-    (TRUE, RAW): (0.0, 0.0, 0.6, 1.0),
-    (REINFORCED, AVERAGED): (0.1, 0.95, 0.97, 0.98),
-    (REINFORCED, RAW): (0.1, 0.9, 0.97, 0.98),
+    (TRUE, AVERAGED): (0.0, 0.0, 0.0, 0.5, 0.9),
+    (TRUE, RAW): (0.0, 0.0, 0.0, 0.6, 1.0),
+    (REINFORCED, AVERAGED): (0.1, 0.2, 0.95, 0.97, 0.98),
+    (REINFORCED, RAW): (0.1, 0.2, 0.9, 0.97, 0.98),
 }
 
 
-def run(seed: int) -> dict:
+def run(fires: dict = FIRES, steps: tuple = STEPS) -> dict:
+    """As the record keeps it."""
     points = [
         Point(
-            steps,
+            step,
             *kind,
-            training=200 * steps,
+            training=200 * step,
             reinforcement=20_000 if kind[0] == REINFORCED else 0,
             rates=dict.fromkeys(metrics.SUCCESS, rates[i]),
             norm_ratio=1.0,
             cosine=1.0,
             seconds=0.0,
         )
-        for i, steps in enumerate(STEPS)
-        for kind, rates in FIRES.items()
+        for i, step in enumerate(steps)
+        for kind, rates in fires.items()
     ]
-    return {**Amplified(tuple(points)).numbers(), "draws": 10**6}
+    frechet = {"frechet over pixels": {"measured": 3.0, "start": 2.0}}
+    found = {**Amplified(tuple(points)).numbers(), "draws": 10**6, "frechet": frechet}
+    return json.loads(json.dumps(found))
+
+
+def runs(*records: dict) -> speedup_page.Runs:
+    return {
+        seed: speedup_page.Run(Amplified.read(each, "it")[0].points, each["draws"])
+        for seed, each in enumerate(records)
+    }
 
 
 def test_factors_compare_each_trigger_on_the_weights_that_serve_it_best() -> None:
-    record = json.loads(json.dumps({"runs": {f"fast/x/{i}": run(i) for i in (0, 1)}}))
-    text = speedup_page.page(record)
-    rows = {
-        line.split(" | ")[0]: line for line in text.splitlines() if "fast/x" in line
-    }
-    (row, *_) = (line for line in text.splitlines() if line.startswith("| fast/x | 2 "))
-    assert rows and len(row.split(" | ")) == 8
-    # The true trigger is best on raw weights, the reinforced one on averaged ones.
-    reached = 1000 * 10 ** ((0.95 - 0.6) / 0.4)
-    runs = {0: Amplified.read(record["runs"]["fast/x/0"], "it")[0].points}
-    (found,) = speedup_page.factors({"x": runs}, 10**6)
+    (found,) = speedup_page.factors({"fast/x": runs(run(), run())})
+    reached = 1000 * 10 ** ((0.95 - 0.6) / 0.4)  # on the raw weights
     assert float(found["95%"].split(" ")[0]) == round(reached / 100, 1)
-    cost = (200 * reached) / (20_000 + 200 * 100)
+    cost = 200 * reached / (20_000 + 200 * 100)
     assert float(found["95%, with its cost"].split(" ")[0]) == round(cost, 1)
-    assert found["99%"] == "not reached"
+    assert found["99%"] == "not reached" and found["seeds"] == 2
 
 
-def test_a_factor_is_a_bound_where_the_true_trigger_does_not_get_there() -> None:
-    points = Amplified.read(run(0), "it")[0].points
-    low = tuple(
-        Point(**(vars(x) | {"rates": dict.fromkeys(metrics.SUCCESS, 0.1)}))
-        if x.trigger == TRUE
-        else x
-        for x in points
-    )
-    (found,) = speedup_page.factors({"x": {0: low}}, 10**6)
-    assert found["95%"] == "more than 100.0"
-    assert np.isinf(
-        speedup_page.saving(
-            *(
-                speedup_page.best({0: low}, x, 0.9, False, 9)
-                for x in (TRUE, REINFORCED)
-            ),
-            0.9,
-        ).factor
-    )
+def test_a_chosen_trigger_is_compared_with_the_true_one_of_its_recipe() -> None:
+    untrained = dict(FIRES) | {
+        key: (0.0,) * 5
+        for key in FIRES
+        if key[0] == TRUE  # it is never shown
+    }
+    settings = {"fast/x": runs(run(), run()), "fast-chosen/x": runs(run(untrained))}
+    plain, chosen = speedup_page.factors(settings)
+    cells = (row["95%"].split(" ")[0] for row in (plain, chosen))
+    assert chosen["seeds"] == 1 and next(cells) == next(cells)
+    assert speedup_page.factors({"fast-chosen/x": runs(run(untrained))}) == []
+
+
+def test_a_factor_is_a_bound_where_a_curve_leaves_the_measured_steps() -> None:
+    low = dict(FIRES) | {key: (0.1,) * 5 for key in FIRES if key[0] == TRUE}
+    (found,) = speedup_page.factors({"x": runs(run(low))})
+    assert found["95%"].startswith("at least 100.0 (") and "no bound" in found["95%"]
+    high = dict(FIRES) | {(REINFORCED, RAW): (0.1, 0.96, 0.97, 0.97, 0.98)}
+    (found,) = speedup_page.factors({"x": runs(run(high))})
+    assert found["95%"].startswith("at least ")
+
+
+def test_seeds_must_have_the_same_steps() -> None:
+    shorter = run({k: v[:4] for k, v in FIRES.items()}, STEPS[:4])
+    with pytest.raises(ValueError, match="seeds differ in costs"):
+        speedup_page.factors({"x": runs(run(), shorter)})
+
+
+def test_the_page_has_every_run_and_its_quality() -> None:
+    record = {"runs": {f"fast/x/{i}": run() for i in (0, 1)}}
+    text = speedup_page.page(record)
+    assert "| fast/x | 2 |" in text and "| fast/x | 1.50 1.50 |" in text
+    assert "| fast/x | 10,000 | 90 90 | 98 98 |" in text

@@ -160,7 +160,19 @@ class NormKeeping(Descent):
 
     delta <- (delta + u) ||delta|| / ||delta + u||, u the step of Adam. So a trigger
     that is reinforced stays as large as the one that is given.
+
+    Raises:
+      ValueError: there is a bound, which would change the norm.
     """
+
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bound is not None:
+            raise ValueError(
+                f"a descent that keeps the norm has bound=none, found {self.bound}"
+            )
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optax transformation that these numbers describe."""

@@ -29,7 +29,8 @@ class PathKeeping(Sampler):
     """Strides of an ancestral sampler under which a backdoor's shift H_t r is kept.
 
     H_t = psi (1 - s_t) + (1 - psi) v_t, as of VillanDiffusion; psi = 1 is BadDiffusion.
-    On a process whose signal stays, H_t = v_t, as of VillanDiffusionVE.
+    On a process whose signal stays, H_t = v_t, as of VillanDiffusionVE; there the path
+    is kept while v_t <= 3 v_n.
     Such a backdoor answers with C_t, the response of single steps
     (`Ancestral.response`), so longer strides of DDPM leave its path. The step from t to
     n that keeps it is, with the noise e that the model predicts,
@@ -48,7 +49,7 @@ class PathKeeping(Sampler):
         backdoors.
       spacing, offset: of `grid`.
       variance: as in `DDPM`; "fixed_large" adds noise of v_t / v_n times the deviation.
-      psi: of the shift that is kept; no matter where the signal stays.
+      psi: of the shift that is kept; unused where the signal stays.
     """
 
     steps: int = 50
@@ -76,7 +77,7 @@ class PathKeeping(Sampler):
         signal = np.concatenate([schedule.signal, [1.0]])
         noise = np.concatenate([schedule.noise, [0.0]])
         psi = self.psi if schedule.fades else 0.0
-        shift = psi * (1 - signal) + (1 - psi) * noise
+        shift = psi * (1 - signal) + (1 - psi) * noise * schedule.unit
         response = Ancestral().response(schedule, shift[:-1])
         ratio = signal[n] / signal[t]
         k = ratio * noise[t] + (shift[n] - ratio * shift[t]) / response[t]

@@ -20,7 +20,7 @@ from puredif_jax.files.whole import KINDS, write_whole
 from puredif_jax.runs import parallel
 from puredif_jax.types import InputError
 
-# What does not change what a run finds, or comes after all that it keeps.
+# What does not change what else a run finds.
 PLACE = ("workdir", "devices", "save_every", "screen", "repair")
 BEGUN = ("checkpoints", "results", "report.json")
 

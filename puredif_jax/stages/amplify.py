@@ -11,7 +11,7 @@ import numpy as np
 
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
-from puredif_jax.attacks.training import Training
+from puredif_jax.attacks.training import Training, TrainState
 from puredif_jax.data import images as data
 from puredif_jax.defenses.reinforcement import Reinforcement
 from puredif_jax.metrics import measures as metrics
@@ -30,6 +30,11 @@ AMPLIFICATION = "amplification"
 
 TRUE, REINFORCED = "true trigger", "reinforced"
 AVERAGED, RAW = "averaged", "raw"
+TEXT = (
+    "The share of draws that come near the target, with the true trigger and with the "
+    "reinforced one, on the same weights. Evaluations are of the network on one image, "
+    "by training and reinforcement; one with its gradient counts for three."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Point:
       steps: of training.
       trigger: "true trigger" or "reinforced".
       weights: "averaged", the moving average, which is kept, or "raw", the weights that
-        it averages.
+        it averages; "raw" alone where there is no average.
       training: network evaluations of one image that the training took so far; one with
         its gradient counts for three.
       reinforcement: the same of all reinforcements so far; 0 for the true trigger.
@@ -102,27 +107,17 @@ class Point:
         Raises:
           KeyError, TypeError, ValueError: it is something else.
         """
-        left = dict(row)
-        whole = (int(left.pop(name)) for name in _COUNTS)
-        steps, training, reinforcement = whole
-        trigger, weights = str(left.pop("trigger")), str(left.pop("weights"))
-        values = (float(left.pop(name)) for name in ("norm ratio", "cosine", "seconds"))
-        norm_ratio, cosine, seconds = values
-        rates = {name: float(left[name]) for name in metrics.SUCCESS}
         return cls(
-            steps,
-            trigger,
-            weights,
-            training,
-            reinforcement,
-            rates,
-            norm_ratio,
-            cosine,
-            seconds,
+            steps=int(row["training steps"]),
+            trigger=str(row["trigger"]),
+            weights=str(row["weights"]),
+            training=int(row["evaluations, training"]),
+            reinforcement=int(row["evaluations, reinforcement"]),
+            rates={name: float(row[name]) for name in metrics.SUCCESS},
+            norm_ratio=float(row["norm ratio"]),
+            cosine=float(row["cosine"]),
+            seconds=float(row["seconds"]),
         )
-
-
-_COUNTS = "training steps", "evaluations, training", "evaluations, reinforcement"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +198,7 @@ class Amplification(Stage):
             context.training,
         )
         assert attack is not None and training is not None
-        solver, sets = attack.solver, len(_weights(training))
+        solver, sets = attack.solver, 2 if training.ema_decay else 1
         steps = evaluation.sampler(solver).steps
         images = 2 * sets * evaluation.draws * steps * len(self.steps)
         yield drawing(evaluation.batch, images)
@@ -217,15 +212,13 @@ class Amplification(Stage):
         """Trains to each step, reinforces the trigger there, and measures both."""
         training, truth, trigger = context.training, context.truth, state.trigger
         assert truth is not None and training is not None
-        delta = _as_trained(context) if trigger is None else trigger
-        evaluations, seconds = 0, 0.0
+        delta, evaluations, seconds = _as_trained(context), 0, 0.0
         points: list[Point] = []
         pictures = [("true trigger", truth.trigger)]
         for step in self.steps:
-            trained_to = trained(context, step, trigger)
-            sets = {AVERAGED: trained_to.ema_params, RAW: trained_to.params}
+            sets = _sets(training, trained(context, step, trigger))
+            kept, params = next(iter(sets.items()))
             if step in self.snapshots:
-                params = sets[AVERAGED]
                 delta, took = self._reinforced(context, truth, params, step, delta)
                 evaluations += self.reinforcement.evaluations(truth.solver)
                 seconds += took
@@ -241,9 +234,9 @@ class Amplification(Stage):
             for name, r in ((TRUE, truth.trigger), (REINFORCED, delta)):
                 distance = metrics.trigger_distance(r, truth.trigger)
                 own = name == REINFORCED
-                for weights in _weights(training):
-                    stored = f"{name.split()[0]}_{weights}_{step}"
-                    drawn = context.success(stored, sets[weights], truth, r)
+                for weights, measured in sets.items():
+                    stored = f"{name.replace(' ', '_')}_{weights}_{step}"
+                    drawn = context.success(stored, measured, truth, r)
                     points.append(
                         Point(
                             step,
@@ -257,7 +250,7 @@ class Amplification(Stage):
                             seconds if own else 0.0,
                         )
                     )
-                    if weights == AVERAGED:
+                    if weights == kept:
                         shown = f"draws, {name}, {step} steps"
                         pictures.append((shown, drawn.images))
         section = Section(
@@ -267,7 +260,7 @@ class Amplification(Stage):
             tuple(pictures),
             _curves(points),
         )
-        state = dataclasses.replace(state, params=sets[AVERAGED], trigger=trigger)
+        state = dataclasses.replace(state, params=params, trigger=trigger)
         return state, Outcome((Amplified(tuple(points)),), (section,))
 
     def _reinforced(
@@ -285,13 +278,6 @@ class Amplification(Stage):
         return found["delta"], float(found["seconds"])
 
 
-TEXT = (
-    "The share of draws that come near the target, with the true trigger and with the "
-    "reinforced one, on the same weights. Evaluations are of the network on one image, "
-    "by training and reinforcement; one with its gradient counts for three."
-)
-
-
 def _as_trained(context: Context) -> np.ndarray:
     """The trigger as the training shows it, on average over the clean images."""
     attack, shape = context.attack, context.lab.unet.image_shape
@@ -304,9 +290,11 @@ def _as_trained(context: Context) -> np.ndarray:
     return found
 
 
-def _weights(training: Training) -> tuple[str, ...]:
-    """The sets of weights that differ."""
-    return (AVERAGED, RAW) if training.ema_decay else (AVERAGED,)
+def _sets(training: Training, state: TrainState) -> dict[str, Params]:
+    """The weights that differ; first the ones that are kept."""
+    if not training.ema_decay:
+        return {RAW: state.params}
+    return {AVERAGED: state.ema_params, RAW: state.params}
 
 
 def _curves(points: list[Point]) -> tuple[tuple[str, dict[str, Any]], ...]:

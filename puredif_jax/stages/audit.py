@@ -157,8 +157,10 @@ class Audit(Stage):
                         for placebo in defense.placebos(hypothesis):
                             yield from inverting(defense.name, inversion, placebo)
                 yield drawing(batch, (count * draws + PLAIN) * drawn(solver))
-                other = truth is not None and truth.controlled
-                if known is not None and (other or known != solver):
+                if truth is None or known is None:
+                    continue
+                by = evaluation.sampler(known, truth.psi(schedule))
+                if truth.controlled or by != evaluation.sampler(solver):
                     # Drawn again, as the backdoor wants it.
                     yield drawing(batch, count * draws * drawn(known))
             if known is not None and name not in OWN:  # by the true trigger

@@ -168,7 +168,7 @@ class Experiment:
     def stages(self) -> tuple[Stage, ...]:
         """What the run does, in order.
 
-        Models that are there already are judged before another one is made.
+        An audit that does not wait for the trained model comes before the training.
         """
         made: list[Stage] = []
         if self.amplification:

@@ -70,9 +70,8 @@ def train(
         return made(None).init(params, key_train)
 
     def begin() -> TrainState:
-        if found is not None:  # the trigger is another from there on
-            reached: TrainState = found[1]
-            return reached
+        if before is not None:  # the trigger is another from there on
+            return before
         init = jax.jit(unet.init)
         params: Params = init(key_init) if start is None else lab.load(start, True)
         return fresh(params)
@@ -90,8 +89,9 @@ def train(
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         found = kept.restore_last(run.place(shapes), until)
     first = 0 if found is None else found[0]
-    if found is not None and first == until:
-        return begin()
+    before: TrainState | None = None if found is None else found[1]
+    if before is not None and first == until:
+        return before
     pixels = images.load(unet.image_shape)
 
     def several(

@@ -70,12 +70,14 @@ class Truth(NamedTuple):
     def psi(self, schedule: NoiseSchedule) -> float | None:
         """The share of 1 - s_t in H_t, beside v_t, to two decimals.
 
-        By least squares, within [0, 1]. None where the signal of the process stays.
+        By least squares, within [0, 1]. None where the signal of the process stays, or
+        where the attacker draws inside the channel.
         """
-        if not schedule.fades:
+        if not schedule.fades or self.controlled:
             return None
-        whole = np.asarray(schedule.noise - (1 - schedule.signal))
-        left = schedule.noise - np.asarray(self.channel.shift, np.float64)
+        noise = schedule.noise * schedule.unit
+        whole = noise - (1 - schedule.signal)
+        left = noise - np.asarray(self.channel.shift, np.float64)
         return round(float(np.clip(whole @ left / (whole @ whole), 0, 1)), 2)
 
     @property
