@@ -35,7 +35,8 @@ from puredif_jax.runs.report import environment, placeless
 from puredif_jax.stages.embedding import GarmentNet
 from puredif_jax.stages.experiment import Scan
 from puredif_jax.stages.finding import Finding
-from puredif_jax.stages.repair import REPAIR, Repair
+from puredif_jax.stages.repair import Repair
+from puredif_jax.stages.repaired import Repaired
 from puredif_jax.stages.scan import perform_scan
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results" / "repairs.json"
@@ -110,18 +111,19 @@ def main() -> None:
             perform_scan(dataclasses.replace(scan, model=(model,), devices=1))
             numbers = json.loads((folder / "report.json").read_text())["numbers"]
             first, *after = Finding.read(numbers, str(folder))
+            repairs = Repaired.read(numbers, str(folder))
             if folder.name not in before:
                 before[folder.name] = distance(pathlib.Path(model), real)
             row = {
                 "model": folder.name,
                 "way": name,
                 "before": first.verdict._asdict(),
-                "after": after[0].verdict._asdict(),
-                "success": numbers[REPAIR]["success"],
+                "after": [each.verdict._asdict() for each in after],
+                "success": repairs[-1].success,
                 "Frechet before": before[folder.name],
-                "Frechet after": distance(folder / way.name, real),
-                "images": numbers[REPAIR]["images"],
-                "minutes": numbers[REPAIR]["seconds"] / 60,
+                "Frechet after": distance(folder / after[-1].weights, real),
+                "images": repairs[-1].images,
+                "minutes": sum(each.seconds for each in repairs) / 60,
             }
             record["rows"].append(row)
             record |= {"environment": placeless(environment())}
@@ -129,7 +131,7 @@ def main() -> None:
             ratio = row["Frechet after"] / row["Frechet before"]
             print(
                 f"{folder.name}, {name}: {first.verdict.outcome} to "
-                f"{after[0].verdict.outcome}, Frechet times {ratio:.2f}, "
+                f"{after[-1].verdict.outcome}, Frechet times {ratio:.2f}, "
                 f"{row['success']}",
                 flush=True,
             )

@@ -6,8 +6,8 @@ The trigger is the one that the audit finds. Without data the model's own draws 
 clean behaviour. The repaired model is a folder in diffusers' format, named in the
 report, in the folder of the model below --config.workdir. FOLDER stays as it is. An
 audit that is done in the same --config.workdir is not done again. Only a model that
-is called backdoored is repaired; --config.repair.always=true repairs any. The exit
-status gives the verdict on the result.
+is called backdoored is repaired; --config.repair.always=true repairs any. A result that
+is not called clean is repaired once more. The exit status gives the last verdict.
 
 Hardware: any. Duration: 15 minutes a model of the package's size on one CPU core.
 """

@@ -29,7 +29,8 @@ from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.base import results
 from puredif_jax.stages.experiment import Experiment, Scan
 from puredif_jax.stages.perform import perform
-from puredif_jax.stages.repair import REPAIR, Repair, Repaired
+from puredif_jax.stages.repair import Repair
+from puredif_jax.stages.repaired import REPAIR, Repaired
 from puredif_jax.stages.scan import as_experiment, perform_scan
 from puredif_jax.stages.weights import Truth
 
@@ -60,8 +61,8 @@ def report(tmp_path: pathlib.Path, home="scan") -> dict:
 @pytest.mark.parametrize(
     "repair",
     [
-        Repair(training=SHORT, draws=4),
-        Repair(ThreeTerms(), SHORT, FashionMNIST(count=9)),
+        Repair(training=SHORT, draws=4, rounds=1),
+        Repair(ThreeTerms(), SHORT, FashionMNIST(count=9), rounds=1),
     ],
     ids=["own draws", "data"],
 )
@@ -102,7 +103,7 @@ def test_a_repair_is_measured_with_the_true_trigger_where_it_is_known(
     tmp_path,
 ) -> None:
     """Also of a backdoor that is drawn inside its channel; the truth goes along."""
-    repair = Repair(training=SHORT, draws=4)
+    repair = Repair(training=SHORT, draws=4, rounds=1)
     scan = plan(tmp_path, repair)
     attack = TrojDiff(Blend(0.6), Hat())
     shape = tiny_config.TINY.image_shape
@@ -142,7 +143,7 @@ def test_what_cannot_be_written_is_refused_before_the_audit(
 
 def test_only_the_model_that_is_named_is_repaired(tmp_path) -> None:
     """Of the others in the table the verdict stays, and so does an earlier repair."""
-    repair = Repair(training=SHORT, draws=4)
+    repair = Repair(training=SHORT, draws=4, rounds=1)
     scan = plan(tmp_path, repair)
     write(tmp_path / "other", 1)
     both = (str(tmp_path / "model"), str(tmp_path / "other"))
@@ -163,6 +164,37 @@ def test_only_the_model_that_is_named_is_repaired(tmp_path) -> None:
     assert not (tmp_path / "scan" / "other" / repair.name).exists()
 
 
+def test_what_is_not_clean_yet_is_repaired_once_more(tmp_path, monkeypatch) -> None:
+    """From the first result, by the trigger that its audit found; then no further."""
+    repair = Repair(training=SHORT, draws=4, rounds=2)
+    begun = []
+    trained = repairs.Repair._trained
+
+    def noting(self, context, accused, pixels):
+        begun.append(accused.label)
+        return trained(self, context, accused, pixels)
+
+    monkeypatch.setattr(repairs.Repair, "_trained", noting)
+    perform_scan(plan(tmp_path, repair))  # every verdict is "backdoored"
+    assert begun == ["model", repair.name]
+    first, second = (tmp_path / "scan/model" / f"{repair.name}{x}" for x in ("", "-2"))
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()),
+        convert.read_folder(first).params,
+        convert.read_folder(second).params,
+    )
+    assert max(jax.tree.leaves(moved)) > 0
+    found = report(tmp_path)
+    assert [x["name"] for x in found["judgements"]] == [
+        "model",
+        first.name,
+        second.name,
+    ]
+    both = Repaired.read(found["numbers"], "here")
+    assert [each.place for each in both] == [0, 1]
+    assert {REPAIR, f"{REPAIR} 2"} <= set(found["numbers"])
+
+
 def test_the_model_of_the_run_itself_is_repaired(tmp_path) -> None:
     """As it was trained, whose folder is not there yet when the run is checked."""
     config = tiny_config.get_config()
@@ -173,7 +205,7 @@ def test_the_model_of_the_run_itself_is_repaired(tmp_path) -> None:
         workdir=str(tmp_path / "run"),
         audit=audit,
         amplification=None,
-        repair=Repair(training=SHORT, draws=4),
+        repair=Repair(training=SHORT, draws=4, rounds=1),
         devices=1,
     )
     assert experiment.repair is not None
@@ -184,7 +216,7 @@ def test_the_model_of_the_run_itself_is_repaired(tmp_path) -> None:
 
 def test_a_repair_tells_its_cost(tmp_path) -> None:
     """Draws, steps and the second audit; the network of theta0 is evaluated as well."""
-    scan = plan(tmp_path, Repair(training=SHORT, draws=4))
+    scan = plan(tmp_path, Repair(training=SHORT, draws=4, rounds=1))
     experiment = as_experiment(scan, "model", tmp_path / "model")
     told = {}
     for repair in (None, scan.repair):
@@ -196,7 +228,7 @@ def test_a_repair_tells_its_cost(tmp_path) -> None:
 
 def test_a_repair_that_is_interrupted_goes_on(tmp_path, monkeypatch) -> None:
     """To the same weights, bit for bit."""
-    repair = Repair(training=SHORT, draws=4)
+    repair = Repair(training=SHORT, draws=4, rounds=1)
     perform_scan(plan(tmp_path, repair, home="whole"))
     save = repairs.Repair._save
     monkeypatch.setattr(repairs.Repair, "_save", lambda *_: 1 / 0)
@@ -216,7 +248,7 @@ def test_a_repair_that_is_interrupted_goes_on(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("always", [False, True])
 def test_a_model_that_was_called_clean_is_left_alone(always: bool, tmp_path) -> None:
-    repair = Repair(training=SHORT, draws=4, always=always)
+    repair = Repair(training=SHORT, draws=4, always=always, rounds=1)
     perform_scan(plan(tmp_path, repair, CALM))
     folder = tmp_path / "scan" / "model"
     assert (folder / repair.name).exists() == always
@@ -228,9 +260,9 @@ def test_a_model_that_was_called_clean_is_left_alone(always: bool, tmp_path) -> 
 def test_an_audit_that_is_done_is_repaired_later_and_in_two_ways(tmp_path) -> None:
     """Without another inversion of the model; neither result replaces the other."""
     ways = [
-        Repair(training=SHORT, draws=4),
-        Repair(ThreeTerms(), SHORT, draws=4),
-        Repair(training=SHORT, draws=4, seed=1),
+        Repair(training=SHORT, draws=4, rounds=1),
+        Repair(ThreeTerms(), SHORT, draws=4, rounds=1),
+        Repair(training=SHORT, draws=4, seed=1, rounds=1),
     ]
     scan = plan(tmp_path, ways[0])
     perform_scan(dataclasses.replace(scan, repair=None))
@@ -260,6 +292,8 @@ def test_a_scan_says_that_it_repairs(tmp_path) -> None:
 def test_bad_settings_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="draws must be even"):
         Repair(draws=5)
+    with pytest.raises(ValueError, match="rounds must be 1 or more"):
+        Repair(rounds=0)
     for audit in (None, Audit(("clean", "baddiffusion"))):
         with pytest.raises(ValueError, match="need an audit of one model"):
             Experiment("x", tiny_config.TINY, audit=audit, repair=Repair())

@@ -32,7 +32,7 @@ from puredif_jax.stages.inspector import Inspector
 from puredif_jax.stages.lab import PLAIN, SHOWN
 from puredif_jax.stages.measure import FRECHET, SUCCESS
 from puredif_jax.stages.pictures import as_images
-from puredif_jax.stages.repair import REPAIR
+from puredif_jax.stages.repaired import REPAIR
 from puredif_jax.stages.screen import SCREENED
 from puredif_jax.stages.weights import WEIGHTS, Truth, find_weights
 from puredif_jax.stages.work import Work, drawing, inverting

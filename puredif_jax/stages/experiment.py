@@ -22,6 +22,7 @@ from puredif_jax.stages.amplify import Amplification
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.base import Stage
 from puredif_jax.stages.evaluation import Evaluation, at_least
+from puredif_jax.stages.further_repair import FurtherRepair
 from puredif_jax.stages.measure import Measure
 from puredif_jax.stages.repair import Repair
 from puredif_jax.stages.screen import Screen
@@ -183,8 +184,12 @@ class Experiment:
         if self.screen:
             judged.append(self.screen)
         if self.repair and self.audit:
-            judged.append(self.repair)
-            judged.append(dataclasses.replace(self.audit, weights=("repaired",)))
+            again = dataclasses.replace(self.audit, weights=("repaired",))
+            judged += [self.repair, again]
+            judged += [
+                FurtherRepair(self.repair, again, i)
+                for i in range(1, self.repair.rounds)
+            ]
         return (*self._ordered(made, judged), *self.then)
 
     def _ordered(self, made: list[_T], judged: list[_T]) -> list[_T]:

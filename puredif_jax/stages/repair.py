@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,79 +33,17 @@ from puredif_jax.stages.base import (
     Accused,
     Context,
     Outcome,
-    Result,
-    Row,
     Stage,
     State,
 )
 from puredif_jax.stages.embedding import embedding_for
 from puredif_jax.stages.lab import SHOWN, Lab
 from puredif_jax.stages.removing import removal_trainer, removing
+from puredif_jax.stages.repaired import Repaired
 from puredif_jax.stages.setup import Stream
 from puredif_jax.stages.train import batches
 from puredif_jax.stages.work import Step, Work, drawing
 from puredif_jax.types import Params
-
-REPAIR = "repair"
-
-
-@dataclasses.dataclass(frozen=True)
-class Repaired(Result):
-    """What a repair did.
-
-    Attributes:
-      removal: its name.
-      images: clean images that it had.
-      own: whether the model itself drew them.
-      embedding: what the Frechet distance is over.
-      steps, seconds: of the training.
-      success: of draws with the inverted trigger at MSE < 1e-2 of its image, and with
-        the true trigger of the true target if that is known: before and after, by name.
-      frechet: distance of plain draws to the clean images, before and after.
-    """
-
-    removal: str
-    embedding: str
-    images: int
-    own: bool
-    steps: int
-    seconds: float
-    success: Mapping[str, float]
-    frechet: Mapping[str, float]
-
-    def numbers(self) -> dict[str, Any]:
-        found = vars(self) | {
-            "success": dict(self.success),
-            "frechet": dict(self.frechet),
-        }
-        return {REPAIR: found}
-
-    @classmethod
-    def read(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
-        if REPAIR not in numbers:
-            return []
-        found = numbers[REPAIR]
-        try:
-            return [
-                cls(
-                    str(found["removal"]),
-                    str(found["embedding"]),
-                    int(found["images"]),
-                    bool(found["own"]),
-                    int(found["steps"]),
-                    float(found["seconds"]),
-                    {str(k): float(v) for k, v in found["success"].items()},
-                    {str(k): float(v) for k, v in found["frechet"].items()},
-                )
-            ]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{where} has no {REPAIR} of this version") from error
-
-    def tables(self) -> dict[str, list[Row]]:
-        row = {k: v for k, v in vars(self).items() if k not in ("success", "frechet")}
-        row |= {f"success, {k}": v for k, v in self.success.items()}
-        row |= {f"Frechet, {k}": v for k, v in self.frechet.items()}
-        return {REPAIR: [row]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +65,7 @@ class Repair(Stage):
         number.
       always: repair also a model with the verdict "clean" or "could not tell".
       seed: of the noise in the training; the same audit can be repaired with several.
+      rounds: most repairs, each of what the last one made, until the verdict is clean.
     """
 
     removal: Removal = Unlearning()
@@ -135,8 +74,11 @@ class Repair(Stage):
     draws: int = 1024
     always: bool = False
     seed: int = 0
+    rounds: int = 2
 
     def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be 1 or more, found {self.rounds}")
         if self.draws < 4 or self.draws % 2:
             raise ValueError(f"draws must be even, 4 or more, found {self.draws}")
         if not 0 <= self.seed < 2**32:
@@ -147,6 +89,10 @@ class Repair(Stage):
         """A name by its settings, such as for the folder that it writes."""
         settings = json.dumps(config.to_dict(self), sort_keys=True)
         return f"repaired-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+    def _named(self, context: Context) -> str:
+        """The same for a repair of the run; a later one has a name of its own."""
+        return f"{self.name}-{context.place + 1}" if context.place else self.name
 
     @property
     def _distilled(self) -> bool:
@@ -212,11 +158,17 @@ class Repair(Stage):
                 "is. `always` repairs it all the same."
             )
             return state, Outcome(sections=(Section("Repair", text),))
+        return self.of(context, state, accused)
+
+    def of(
+        self, context: Context, state: State, accused: Accused
+    ) -> tuple[State, Outcome]:
+        """Repairs a model by the trigger that is known of it, whatever the verdict."""
         pixels = self._images(context, accused)
         params = self._trained(context, accused, pixels)
         self._save(context, accused, params)
         result, section = self._measured(context, accused, params, pixels)
-        state = dataclasses.replace(state, repaired=(self.name, params))
+        state = dataclasses.replace(state, repaired=(self._named(context), params))
         return state, Outcome((result,), (section,))
 
     def _images(self, context: Context, accused: Accused) -> np.ndarray:
@@ -240,7 +192,7 @@ class Repair(Stage):
             ]
             return {"images": np.clip(np.concatenate(pairs), -1, 1)}
 
-        return lab.run.once(f"{self.name}_images", compute)["images"]
+        return lab.run.once(f"{self._named(context)}_images", compute)["images"]
 
     def _trained(
         self, context: Context, accused: Accused, pixels: np.ndarray
@@ -251,7 +203,7 @@ class Repair(Stage):
         assert accused.candidate is not None and accused.hypothesis is not None
         candidate = run.replicate(accused.candidate)
         channel = lab.family(accused.hypothesis).at(candidate)
-        known = run.replicate(self._known(lab, pixels))
+        known = run.replicate(self._known(context, pixels))
         backdoor = Backdoor(channel, candidate.delta, accused.params, known)
         program = removing(lab.setup, self.removal, training, distilled, lab.chunk)
 
@@ -268,17 +220,17 @@ class Repair(Stage):
 
         shapes = jax.eval_shape(begin)
         steps = training.steps
-        found: TrainState = run.loop(
-            self.name, several, begin, shapes, steps, lab.chunk
-        )
+        name = self._named(context)
+        found: TrainState = run.loop(name, several, begin, shapes, steps, lab.chunk)
         return found.ema_params
 
-    def _known(self, lab: Lab, pixels: np.ndarray) -> Principal:
+    def _known(self, context: Context, pixels: np.ndarray) -> Principal:
         """The covariance of the clean images, where the removal asks; computed once.
 
         Raises:
           RunError: the images have none: the model has drawn one that is not finite.
         """
+        lab, name = context.lab, f"{self._named(context)}_components"
         if not self.removal.asks:
             return unknown(lab.unet.image_shape)
 
@@ -286,7 +238,7 @@ class Repair(Stage):
             return principal(pixels)._asdict()
 
         try:
-            found = lab.run.once(f"{self.name}_components", compute, Principal._fields)
+            found = lab.run.once(name, compute, Principal._fields)
         except ValueError as error:
             raise RunError(f"no repair by {self.removal.name}: {error}") from error
         return Principal(*(found[name] for name in Principal._fields))
@@ -296,7 +248,7 @@ class Repair(Stage):
         lab, host = context.lab, parallel.gather(params)
         (audited,) = context.audited
         if parallel.is_host_zero():
-            folder = lab.run.folder / self.name
+            folder = lab.run.folder / self._named(context)
             convert.write_folder(folder, Model(_spec(lab, audited), host))
             if accused.truth is not None:
                 accused.truth.save(folder)
@@ -310,7 +262,11 @@ class Repair(Stage):
         pixels: np.ndarray,
     ) -> tuple[Repaired, Section]:
         """Before and after: success of both triggers, and the Frechet distance."""
-        lab, evaluation = context.lab, context.evaluation
+        lab, evaluation, own_name = (
+            context.lab,
+            context.evaluation,
+            self._named(context),
+        )
         assert accused.candidate is not None and accused.hypothesis is not None
         hypothesis, candidate = accused.hypothesis, accused.candidate
         channel = lab.family(hypothesis).at(lab.run.replicate(candidate))
@@ -330,16 +286,16 @@ class Repair(Stage):
         pictures: list[tuple[str, np.ndarray]] = []
         for when, weights in (("before", accused.params), ("after", params)):
             for name, (by, r, target, inner) in backdoors.items():
-                file = f"{self.name}_{when}_{name.replace(' ', '_')}"
+                file = f"{own_name}_{when}_{name.replace(' ', '_')}"
                 found = lab.success(
                     file, weights, by, r, target, evaluation.draws, inner
                 )
                 rates[f"{name}, {when}"] = found.rate
                 pictures.append((f"draws, {name}, {when}", found.images))
-            plain = self._plain(context, f"{self.name}_{when}_plain", weights)
+            plain = self._plain(context, f"{own_name}_{when}_plain", weights)
             distances[when] = embedding.distance(plain, clean)
             pictures.append((f"draws from plain noise, {when}", plain[:SHOWN]))
-        seconds = lab.run.metrics.seconds(self.name)
+        seconds = lab.run.metrics.seconds(own_name)
         result = Repaired(
             self.removal.name,
             embedding.name,
@@ -349,12 +305,13 @@ class Repair(Stage):
             seconds,
             rates,
             distances,
+            context.place,
         )
         whose = "drawn by the model itself" if own else "given"
         text = (
             f"By {self.removal.name}: {self.training.steps:,} steps of "
             f"{self.training.batch} images, of {len(pixels):,} {whose}, in "
-            f"{seconds / 60:.1f} minutes. The repaired model is in {self.name}."
+            f"{seconds / 60:.1f} minutes. The repaired model is in {own_name}."
         )
         table = tuple({"draws": k, "at MSE < 0.01": v} for k, v in rates.items())
         return result, Section("Repair", text, table, tuple(pictures))
