@@ -16,8 +16,8 @@ import sys
 from typing import Any, NamedTuple
 
 import numpy as np
+from savings import Curve, Saving, saving
 
-from puredif_jax.metrics.savings import Curve, Saving, saving
 from puredif_jax.runs.report import placeless
 from puredif_jax.stages.amplify import REINFORCED, TRUE, Amplified, Point
 

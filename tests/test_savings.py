@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-
-from puredif_jax.metrics.savings import Curve, cost_to, saving
+from savings import Curve, cost_to, saving
 
 COSTS = np.array([100.0, 200.0, 400.0, 800.0])
 MANY = 10**6
