@@ -56,8 +56,7 @@ def measured(run: pathlib.Path) -> dict[str, Any]:
     network = predicting(model.spec.network, schedule, scheduling.prediction_type)
     truth = Truth.beside(run / "diffusers", schedule, shape)
     assert truth is not None and not truth.controlled
-    psi = truth.psi(schedule)
-    kept: Sampler = PathKeeping(20) if psi is None else PathKeeping(20, psi=psi)
+    kept: Sampler = PathKeeping(20).keeping(truth.psi(schedule))
     sampler = truth.solver.pick(kept, DDIM(20))
     target = jnp.asarray(truth.target)
 
@@ -70,6 +69,10 @@ def measured(run: pathlib.Path) -> dict[str, Any]:
         )
         return jnp.mean((images - target[None]) ** 2, axis=(1, 2, 3))
 
+    def total(delta: Array, key: jax.Array) -> tuple[Array, Array]:
+        found = distances(delta, key)
+        return found.sum(), found
+
     rule = optax.adam(optax.cosine_decay_schedule(RATE, STEPS, 0.1))
 
     @jax.jit
@@ -78,9 +81,8 @@ def measured(run: pathlib.Path) -> dict[str, Any]:
 
         def body(carry: Any, _: None) -> tuple[Any, None]:
             delta, state, least, norm = carry
-            (_, found), grad = jax.value_and_grad(
-                lambda x: (lambda y: (y.sum(), y))(distances(x, key)), has_aux=True
-            )(delta)
+            slope = jax.value_and_grad(total, has_aux=True)
+            (_, found), grad = slope(delta, key)
             own = jnp.linalg.norm(delta.reshape(len(delta), -1), axis=1)
             norm = jnp.where(found < least, own, norm)
             updates, state = rule.update(grad, state)

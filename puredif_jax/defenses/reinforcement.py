@@ -63,9 +63,7 @@ class Reinforcement:
           psi: whose path the ancestral rollout keeps, where its sampler keeps one.
         """
         found = solver.pick(self.ancestral, self.deterministic)
-        if psi is not None and isinstance(found.sampler, PathKeeping):
-            sampler = dataclasses.replace(found.sampler, psi=psi)
-            found = dataclasses.replace(found, sampler=sampler)
+        found = dataclasses.replace(found, sampler=found.sampler.keeping(psi))
         return dataclasses.replace(found, on_path=True) if controlled else found
 
     def evaluations(self, solver: Solver) -> int:

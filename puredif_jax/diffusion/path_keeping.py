@@ -29,8 +29,9 @@ class PathKeeping(Sampler):
     """Strides of an ancestral sampler under which a backdoor's shift H_t r is kept.
 
     H_t = psi (1 - s_t) + (1 - psi) v_t, as of VillanDiffusion; psi = 1 is BadDiffusion.
-    On a process whose signal stays, H_t = v_t, as of VillanDiffusionVE; there the path
+    On a process whose signal stays, H_t = v_t, as of VillanDiffusionVE. There the path
     is kept while v_t <= 3 v_n.
+
     Such a backdoor answers with C_t, the response of single steps
     (`Ancestral.response`), so longer strides of DDPM leave its path. The step from t to
     n that keeps it is, with the noise e that the model predicts,
@@ -62,6 +63,9 @@ class PathKeeping(Sampler):
     def __post_init__(self) -> None:
         if not 0 <= self.psi <= 1:
             raise ValueError(f"psi must lie in [0, 1], found {self.psi}")
+
+    def keeping(self, psi: float | None) -> PathKeeping:
+        return self if psi is None else dataclasses.replace(self, psi=psi)
 
     def path(self, schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
         """Each step leads to the next timestep of the grid, the last to clean.

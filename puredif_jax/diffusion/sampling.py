@@ -41,6 +41,10 @@ class Sampler(abc.ABC):
           ValueError: the schedule has no such grid.
         """
 
+    def keeping(self, psi: float | None) -> Sampler:
+        """This sampler, on the path of a backdoor of `psi` if it keeps one's path."""
+        return self
+
     def begin(self, x: Array) -> Any:
         """The memory before the first step, from images like x."""
         return ()

@@ -75,7 +75,4 @@ class Evaluation:
 
         `PathKeeping` keeps the path of `psi`, where that is given.
         """
-        found = solver.pick(self.ancestral, self.deterministic)
-        if psi is not None and isinstance(found, PathKeeping):
-            return dataclasses.replace(found, psi=psi)
-        return found
+        return solver.pick(self.ancestral, self.deterministic).keeping(psi)

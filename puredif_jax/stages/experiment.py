@@ -185,11 +185,8 @@ class Experiment:
             judged.append(self.screen)
         if self.repair and self.audit:
             again = dataclasses.replace(self.audit, weights=("repaired",))
-            judged += [self.repair, again]
-            judged += [
-                FurtherRepair(self.repair, again, i)
-                for i in range(1, self.repair.rounds)
-            ]
+            further = FurtherRepair(self.repair, again)
+            judged += [self.repair, again, *[further] * (self.repair.rounds - 1)]
         return (*self._ordered(made, judged), *self.then)
 
     def _ordered(self, made: list[_T], judged: list[_T]) -> list[_T]:

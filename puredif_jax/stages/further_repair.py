@@ -19,12 +19,10 @@ class FurtherRepair(Stage):
     Attributes:
       repair: how.
       audit: of the new result.
-      round: how many repairs come before.
     """
 
     repair: Repair
     audit: Audit
-    round: int = 1
 
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
         """Does nothing where there is no result, or where it is clean."""
@@ -33,7 +31,7 @@ class FurtherRepair(Stage):
             return state, Outcome()
         if accused.verdict.outcome == "clean" or accused.candidate is None:
             return state, Outcome()
-        here = dataclasses.replace(context, place=self.round)
+        here = dataclasses.replace(context, place=context.place + 1)
         state, repaired = self.repair.of(here, state, accused)
         state, audited = self.audit.run(here, state)
         results = (*repaired.results, *audited.results)
