@@ -5,8 +5,8 @@
 Each change of the default on two models with three seeds, each under the model's own
 hypothesis. Started twice, the two calls share the runs.
 
-Hardware: two CPU cores. Duration: 3 hours. docs/claims.md has the table of the search
-before this one, and says so.
+Hardware: two CPU cores. Duration: 3 hours. docs/notebook/2026-11-25-claims.md has the
+table of an earlier search.
 """
 
 import dataclasses

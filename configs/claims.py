@@ -5,9 +5,10 @@ And a control for their quality: trained as long as the longest, without a backd
     python -m puredif_jax.main --config=configs/claims.py
 
 Started twice, on one core each (`taskset -c 0`, `taskset -c 1`), the two calls share
-the runs. `--config.only='clean/*'` does a part. docs/claims.md shows the results.
+the runs. `--config.only='clean/*'` does a part.
 
-Hardware: two CPU cores. Duration: 5 hours. Expected: docs/claims.md.
+Hardware: two CPU cores. Duration: 5 hours. docs/notebook/2026-11-25-claims.md has what
+an earlier search found.
 """
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
@@ -31,7 +32,7 @@ TARGETS: dict[str, dict[str, Target]] = {  # docs/method.md, what the data can c
     "villandiffusion": {"shoe": Shoe(), "cat": Cat()},
 }
 BUDGET = Inversion().evaluations(Fading()) // 3  # of a hypothesis by default
-CLEAN = 28  # 20 calibrate, 8 are held out: benchmarks/claims_page.py
+CLEAN = 28  # 20 calibrate Elijah, 8 are held out
 STEPS = {"baddiffusion": 10_000, "villandiffusion": 30_000}
 RATES = {"baddiffusion": 0.2, "villandiffusion": 0.17}
 

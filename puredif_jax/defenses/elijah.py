@@ -117,7 +117,7 @@ class Uniformity(Scores):
 
     It is this package's uniformity: of all draws, over the uniformity of plain draws.
     Elijah's other statistic, total variation, tells clean from backdoored models no
-    better (docs/claims.md).
+    better (docs/notebook/2026-11-25-claims.md).
     """
 
     measure: ClassVar[str] = "uniformity"
