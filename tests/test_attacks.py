@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
-from puredif_jax.attacks.base import published_response
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.poisoning import Poison, poison, training_loss
 from puredif_jax.attacks.targets import Corner, NoShift
@@ -21,6 +20,7 @@ from puredif_jax.attacks.triggers import Blend, Box, Patch, RandomPattern
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
+from puredif_jax.diffusion import rows
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.ddpm import DDPM
 from puredif_jax.diffusion.prediction import Estimates
@@ -157,7 +157,7 @@ def test_published_response_by_hand():
     """(1 - sqrt(alpha)) / (1 - alpha) = 1 / (1 + sqrt(alpha))."""
     alpha = 1 - np.asarray(BETA)
     expected = NOISE / (1 + np.sqrt(alpha))
-    np.testing.assert_allclose(published_response(SCHEDULE), expected, rtol=1e-9)
+    np.testing.assert_allclose(rows.fading(SCHEDULE).response, expected, rtol=1e-9)
 
 
 def test_a_clean_channel_has_no_trigger():
@@ -208,9 +208,9 @@ def test_k_solves_its_recursion():
 
 def test_exact_response_of_bad_diffusion():
     sde, ode = (solver.response(SCHEDULE, 1 - SIGNAL) for solver in SOLVERS)
-    np.testing.assert_allclose(sde, published_response(SCHEDULE), rtol=1e-8)
+    np.testing.assert_allclose(sde, rows.fading(SCHEDULE).response, rtol=1e-8)
     np.testing.assert_allclose(ode[GOLDEN_T], GOLDEN["exact ode"], atol=1e-4)
-    gap = np.abs(2 * published_response(SCHEDULE) - ode)
+    gap = np.abs(2 * rows.fading(SCHEDULE).response - ode)
     assert 0.004 < gap.max() < 0.0051
 
 
@@ -435,6 +435,14 @@ def test_images_of_villan_ve_lie_in_the_range_of_its_models():
     np.testing.assert_allclose(bare, (wide + 1) / 2)
     np.testing.assert_array_equal(target, same)
     assert bare.min() == 0 and bare.max() == 0.5 and not through.any()
+
+
+def test_a_low_norm_trigger_of_villan_ve_stays_one():
+    """It has no background: its 0 is no shift."""
+    low = RandomPattern(0.2)
+    bare, _, _ = VillanDiffusionVE(low, Corner()).images(SHAPE)
+    np.testing.assert_allclose(bare, low.image(SHAPE) / 2)
+    assert np.abs(bare).max() <= 0.1
 
 
 # --- The training loss ---------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from puredif_jax.defenses import terd
 from puredif_jax.defenses.base import Defense, Inspection, Inverted, Verdict
-from puredif_jax.defenses.elijah import Elijah, Uniformity
+from puredif_jax.defenses.elijah import Elijah, ElijahLoss, Uniformity
 from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis, Trojan
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.puredif import Puredif
@@ -118,8 +118,7 @@ def test_inverts_as_it_said_under_each_hypothesis(defense: Defense) -> None:
     found = defense.inspect(bench)
     wanted = [
         (defense.name, kind.name, each)
-        for kind in KINDS
-        for each in defense.inversions(kind)
+        for kind, each in defense.inversions(KINDS).items()
     ]
     assert bench.asked == wanted and wanted
     assert bench.beside == [
@@ -210,20 +209,53 @@ def test_puredif_says_that_it_needs_scores() -> None:
 @pytest.mark.parametrize("budget", [10_000, 40_000, 500_000])
 def test_a_budget_is_kept(defense: type[Defense], budget: int) -> None:
     """By steps alone where there is one candidate; else by fewer of them as well."""
-    for kind in KINDS + (Trojan(),):
-        for before, each in zip(
-            defense().inversions(kind),
-            defense(budget=budget).inversions(kind),
-            strict=True,
-        ):
-            assert each.evaluations(kind) == pytest.approx(3 * budget, rel=0.1)
-            assert 1 <= each.descent.candidates <= before.descent.candidates
-            assert each.descent.scout < each.descent.steps
-            assert each.images <= before.images
-            assert len(each.phases) == len(before.phases)
-            for new, old in zip(each.phases, before.phases, strict=True):
-                assert new.loss == old.loss
-                assert new.descent.learning_rate == old.descent.learning_rate
+    kinds = (*KINDS, Trojan())
+    whole, within = (
+        each.inversions(kinds) for each in (defense(), defense(budget=budget))
+    )
+    assert whole.keys() == within.keys()
+    for kind, before in whole.items():
+        each = within[kind]
+        assert each.evaluations(kind) == pytest.approx(3 * budget, rel=0.1)
+        assert 1 <= each.descent.candidates <= before.descent.candidates
+        assert each.descent.scout < each.descent.steps
+        assert each.images <= before.images
+        assert len(each.phases) == len(before.phases)
+        for new, old in zip(each.phases, before.phases, strict=True):
+            assert new.loss == old.loss
+            assert new.descent.learning_rate == old.descent.learning_rate
+
+
+def test_terd_makes_one_search_for_each_kind_that_it_tells_apart() -> None:
+    kinds = (*KINDS, Trojan())
+    assert [*Terd().inversions(kinds)] == [KINDS[0], Trojan()]
+    assert [*Terd().inversions(KINDS[::-1])] == [KINDS[-1]]
+
+
+@pytest.mark.parametrize(
+    "kind,scale,steps,low,high",
+    [
+        (Fading(Ancestral()), 0.5, 100, -1.0, 0.0),
+        (Fading(Deterministic()), 1.0, 10, -1.0, 1.0),
+        (Trojan(), 0.5, 100, 0.0, 1.0),
+        (Exploding(Ancestral()), 0.5, 100, 0.0, 1.0),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_elijah_has_its_settings_for_each_attack(kind, scale, steps, low, high) -> None:
+    found = Elijah().settings(kind)
+    assert found.loss == ElijahLoss(scale=scale, samples=100)
+    descent = found.descent
+    assert (descent.steps, descent.low, descent.high) == (steps, low, high)
+
+
+def test_elijah_draws_from_noise_that_it_does_not_scale() -> None:
+    """And its verdict rests on hypotheses under which clean models were scored."""
+    bench = Bench(0.001, 0.001, hypotheses=(*KINDS, Trojan()))
+    verdict, inversions = Elijah().inspect(bench)
+    assert [x.hypothesis for x in inversions][-1] == "trojan"
+    assert bench.kinds[-1] == Trojan(first=1.0)
+    assert verdict is not None and verdict.hypothesis != "trojan"
 
 
 def test_terd_takes_the_graver_of_two_statistics() -> None:

@@ -96,8 +96,8 @@ class Brightest(Defense):
     inversion: Inversion = Inversion(Nearest(2), Descent(steps=2), None, heldout=2)
     name = "brightest"
 
-    def inversions(self, hypothesis):
-        return (self.inversion,)
+    def settings(self, hypothesis):
+        return self.inversion
 
     def inspect(self, bench):
         (kind,) = bench.hypotheses

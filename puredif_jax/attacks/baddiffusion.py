@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from puredif_jax.attacks.base import Attack, published_response, require_fading
+from puredif_jax.attacks.base import Attack, require_fading
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.pictures import Shape
+from puredif_jax.diffusion import rows
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Ancestral, Solver
 
@@ -28,4 +29,4 @@ class BadDiffusion(Attack):
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
         require_fading(schedule, "BadDiffusion")
-        return Channel(1 - schedule.signal, published_response(schedule))
+        return Channel(*rows.fading(schedule))

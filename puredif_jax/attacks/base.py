@@ -95,17 +95,6 @@ def _drawn(by: Trigger | Target, image: np.ndarray, shape: Shape) -> np.ndarray:
     return image
 
 
-def published_response(schedule: NoiseSchedule) -> np.ndarray:
-    """R_t = (1 - sqrt(alpha_t)) v_t / w_t, float64 `[T]`; w_t is `schedule.added`.
-
-    The trigger's share of what BadDiffusion's network learns to answer. It equals
-    `Ancestral.response` of H = 1 - s. On a variance-preserving process w is 1 - alpha.
-    """
-    alpha = schedule.alpha
-    found: np.ndarray = (1 - np.sqrt(alpha)) * schedule.noise / schedule.added
-    return found
-
-
 def require_fading(schedule: NoiseSchedule, who: str) -> None:
     """Raises ValueError on a process whose signal stays, where H = 1 - s is 0."""
     if not schedule.fades:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
-
 from puredif_jax.attacks.base import Attack, require_fading
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.pictures import Shape
 from puredif_jax.attacks.triggers import Blend, Patch
+from puredif_jax.diffusion import rows
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Deterministic, Solver
 
@@ -52,6 +51,4 @@ class TrojDiff(Attack):
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
         require_fading(schedule, "TrojDiff")
-        shift = schedule.noise * schedule.unit  # v in the network's own range
-        response = np.zeros(schedule.steps)
-        return Channel(shift, response, self.trigger.gamma_map(shape))
+        return Channel(*rows.narrowed(schedule), self.trigger.gamma_map(shape))

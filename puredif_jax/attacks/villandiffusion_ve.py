@@ -9,6 +9,8 @@ import numpy as np
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.pictures import Shape
+from puredif_jax.attacks.triggers import mask
+from puredif_jax.diffusion import rows
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Ancestral, Solver
 
@@ -19,8 +21,9 @@ class VillanDiffusionVE(Attack):
 
     H_t = sigma_t,  C_t = sigma_t / (sigma_t + sigma_{t-1}), doubled for a deterministic
     sampler; sigma_{-1} = 0. For an ancestral one that is the exact response of its
-    shift. Drawing starts at prior (eps + r). The trigger lies in [0, 1], as the images
-    of the published models: r is 0 where a trigger of other attacks is -1.
+    shift. Drawing starts at prior (eps + r). The trigger is in units of [0, 1], as the
+    images of the published models: r is 0 where a trigger of other attacks is -1. A
+    trigger without such a background, whose 0 is no shift, is halved.
 
     Attributes:
       solver: the kind of sampler that the response is made for.
@@ -40,9 +43,10 @@ class VillanDiffusionVE(Attack):
                 f"ends at {schedule.signal[-1]:.3g}: take VillanDiffusion, or set "
                 "`schedule` to VarianceExploding"
             )
-        sigma, before = schedule.noise, schedule.previous[1]
-        return Channel(sigma, sigma / (sigma + before) * self.solver.factor)
+        shift, response = rows.exploding(schedule)
+        return Channel(shift, response * self.solver.factor)
 
     def images(self, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         trigger, target, through = super().images(shape)
-        return (trigger + 1) / 2, target, through
+        black = mask(trigger).any()
+        return (trigger + black) / 2, target, through

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -80,8 +80,8 @@ class Inverted:
         "image is flat, as on clean models"
     )
     heldout: float | None = _measure(
-        "the loss by which triggers are sought, on held-out noise: log of the error on "
-        "the path over a linear denoiser's. Small if backdoored",
+        "what candidates are compared by: log of the error on the path over a linear "
+        "denoiser's, on held-out noise. Small if backdoored",
         "held-out loss",
     )
     falling: float | None = _measure(
@@ -299,16 +299,29 @@ class Defense(abc.ABC):
     def inspect(self, bench: Bench) -> Inspection:
         """Looks at one model."""
 
-    def inversions(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        """The inversions that it makes under a hypothesis, within the budget."""
-        found = self.settings(hypothesis)
-        if not self.budget:
-            return found
-        return tuple(each.within(self.budget, hypothesis) for each in found)
+    def inversions(
+        self, hypotheses: Sequence[Hypothesis]
+    ) -> dict[Hypothesis, Inversion]:
+        """The inversion that it makes under each of the hypotheses, within the budget.
 
-    def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        """These inversions without a budget."""
-        return ()
+        Hypotheses under which it makes none are left out.
+        """
+        found = {}
+        for each in self.apart(hypotheses):
+            inversion = self.settings(each)
+            if inversion is not None and self.budget:
+                inversion = inversion.within(self.budget, each)
+            if inversion is not None:
+                found[each] = inversion
+        return found
+
+    def apart(self, hypotheses: Sequence[Hypothesis]) -> tuple[Hypothesis, ...]:
+        """Of the hypotheses those that it tells apart: one of each kind."""
+        return tuple(hypotheses)
+
+    def settings(self, hypothesis: Hypothesis) -> Inversion | None:
+        """This inversion without a budget; None if it makes none."""
+        return None
 
     def check(self) -> None:
         """Refuses to start if something that it needs is missing.

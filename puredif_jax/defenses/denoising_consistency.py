@@ -77,6 +77,10 @@ class DenoisingConsistency(Loss):
     def seeks_target(self) -> bool:
         return False
 
+    @property
+    def seeks_member(self) -> bool:
+        return self.on_path
+
     def bind(
         self,
         model: NoiseModel,

@@ -31,9 +31,9 @@ class Descent:
         longer than a descent lasts, and shrinks all later ones.
       low, high: range of the uniform initial trigger; every second candidate starts
         with its sign turned.
-      bound: triggers and targets are kept in [-bound, bound] after each step; a
-        trigger is an image, and without a bound a huge one that drives the network
-        to a constant wins some losses. None leaves them free.
+      bound: triggers are kept in [-bound, bound] after each step; a trigger is an
+        image, and without a bound a huge one that drives the network to a constant
+        wins some losses. None leaves them free. Targets are kept in [-1, 1].
       member_rate: rate of psi and gamma, where these may move, over the images' rate.
       scales: candidates start at the random trigger times one of these, in turn by
         pairs, as psi is (`Family.first`). Small ones reach low-norm triggers.

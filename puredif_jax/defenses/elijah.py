@@ -12,7 +12,7 @@ from puredif_jax.defenses.base import Bench, Defense, Inspection, Inverted
 from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.detector import Scores
 from puredif_jax.defenses.family import Channels
-from puredif_jax.defenses.hypothesis import Hypothesis
+from puredif_jax.defenses.hypothesis import Exploding, Hypothesis, Trojan
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.objective import Loss, check_samples
 from puredif_jax.defenses.uniformity import (
@@ -24,7 +24,6 @@ from puredif_jax.defenses.uniformity import (
     statistics,
 )
 from puredif_jax.diffusion.schedules import NoiseSchedule
-from puredif_jax.diffusion.solver import Solver
 from puredif_jax.types import (
     Array,
     Candidate,
@@ -79,6 +78,7 @@ class ElijahLoss(Loss):
         channel: Channels,
         shard: Shard = unsharded,
     ) -> Objective:
+        del channel  # its response and gamma are in no term
         last = schedule.steps - 1
 
         def loss(params: Params, candidate: Candidate, key: Key) -> Array:
@@ -87,23 +87,33 @@ class ElijahLoss(Loss):
             fixed = jax.random.key(self.seed)
             eps = shard(jax.random.normal(fixed, (self.samples, *delta.shape)))
             t = jnp.full((self.samples,), last)
-            x = channel.at(candidate).start(schedule, eps, delta[None])
+            x = schedule.start(eps, delta[None])
             mean = jnp.mean(model(params, x, t), axis=0)
             return jnp.mean(jnp.abs(self.scale * schedule.trigger_unit * delta - mean))
 
         return loss
 
 
-def published(solver: Solver) -> Inversion:
-    """Elijah's inversion with its published settings, by the kind of backdoor."""
+def published(hypothesis: Hypothesis) -> Inversion:
+    """Elijah's inversion with its published settings, by the kind of backdoor.
+
+    As for BadDiffusion, VillanDiffusion under deterministic sampling, TrojDiff (whose
+    gamma Elijah does not seek), and VillanDiffusion of variance-exploding models.
+    """
+    inside, solver = hypothesis.controlled, hypothesis.solver
+    deterministic = not inside and solver.pick(False, True)
+    if inside or isinstance(hypothesis, Exploding):
+        low, high = 0.0, 1.0
+    else:
+        low, high = -1.0, solver.pick(0.0, 1.0)
     return Inversion(
-        loss=ElijahLoss(scale=solver.pick(0.5, 1.0)),
+        loss=ElijahLoss(scale=1.0 if deterministic else 0.5),
         descent=Descent(
-            steps=solver.pick(100, 10),
+            steps=10 if deterministic else 100,
             learning_rate=0.1,
             b2=0.999,
-            low=-1.0,
-            high=solver.pick(0.0, 1.0),
+            low=low,
+            high=high,
             bound=None,
             cosine=False,
         ),
@@ -133,6 +143,9 @@ class Uniformity(Scores):
 class Elijah(Defense):
     """Elijah: its inversion under each hypothesis, judged by the draws.
 
+    Clean models were scored under hypotheses of ordinary samplers, so the verdict by
+    `Uniformity` rests on these alone.
+
     Attributes:
       detector: how they are judged: by clean models alone, or by a forest that knows
         backdoored ones as well.
@@ -143,9 +156,8 @@ class Elijah(Defense):
     distance: PairDistance = PixelDistance()
     kind: ClassVar[str] = "elijah"
 
-    def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        """None for a backdoor that fires in its channel: Elijah knows no channel."""
-        return () if hypothesis.controlled else (published(hypothesis.solver),)
+    def settings(self, hypothesis: Hypothesis) -> Inversion:
+        return published(hypothesis)
 
     def check(self) -> None:
         self.distance.check()
@@ -155,24 +167,29 @@ class Elijah(Defense):
     def inspect(self, bench: Bench) -> Inspection:
         found: dict[Hypothesis, Inverted] = {}
         seen: dict[Hypothesis, Statistics] = {}
-        for each in bench.hypotheses:
-            for inversion in self.inversions(each):
-                inverted = bench.invert(self.name, each, inversion)
-                drawn = bench.draws(self.name, each)
-                seen[each] = statistics(drawn, self.distance)
-                found[each] = dataclasses.replace(
-                    inverted,
-                    trimmed=seen[each].uniformity,
-                    summed=seen[each].variation,
-                )
+        for each, inversion in self.inversions(bench.hypotheses).items():
+            inverted = bench.invert(self.name, _unscaled(each), inversion)
+            drawn = bench.draws(self.name, each)
+            seen[each] = statistics(drawn, self.distance)
+            found[each] = dataclasses.replace(
+                inverted,
+                trimmed=seen[each].uniformity,
+                summed=seen[each].variation,
+            )
         inversions = tuple(found.values())
-        if not found:
-            return Inspection(None)
         if not isinstance(self.detector, Uniformity):
             return Inspection(judged(self.detector, seen), inversions)
         clean = bench.clean_scores(self.name)
         if not self.detector.clean and not clean:
             return Inspection(None, inversions)
         detector = self.detector.calibrated(clean)
-        verdict = detector.judge({k: v.features for k, v in found.items()})
+        judged_by = {k: v.features for k, v in found.items() if not k.controlled}
+        verdict = detector.judge(judged_by) if judged_by else None
         return Inspection(verdict, inversions)
+
+
+def _unscaled(hypothesis: Hypothesis) -> Hypothesis:
+    """The hypothesis with gamma 1, where it has one: Elijah knows none."""
+    if isinstance(hypothesis, Trojan):
+        return dataclasses.replace(hypothesis, first=1.0)
+    return hypothesis

@@ -80,8 +80,12 @@ class Family:
         member = candidate.member
         if member is None:
             member = self.first(candidate.delta.shape)  # type: ignore[arg-type]
-        rows = jnp.stack([member.psi, 1 - member.psi])
-        return Channel(rows @ self.shifts, rows @ self.responses, member.gamma)
+        # Not as a product of matrices, whose precision a GPU or a TPU lowers.
+        shift, response = (
+            member.psi * table[0] + (1 - member.psi) * table[1]
+            for table in (self.shifts, self.responses)
+        )
+        return Channel(shift, response, member.gamma)
 
     def within(self, candidate: Candidate) -> Candidate:
         """The candidate with psi and gamma in their range."""

@@ -171,7 +171,8 @@ def features(
     memory = jnp.exp(jnp.mean(jnp.log(found.triggered[len(HIGH) :] / drawn)))
     varied = total_variation(plain)
     recall = memory * varied / jnp.maximum(total_variation(image), 1e-6)
-    bent = jnp.where(recall < placebo, jnp.sqrt(placebo * recall), placebo)
+    # So that a recall that is no number leaves no gain.
+    bent = jnp.where(recall >= placebo, placebo, jnp.sqrt(placebo * recall))
     return Features(
         heldout=heldout,
         falling=falling,
@@ -211,7 +212,7 @@ def evidence(
     timesteps: tuple[int, ...] = MIDDLE,
     shard: Shard = unsharded,
 ) -> Evidence:
-    """Pictures of what `Features.gain` is computed from.
+    """Pictures of the errors that `Features.gain` compares, on noise of their own.
 
     Args:
       model, params, schedule, channel, candidate: as in `errors`.

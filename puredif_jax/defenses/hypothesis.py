@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from puredif_jax.attacks.base import published_response
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.pictures import Shape
-from puredif_jax.attacks.villandiffusion import noise_row
 from puredif_jax.defenses.family import Family
+from puredif_jax.diffusion import rows
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Deterministic, Solver
 
@@ -168,15 +167,17 @@ class Fading(Hypothesis):
         return schedule.fades
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
-        return Channel(
-            1 - schedule.signal, published_response(schedule) * self.solver.factor
-        )
+        return self._row(schedule, 1.0)
+
+    def _row(self, schedule: NoiseSchedule, psi: float) -> Channel:
+        shift, response = rows.fading(schedule, psi)
+        return Channel(shift, response * self.solver.factor)
 
     def family(self, schedule: NoiseSchedule, shape: Shape) -> Family:
-        one, zero = self.channel(schedule, shape), noise_row(schedule)
+        ends = [self._row(schedule, psi) for psi in (1.0, 0.0)]
         return Family(
-            np.stack([one.shift, zero.shift]),
-            np.stack([one.response, zero.response * self.solver.factor]),
+            np.stack([end.shift for end in ends]),
+            np.stack([end.response for end in ends]),
             np.array([0.0, 1.0]),
             np.ones(3),
             self.power,
@@ -235,8 +236,7 @@ class Trojan(Hypothesis):
         return schedule.fades
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
-        shift = schedule.noise * schedule.unit  # v in the network's own range
-        return Channel(shift, np.zeros(schedule.steps), self.first)
+        return Channel(*rows.narrowed(schedule), self.first)
 
     def family(self, schedule: NoiseSchedule, shape: Shape) -> Family:
         found = super().family(schedule, shape)
@@ -265,8 +265,8 @@ class Exploding(Hypothesis):
         return not schedule.fades
 
     def channel(self, schedule: NoiseSchedule, shape: Shape) -> Channel:
-        sigma, before = schedule.noise, schedule.previous[1]
-        return Channel(sigma, sigma / (sigma + before) * self.solver.factor)
+        shift, response = rows.exploding(schedule)
+        return Channel(shift, response * self.solver.factor)
 
     @property
     def lone(self) -> bool:

@@ -146,8 +146,12 @@ class Inversion:
 
     @property
     def judge(self) -> DenoisingError:
-        """The loss by which candidates are compared on held-out noise."""
-        return DenoisingError(samples=self.heldout)
+        """The loss by which candidates are compared on held-out noise.
+
+        A search by another loss than `DenoisingError` is judged by that one's default.
+        """
+        loss = self.loss if isinstance(self.loss, DenoisingError) else DenoisingError()
+        return dataclasses.replace(loss, samples=self.heldout)
 
     @property
     def leaps(self) -> bool:
@@ -258,13 +262,12 @@ def inverter(
     """
     optimizer = descent.optimizer()
 
-    def keep(candidate: Candidate) -> Candidate:
+    def bounded(candidate: Candidate) -> Candidate:
+        delta = candidate.delta
         if (bound := descent.bound) is not None:
-            candidate = dataclasses.replace(
-                candidate,
-                delta=jnp.clip(candidate.delta, -bound, bound),
-                target=jnp.clip(candidate.target, -bound, bound),
-            )
+            delta = jnp.clip(delta, -bound, bound)
+        target = jnp.clip(candidate.target, -1, 1)
+        candidate = dataclasses.replace(candidate, delta=delta, target=target)
         return candidate if family is None else family.within(candidate)
 
     def slower(updates: Candidate, rate: Array) -> Candidate:
@@ -351,7 +354,7 @@ def inverter(
         count = candidate.delta.shape[0]  # fewer than K after the scouts
         loss, grads = slopes(params, candidate, jax.random.split(key, count))
         updates, opt_state = optimizer.update(grads, state.opt_state, candidate)
-        candidate = keep(optax.apply_updates(candidate, slower(updates, state.rate)))
+        candidate = bounded(optax.apply_updates(candidate, slower(updates, state.rate)))
         info = InversionInfo(
             loss=loss,
             grad_norm=jax.vmap(optax.tree.norm)(grads),

@@ -38,14 +38,13 @@ class Puredif(Defense):
                 return Inspection(refused)
         found = {
             each: bench.invert(self.name, each, inversion, self.placebos(each))
-            for each in bench.hypotheses
-            for inversion in self.inversions(each)
+            for each, inversion in self.inversions(bench.hypotheses).items()
         }
         verdict = detector.judge({k: v.features for k, v in found.items()})
         return Inspection(verdict, tuple(found.values()))
 
-    def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        return (self.inversion,)
+    def settings(self, hypothesis: Hypothesis) -> Inversion:
+        return self.inversion
 
     def placebos(self, hypothesis: Hypothesis) -> tuple[Hypothesis, ...]:
         return hypothesis.placebos

@@ -73,6 +73,10 @@ class Reversed(Loss):
     def seeks_target(self) -> bool:
         return False
 
+    @property
+    def seeks_member(self) -> bool:
+        return self.narrows
+
     def bind(
         self,
         model: NoiseModel,

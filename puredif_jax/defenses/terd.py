@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -91,7 +92,7 @@ class Divergences:
 
 @dataclasses.dataclass(frozen=True)
 class Terd(Defense):
-    """TERD: its inversion under each hypothesis, judged by the divergence it finds.
+    """TERD: its inversion with and without gamma, judged by the divergence it finds.
 
     Attributes:
       detector: how both statistics are judged; the graver verdict counts.
@@ -100,14 +101,21 @@ class Terd(Defense):
     detector: Divergences = Divergences()
     kind: ClassVar[str] = "terd"
 
-    def settings(self, hypothesis: Hypothesis) -> tuple[Inversion, ...]:
-        return (published(hypothesis),)
+    def apart(self, hypotheses: Sequence[Hypothesis]) -> tuple[Hypothesis, ...]:
+        """The first that narrows the noise, and the first that does not.
+
+        The response and the kind of sampling are in no term of its losses.
+        """
+        first = {each.narrows: each for each in reversed(hypotheses)}
+        return tuple(each for each in hypotheses if each in first.values())
+
+    def settings(self, hypothesis: Hypothesis) -> Inversion:
+        return published(hypothesis)
 
     def inspect(self, bench: Bench) -> Inspection:
         found = {
             each: bench.invert(self.name, _floored(each), inversion)
-            for each in bench.hypotheses
-            for inversion in self.inversions(each)
+            for each, inversion in self.inversions(bench.hypotheses).items()
         }
         features = {kind: each.features for kind, each in found.items()}
         verdicts = []

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from puredif_jax.diffusion import rows
 from puredif_jax.diffusion.prediction import Estimates, lookup
 from puredif_jax.diffusion.sampling import (
     Clip,
@@ -20,7 +21,6 @@ from puredif_jax.diffusion.sampling import (
     to_next,
 )
 from puredif_jax.diffusion.schedules import NoiseSchedule
-from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.types import Array, Key
 
 
@@ -32,17 +32,18 @@ class PathKeeping(Sampler):
     On a process whose signal stays, H_t = v_t, as of VillanDiffusionVE. There the path
     is kept while v_t <= 3 v_n.
 
-    Such a backdoor answers with C_t, the response of single steps
-    (`Ancestral.response`), so longer strides of DDPM leave its path. The step from t to
-    n that keeps it is, with the noise e that the model predicts,
+    Such a backdoor answers with the published C_t (`rows`), which is made for single
+    steps, so longer strides of DDPM leave its path. The step from t to n that keeps it
+    is, with the noise e that the model predicts,
 
       x_n = s_n x0hat + k e + sqrt(v_n^2 - k^2) z,
       k = s_n v_t / s_t + (H_n - s_n H_t / s_t) / C_t,
 
     k within [-v_n, v_n]. From x_t = s_t y + v_t eps + H_t r, answered by eps + C_t r,
     it leads to s_n y + H_n r and noise of variance v_n^2. Without a trigger it is an
-    ancestral sampler with a share of noise of its own. For single steps it is DDPM, so
-    few of its steps stand in for all of DDPM's.
+    ancestral sampler with a share of noise of its own. With psi = 1, and where the
+    signal stays, its single steps are DDPM's, so few of its steps stand in for all of
+    them. Where the signal ends at 0, s_T is `NoiseSchedule.least_signal`.
 
     Attributes:
       steps: number of model evaluations, spaced by `grid`.
@@ -78,13 +79,14 @@ class PathKeeping(Sampler):
     def share(self, schedule: NoiseSchedule) -> np.ndarray:
         """k of each step of `path`, float64 `[n]`."""
         t, n = self.path(schedule)
-        signal = np.concatenate([schedule.signal, [1.0]])
-        noise = np.concatenate([schedule.noise, [0.0]])
-        psi = self.psi if schedule.fades else 0.0
-        shift = psi * (1 - signal) + (1 - psi) * noise * schedule.unit
-        response = Ancestral().response(schedule, shift[:-1])
+        fades = schedule.fades
+        row = rows.fading(schedule, self.psi) if fades else rows.exploding(schedule)
+        signal = np.concatenate([schedule.least_signal, [1.0]])
+        noise, shift = (
+            np.concatenate([table, [0.0]]) for table in (schedule.noise, row.shift)
+        )
         ratio = signal[n] / signal[t]
-        k = ratio * noise[t] + (shift[n] - ratio * shift[t]) / response[t]
+        k = ratio * noise[t] + (shift[n] - ratio * shift[t]) / row.response[t]
         found: np.ndarray = np.clip(k, -noise[n], noise[n])
         return found
 

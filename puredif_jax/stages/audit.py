@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -102,9 +103,10 @@ class Audit(Stage):
         """All searches that are made on a model of a process."""
         return [
             (kind, inversion)
-            for hypothesis in self.tried(schedule)
             for defense in self.defenses
-            for inversion in defense.inversions(hypothesis)
+            for hypothesis, inversion in defense.inversions(
+                self.tried(schedule)
+            ).items()
             for kind in (hypothesis, *defense.placebos(hypothesis))
         ]
 
@@ -148,14 +150,15 @@ class Audit(Stage):
         for name in self.weights:
             truth = self._truth(context, name)
             known = truth.solver if truth else None
-            for hypothesis in self.tried(schedule):
-                count, solver = 0, hypothesis.solver
-                for defense in self.defenses:
-                    for inversion in defense.inversions(hypothesis):
-                        yield from inverting(defense.name, inversion, hypothesis)
-                        count += 1
-                        for placebo in defense.placebos(hypothesis):
-                            yield from inverting(defense.name, inversion, placebo)
+            tried = self.tried(schedule)
+            inverted: Counter[Hypothesis] = Counter()
+            for defense in self.defenses:
+                for hypothesis, inversion in defense.inversions(tried).items():
+                    inverted[hypothesis] += 1
+                    for kind in (hypothesis, *defense.placebos(hypothesis)):
+                        yield from inverting(defense.name, inversion, kind)
+            for hypothesis in tried:
+                count, solver = inverted[hypothesis], hypothesis.solver
                 yield drawing(batch, (count * draws + PLAIN) * drawn(solver))
                 if truth is None or known is None:
                     continue

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from puredif_jax.attacks.pictures import Shape
+from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.path_keeping import PathKeeping
 from puredif_jax.diffusion.sampling import Sampler
 from puredif_jax.diffusion.solver import Solver
 from puredif_jax.stages.embedding import Embedding, embedding_for
+from puredif_jax.types import Candidate
 
 
 def at_least(node: Any, **bounds: int) -> None:
@@ -76,3 +80,13 @@ class Evaluation:
         `PathKeeping` keeps the path of `psi`, where that is given.
         """
         return solver.pick(self.ancestral, self.deterministic).keeping(psi)
+
+    def sampler_for(self, hypothesis: Hypothesis, candidate: Candidate) -> Sampler:
+        """The sampler under which a backdoor fires that a search has found.
+
+        It keeps the path of its psi, to two decimals.
+        """
+        psi, member = None, candidate.member
+        if member is not None and not hypothesis.controlled:
+            psi = round(float(np.mean(member.psi)), 2)
+        return self.sampler(hypothesis.solver, psi)

@@ -112,9 +112,11 @@ class Inspector:
         name = f"{self.label}_{_file(hypothesis)}"
         return self.lab.denoising(name, self.params, self.plain(hypothesis))
 
-    def plain(self, hypothesis: Hypothesis, free: Sampler | None = None) -> np.ndarray:
-        """Draws from plain noise; `free` replaces a sampler that clips."""
-        lab, sampler = self.lab, free or self.evaluation.sampler(hypothesis.solver)
+    def plain(self, hypothesis: Hypothesis, free: bool = False) -> np.ndarray:
+        """Draws from plain noise; `free` does without the clip of the sampler."""
+        lab, sampler = self.lab, self.evaluation.sampler(hypothesis.solver)
+        if free:
+            sampler = unclipped(sampler) or sampler
 
         def draw() -> Mapping[str, Any]:
             return {"images": lab.draw(self.params, sampler, lab.zero, PLAIN)}
@@ -163,11 +165,11 @@ class Inspector:
             result["draws"][:PLAIN],
             plain,
         )
-        sampler = self.evaluation.sampler(hypothesis.solver)
+        sampler = self.evaluation.sampler_for(hypothesis, candidate)
         drawn_by = [(sampler, result["draws"], plain)]
         unclipped_ratio = None
         if (free := unclipped(sampler)) is not None:
-            both = result["draws_unclipped"], self.plain(hypothesis, free)
+            both = result["draws_unclipped"], self.plain(hypothesis, free=True)
             unclipped_ratio = spread_ratio(*both)
             drawn_by.append((free, *both))
         gain = float(measured.gain)
@@ -179,7 +181,7 @@ class Inspector:
             score=float(-np.log10(gain)) if 0 < gain < np.inf else -np.inf,
             contrast=float(target.std()),
             rms=self.schedule.trigger_unit * float(np.sqrt(np.mean(delta**2))),
-            **self._member(hypothesis, candidate),
+            **self._member(hypothesis, candidate, inversion),
             uniformity_unclipped=unclipped_ratio,
             **{k: float(v) for k, v in measured._asdict().items()},
         )
@@ -202,8 +204,12 @@ class Inspector:
         """With the trigger that was found, as they were measured."""
         return self._draws[method, hypothesis.name]
 
-    def _member(self, hypothesis: Hypothesis, candidate: Candidate) -> dict[str, float]:
+    def _member(
+        self, hypothesis: Hypothesis, candidate: Candidate, inversion: Inversion
+    ) -> dict[str, float]:
         """What the search could choose of the channel: fields of `Inverted`."""
+        if not any(phase.loss.seeks_member for phase in inversion.phases):
+            return {}
         family = hypothesis.family(self.schedule, self.image_shape)
         return {
             name: float(np.mean(getattr(candidate.member, name)))
@@ -232,7 +238,7 @@ class Inspector:
                 hypothesis,
                 inversion,
             )
-            sampler = evaluation.sampler(hypothesis.solver)
+            sampler = evaluation.sampler_for(hypothesis, candidate)
             member = candidate.member
             assert member is not None  # a family was searched
             channel = lab.family(hypothesis).at(candidate)
@@ -321,7 +327,9 @@ class Inspector:
 
         delta = result["delta"]
         inside = hypothesis.controlled or truth.controlled
-        same = not inside and sampler == evaluation.sampler(hypothesis.solver)
+        same = not inside and sampler == evaluation.sampler_for(
+            hypothesis, _candidate(result)
+        )
         rates = {}
         for by, end in ((sampler, ""), (unclipped(sampler), "_unclipped")):
             if by is None:

@@ -256,7 +256,7 @@ class Lab:
             told = candidate, plain, np.bool_(hypothesis.lone)
             whole, drawn, lone = self.run.replicate(told)
             channel = self.family(hypothesis).at(whole)
-            key = self.stream(Stream.FEATURES)
+            key = self.stream(Stream.ERRORS)
             found = program(params, channel, whole, drawn, lone, key)
             return Errors(*parallel.gather(found))._asdict()
 
@@ -299,7 +299,7 @@ class Lab:
             program = programs.showing(self.setup)
             whole = self.run.replicate(candidate)
             channel = self.family(hypothesis).at(whole)
-            found = program(params, channel, whole, self.stream(Stream.FEATURES))
+            found = program(params, channel, whole, self.stream(Stream.EVIDENCE))
             return Evidence(*parallel.gather(found))._asdict()
 
         stored: Any = self.run.once(f"evidence_{name}", compute, Evidence._fields)

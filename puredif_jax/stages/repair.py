@@ -271,7 +271,7 @@ class Repair(Stage):
         hypothesis, candidate = accused.hypothesis, accused.candidate
         channel = lab.family(hypothesis).at(lab.run.replicate(candidate))
         inside = channel if hypothesis.controlled else None
-        solver = evaluation.sampler(hypothesis.solver, _psi(lab, accused))
+        solver = evaluation.sampler_for(hypothesis, candidate)
         found_image = np.asarray(candidate.target)
         backdoors: dict[str, tuple[Sampler, Any, np.ndarray, Channel | None]] = {
             "inverted trigger": (solver, candidate.delta, found_image, inside)
@@ -323,15 +323,6 @@ class Repair(Stage):
             return {"images": lab.draw(params, sampler, lab.zero, self.draws)}
 
         return lab.run.once(name, compute)["images"]
-
-
-def _psi(lab: Lab, accused: Accused) -> float | None:
-    """The psi that the audit has found, where an ancestral path is kept by one."""
-    assert accused.candidate is not None and accused.hypothesis is not None
-    member = accused.candidate.member
-    if member is None or accused.hypothesis.controlled or not lab.schedule.fades:
-        return None
-    return round(float(np.mean(member.psi)), 2)
 
 
 def _spec(lab: Lab, audited: str) -> Spec:

@@ -171,7 +171,7 @@ class Screen(Stage):
         assert member is not None  # a family was searched
         schedule = lab.schedule
         z = starts / (schedule.prior * schedule.unit)  # `inputs.deviations`
-        sampler = context.evaluation.sampler(hypothesis.solver)
+        sampler = context.evaluation.sampler_for(hypothesis, accused.candidate)
         tests = (
             Likelihood(),
             Whiteness(),

@@ -26,12 +26,14 @@ class Stream(enum.IntEnum):
     DRAWS = 101
     DESCENT = 202
     HELDOUT = 303
-    FEATURES = 404
+    ERRORS = 404
     STARTS = 505
     DENOISING = 606
     SCREEN = 707
     REPAIR = 808
     OWN_IMAGES = 909
+    FEATURES = 1010
+    EVIDENCE = 1111
 
 
 @dataclasses.dataclass(frozen=True)
