@@ -100,13 +100,13 @@ def main() -> None:
     shape = (16, 16, 1)
     real = data.to_float(images.load(shape))
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-    done = {(row["model"], row["way"]) for row in record["rows"]}
+    done = {(row["model"], row["way"], row["settings"]) for row in record["rows"]}
     before: dict[str, float] = {}
     for name, way in ((name, known[name]) for name in given.ways or known):
         scan = Scan(str(run), tuple(models), repair=way)
         for model in models:
             folder = run / pathlib.Path(model).name
-            if (folder.name, name) in done:
+            if (folder.name, name, way.name) in done:
                 continue
             perform_scan(dataclasses.replace(scan, model=(model,), devices=1))
             numbers = json.loads((folder / "report.json").read_text())["numbers"]
@@ -117,9 +117,15 @@ def main() -> None:
             row = {
                 "model": folder.name,
                 "way": name,
+                "settings": way.name,
                 "before": first.verdict._asdict(),
                 "after": [each.verdict._asdict() for each in after],
-                "success": repairs[-1].success,
+                "success": {
+                    k: v
+                    for each, when in ((repairs[0], "before"), (repairs[-1], "after"))
+                    for k, v in each.success.items()
+                    if k.endswith(when)
+                },
                 "Frechet before": before[folder.name],
                 "Frechet after": distance(folder / after[-1].weights, real),
                 "images": repairs[-1].images,

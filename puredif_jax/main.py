@@ -48,7 +48,7 @@ _COST = flags.DEFINE_bool(
 
 def parse(argv: list[str]) -> tuple[Any, list[str]]:
     """The configuration that flags give, and what absl keeps of the command line."""
-    given = any(arg.startswith(("--config=", "-config=")) for arg in argv)
+    given = any(arg.split("=")[0] in ("--config", "-config") for arg in argv)
     return _parsed(argv, given, command_line.from_flags)
 
 
@@ -147,7 +147,7 @@ def main(parsed: tuple[Any, list[str]]) -> None:
         logging.warning("interrupted: %s", signals.GOES_ON)
         sys.exit(signals.INTERRUPTED)
     if report is None:
-        logging.info("the table of all runs is written by a call without --only")
+        logging.info("the table of all runs is written when all are done")
     elif parallel.is_host_zero():
         print(report.verdict or "done")
         print(f"report: {shown(wanted.workdir)}/report.html")

@@ -111,3 +111,32 @@ def test_a_scan_keeps_its_table(tmp_path) -> None:
     with pytest.raises(RunError, match="holds a scan with another draws"):
         binding.bind_scan(tmp_path, scan)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_what_a_later_repair_reads_is_noted_and_then_bound(tmp_path) -> None:
+    binding.pin(tmp_path, {"a": "abc"}, {"the training images": "1"})
+    (tmp_path / "results").mkdir()
+    binding.pin(tmp_path, {"a": "abc"}, {"the images of the repair": "2"})
+    both = {"the training images": "1", "the images of the repair": "2"}
+    binding.pin(tmp_path, {"a": "abc"}, both)
+    for name in both:
+        with pytest.raises(RunError, match=f"another version of {name}"):
+            binding.pin(tmp_path, {"a": "abc"}, {**both, name: "3"})
+
+
+def test_how_memory_is_spared_does_not_bind_a_run(tmp_path) -> None:
+    """At any depth; whatever decides what is computed does."""
+
+    def config(**changed) -> dict:
+        descent = {"steps": 120, "together": 8, **changed}
+        return {
+            "type": "Experiment",
+            "audit": {"inversion": {"descent": descent}},
+            "model": {"remat": "together" not in changed},
+        }
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(config()))
+    assert binding.is_run(tmp_path, config(together=2))
+    with pytest.raises(RunError, match=r"another audit\.inversion\.descent\.steps"):
+        binding.is_run(tmp_path, config(steps=60))

@@ -23,7 +23,7 @@ from puredif_jax.defenses.removal import ThreeTerms
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.diffusers_config import ConvertError
-from puredif_jax.stages import cost
+from puredif_jax.stages import cost, search
 from puredif_jax.stages import repair as repairs
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.base import results
@@ -191,8 +191,69 @@ def test_what_is_not_clean_yet_is_repaired_once_more(tmp_path, monkeypatch) -> N
         second.name,
     ]
     both = Repaired.read(found["numbers"], "here")
-    assert [each.place for each in both] == [0, 1]
+    assert [row["round"] for each in both for row in each.tables()[REPAIR]] == [1, 2]
     assert {REPAIR, f"{REPAIR} 2"} <= set(found["numbers"])
+    # Both rounds are compared with what the model drew before any of them.
+    assert both[0].frechet["after"] == both[1].frechet["before"]
+
+
+def test_more_rounds_go_on_from_the_first(tmp_path, monkeypatch) -> None:
+    """How often, and whether a clean model is repaired, is no other repair."""
+    once = Repair(training=SHORT, draws=4, rounds=1)
+    perform_scan(plan(tmp_path, once))
+    begun = []
+    trained = repairs.removing
+
+    def noting(*given):
+        begun.append(1)
+        return trained(*given)
+
+    monkeypatch.setattr(repairs, "removing", noting)
+    twice = dataclasses.replace(once, rounds=2, always=True)
+    assert twice.name == once.name
+    first = tmp_path / "scan" / "model" / once.name / "unet"
+    before = {path: path.stat().st_mtime_ns for path in first.glob("*")}
+    perform_scan(plan(tmp_path, twice))
+    assert (tmp_path / "scan" / "model" / f"{once.name}-2").is_dir()
+    assert [each["name"] for each in report(tmp_path)["judgements"]][1:] == [
+        once.name,
+        f"{once.name}-2",
+    ]
+    assert before
+
+
+def test_a_result_that_is_repaired_again_is_judged_by_itself(tmp_path) -> None:
+    """Its folder has the name that the new result takes in its own run."""
+    repair = Repair(training=SHORT, draws=4, rounds=1)
+    perform_scan(plan(tmp_path, repair))
+    given = tmp_path / "scan" / "model" / repair.name
+    again = dataclasses.replace(
+        plan(tmp_path, repair, home="again"), model=(str(given),)
+    )
+    perform_scan(again)
+    (home,) = (tmp_path / "again").glob("*/report.json")
+    first, second = json.loads(home.read_text())["judgements"]
+    assert (first["name"], second["name"]) == (f"given-{repair.name}", repair.name)
+    found = {path.name for path in (home.parent / "results").glob("puredif_*")}
+    for name in (first["name"], second["name"]):
+        assert f"puredif_{name}_ode.npz" in found
+
+
+def test_a_trigger_of_no_numbers_is_not_trained_out(tmp_path, monkeypatch) -> None:
+    broken = search.invert
+
+    def nan(*given):
+        found = broken(*given)
+        delta = np.full_like(found.candidate.delta, np.nan)
+        candidate = dataclasses.replace(found.candidate, delta=delta)
+        return found._replace(candidate=candidate)
+
+    monkeypatch.setattr(search, "invert", nan)
+    repair = Repair(training=SHORT, draws=4, always=True)
+    perform_scan(plan(tmp_path, repair))
+    assert not (tmp_path / "scan" / "model" / repair.name).exists()
+    page = (tmp_path / "scan" / "model" / "report.html").read_text()
+    assert "there is nothing to remove" in page
 
 
 def test_the_model_of_the_run_itself_is_repaired(tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import math
 import pathlib
@@ -75,6 +76,12 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     blocks = images.reshape(n, size, factor, size, factor, channels)
     found: np.ndarray = np.round(blocks.mean((2, 4), dtype=np.float32))
     return found.astype(np.uint8)
+
+
+def fingerprint(images: np.ndarray) -> str:
+    """The SHA-256 of images with their shape and type, in hexadecimal digits."""
+    kind = f"{images.shape} {images.dtype}".encode()
+    return hashlib.sha256(kind + np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

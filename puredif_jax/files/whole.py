@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from puredif_jax.types import InputError
 
@@ -84,6 +84,12 @@ def expanded(name: str) -> pathlib.Path:
     """
     path = pathlib.Path(name)
     return path.expanduser() if name.startswith("~") else path
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names with commas, and "and" before the last."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def shortened(names: Sequence[str]) -> str:

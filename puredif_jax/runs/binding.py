@@ -11,6 +11,7 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from absl import logging
@@ -18,10 +19,12 @@ from absl import logging
 from puredif_jax.files.sealed import DamagedError, read_json
 from puredif_jax.files.whole import KINDS, write_whole
 from puredif_jax.runs import parallel
+from puredif_jax.runs.config import without
 from puredif_jax.types import InputError
 
 # What does not change what else a run finds.
 PLACE = ("workdir", "devices", "save_every", "screen", "repair")
+SPARING = ("together", "remat")
 BEGUN = ("checkpoints", "results", "report.json")
 
 
@@ -182,8 +185,11 @@ def _judging(config: Mapping[str, Any]) -> Any:
 
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a configuration decides what is computed."""
-    kept = {k: v for k, v in config.items() if k not in PLACE}
+    """What of a configuration decides what is computed.
+
+    Settings by which memory is spared decide nothing.
+    """
+    kept = {k: v for k, v in without(config, SPARING).items() if k not in PLACE}
     if isinstance(audit := kept.get("audit"), dict):
         audit = {k: v for k, v in audit.items() if k != "detector"}
         if "baselines" in audit:
@@ -195,17 +201,26 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def pin(folder: pathlib.Path, digests: Mapping[str, str]) -> None:
-    """Notes the inputs of a run, by name, or checks that they are still the same.
+def pin(
+    folder: pathlib.Path,
+    weights: Mapping[str, str],
+    others: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Notes the inputs of a run, or checks that they are still the same.
+
+    Args:
+      folder: of the run.
+      weights: digests of all weights that it reads, by name.
+      others: digests of what else it reads. A later repair may add some.
 
     Raises:
       RunError: the run has begun with others, or it is not known with which.
       WriteError: the note cannot be written.
     """
-    path = folder / "inputs.json"
+    path, digests = folder / "inputs.json", {**weights, **others}
     if not begun(folder):
         if parallel.is_host_zero():
-            write_whole(path, json.dumps(dict(digests), indent=2).encode())
+            write_whole(path, json.dumps(digests, indent=2).encode())
         return
     if not digests:
         return
@@ -217,11 +232,14 @@ def pin(folder: pathlib.Path, digests: Mapping[str, str]) -> None:
             f"{path} is missing or damaged, so it is not known which weights the run "
             f"has read: {again}"
         ) from error
+    new = {name: others[name] for name in others.keys() - old.keys()}
     for name, digest in digests.items():
-        if old.get(name) != digest:
+        if name not in new and old.get(name) != digest:
             raise RunError(
                 f"{folder} holds a run of another version of {name}: {again}"
             )
+    if new and parallel.is_host_zero():
+        write_whole(path, json.dumps(old | new, indent=2).encode())
 
 
 def _changed(old: Any, new: Any, where: str = "configuration") -> str:

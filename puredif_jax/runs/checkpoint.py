@@ -85,6 +85,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         with contextlib.suppress(*([CheckpointError] if error else [])):
             self.close()
 
+    def wait(self) -> None:
+        """Waits for the save under way; raises CheckpointError where it has failed."""
+        with self._writing("the latest step"):
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for the save under way; raises CheckpointError where it has failed."""
         with self._writing("the latest step"):

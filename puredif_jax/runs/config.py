@@ -10,7 +10,7 @@ import difflib
 import functools
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from puredif_jax.runs.fields import (
@@ -202,3 +202,12 @@ def closest(name: str, valid: Iterable[str]) -> str:
 def line(error: Exception) -> str:
     """An error's type and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+
+
+def without(tree: Any, names: Collection[str]) -> Any:
+    """A configuration as plain data, less the fields of these names at any depth."""
+    if isinstance(tree, Mapping):
+        return {k: without(v, names) for k, v in tree.items() if k not in names}
+    if isinstance(tree, list | tuple):
+        return [without(each, names) for each in tree]
+    return tree

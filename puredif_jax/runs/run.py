@@ -82,6 +82,7 @@ class Run:
         total: int,
         chunk: int,
         first: int = 0,
+        remedy: str = "",
     ) -> Any:
         """Advances a state to step `total`, from the latest whole checkpoint on.
 
@@ -98,6 +99,7 @@ class Run:
           total: steps to reach.
           chunk: most steps of a call of `advance`, and the steps of a row of scalars.
           first: the step that the loop begins at.
+          remedy: what to do where a loss is no finite number; "" goes on.
 
         Returns:
           The state at step `total`.
@@ -105,6 +107,7 @@ class Run:
         Raises:
           Stopped: a SIGTERM came; what was done is stored.
           CheckpointError: a checkpoint cannot be written.
+          RunError: a loss is no finite number, and there is a `remedy`.
         """
         with Checkpoints(self.folder / "checkpoints" / stage) as checkpoints:
             found = checkpoints.restore_last(self.place(shapes), total)
@@ -126,6 +129,8 @@ class Run:
                         state, info = advance(state, start, stop)
                         columns = parallel.gather(info._asdict())
                     seconds = time.perf_counter() - began
+                    if remedy:
+                        _require_finite(columns["loss"][: stop - start], start, remedy)
                     row.add(stop - start, seconds, columns)
                     steps = _fitting(seconds / (stop - start), chunk)
                     told = parallel.must_stop()
@@ -142,6 +147,8 @@ class Run:
                             bar.set_postfix(loss=f"{loss:.4g}")
                     bar.update(stop - start)
                     start = stop
+                    if told:
+                        checkpoints.wait()  # a failure is named before the end is
                     parallel.safe_point(told)
         return state
 
@@ -167,7 +174,7 @@ class Run:
         """
         path = self.folder / "results" / f"{name}.npz"
         if parallel.agreed(path.exists()):
-            _wait_for(path)
+            wait_for(path)
             found, why = None, ""
             try:
                 found = read_arrays(path)
@@ -247,8 +254,19 @@ def compiling(what: str, first: bool) -> Iterator[None]:
         timer.cancel()
 
 
-def _wait_for(path: pathlib.Path) -> None:
-    """Waits for a file, which a shared folder may show to one host later."""
+def _require_finite(losses: np.ndarray, start: int, remedy: str) -> None:
+    """Raises RunError where a loss of the steps from `start` on is no finite number."""
+    if not (finite := np.isfinite(losses)).all():
+        step = start + int(np.argmin(finite)) + 1
+        raise RunError(f"the loss of step {step} is no finite number: {remedy}")
+
+
+def wait_for(path: pathlib.Path) -> None:
+    """Waits for a file, which a shared folder may show to one host later.
+
+    Raises:
+      RunError: it is not there after a minute.
+    """
     end = time.monotonic() + PATIENCE
     while not path.exists():
         if time.monotonic() >= end:

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.base import Defense, Inspection, Inverted, Verdict
 from puredif_jax.defenses.detector import Detector
@@ -17,7 +19,7 @@ from puredif_jax.defenses.puredif import Puredif
 from puredif_jax.diffusion.sampling import unclipped
 from puredif_jax.diffusion.schedules import NoiseSchedule
 from puredif_jax.diffusion.solver import Ancestral, Deterministic, Solver
-from puredif_jax.files.whole import safe_name
+from puredif_jax.files.whole import listed, safe_name
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.discovery import distinct
 from puredif_jax.runs import parallel
@@ -33,7 +35,7 @@ from puredif_jax.stages.inspector import Inspector
 from puredif_jax.stages.lab import PLAIN, SHOWN
 from puredif_jax.stages.measure import FRECHET, SUCCESS
 from puredif_jax.stages.pictures import as_images
-from puredif_jax.stages.repaired import REPAIR
+from puredif_jax.stages.repaired import REPAIR, REPAIRED
 from puredif_jax.stages.screen import SCREENED
 from puredif_jax.stages.weights import WEIGHTS, Truth, find_weights
 from puredif_jax.stages.work import Work, drawing, inverting
@@ -113,8 +115,7 @@ class Audit(Stage):
     def plan(self, schedule: NoiseSchedule) -> str:
         """How each model of a process is inverted, in words."""
         count = sum(how.evaluations(kind) for kind, how in self.searches(schedule))
-        *others, last = (hypothesis.name for hypothesis in self.tried(schedule))
-        names = f"{', '.join(others)} and {last}" if others else last
+        names = listed(hypothesis.name for hypothesis in self.tried(schedule))
         return f"(under {names}, {count:,} evaluations of its network on an image)"
 
     def reads(self, weights: str | None) -> tuple[str, ...]:
@@ -173,7 +174,8 @@ class Audit(Stage):
         findings: list[Finding] = []
         sections: list[Section] = []
         for name, label in labels(self.weights).items():
-            where = name
+            where, params = name, None  # of models on the devices there is one
+            state = dataclasses.replace(state, accused=None)
             if name == "repaired":
                 if state.repaired is None:
                     continue  # there was nothing to repair
@@ -184,8 +186,8 @@ class Audit(Stage):
                     where, params = WEIGHTS, state.params
                 else:
                     params = context.lab.load(name)
-                if context.place:  # what it finds is kept apart
-                    label = f"{label}-{context.place + 1}"
+            if context.place:  # what it finds is kept apart; no label has a "+"
+                label = f"{label}+{context.place + 1}"
             finding, section, accused = self._audit(context, name, label, params, where)
             state = dataclasses.replace(state, accused=accused)
             findings.append(finding)
@@ -258,6 +260,8 @@ class Audit(Stage):
         kinds = {kind.name: kind for kind in bench.hypotheses}
         best = kinds[verdict.hypothesis]
         candidate = bench.candidates.get((first, best))
+        if candidate is not None and not np.isfinite(candidate.delta).all():
+            candidate = None
         accused = Accused(
             label, verdict, truth, best if candidate else None, candidate, params
         )
@@ -344,7 +348,8 @@ RESERVED = (
 def labels(weights: Sequence[str]) -> dict[str, str]:
     """A label of its own for each model: the last part of its path, or of its folder.
 
-    Models that share one, or have the name of another result, are numbered.
+    Models that share one, or have the name of another result, are numbered. The name of
+    a repair's result is that one's alone.
     """
     found: dict[str, str] = {}
     for name in weights:
@@ -353,6 +358,8 @@ def labels(weights: Sequence[str]) -> dict[str, str]:
         if name != path.name and stem in (convert.FOLDER, pathlib.Path(WEIGHTS).stem):
             stem = path.absolute().parent.name  # of a run
         own = name in OWN  # no other model has these names
+        if not own and stem.startswith(REPAIRED):
+            stem = f"given-{stem}"
         taken = [] if own else [*OWN, *RESERVED]
         found[name] = distinct(safe_name(stem), [*found.values(), *taken])
     return found

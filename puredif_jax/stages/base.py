@@ -15,7 +15,7 @@ import numpy as np
 
 from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.training import Training
-from puredif_jax.data.images import ImageSet
+from puredif_jax.data.images import ImageSet, fingerprint
 from puredif_jax.defenses.base import Verdict
 from puredif_jax.defenses.hypothesis import Hypothesis
 from puredif_jax.runs.binding import RunError
@@ -78,6 +78,11 @@ class Context:
         if truth is None or state.trigger is None:
             return truth
         return truth._replace(trigger=state.trigger)
+
+    def images_read(self) -> dict[str, str]:
+        """The fingerprint of the training images, as in `Stage.inputs`."""
+        pixels = self.data.load(self.lab.unet.image_shape)
+        return {"the training images": fingerprint(pixels)}
 
     def success(
         self, name: str, params: Params, truth: Truth, trigger: np.ndarray
@@ -179,6 +184,10 @@ class Outcome(NamedTuple):
     results: tuple[Result, ...] = ()
     sections: tuple[Section, ...] = ()
 
+    def and_then(self, other: Outcome) -> Outcome:
+        """Of this and of what comes after it."""
+        return Outcome(self.results + other.results, self.sections + other.sections)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage(abc.ABC):
@@ -187,6 +196,10 @@ class Stage(abc.ABC):
     def reads(self, weights: str | None) -> tuple[str, ...]:
         """Names or paths of weights that it reads; `weights` are the run's own."""
         return ()
+
+    def inputs(self, context: Context) -> dict[str, str]:
+        """Fingerprints of what else it reads, by what that is called in a message."""
+        return {}
 
     def check(self, context: Context) -> None:
         """Refuses what is wrong, before any long work.

@@ -68,10 +68,6 @@ def search_of(defense: Defense) -> dict[str, Any]:
     Settings by which memory is spared (`together`) are left out, too.
     """
 
-    def without(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {k: without(v) for k, v in tree.items() if k != "together"}
-
-    plain: dict[str, Any] = without(json.loads(json.dumps(config.to_dict(defense))))
-    return {name: value for name, value in plain.items() if name != "detector"}
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(defense)))
+    kept = config.without(plain, ("together", "detector"))
+    return dict(kept)

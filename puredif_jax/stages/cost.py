@@ -104,10 +104,12 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
     what an audit measures of a trigger are not counted.
 
     Raises:
-      InputError: no model to scan can be read; of several, the others are estimated.
+      InputError: something given is wrong, or no model to scan can be read; of several
+        the others are estimated.
     """
     rows: dict[tuple[Any, ...], Row] = {}
-    labs: dict[Any, tuple[Lab, Params, float]] = {}
+    sizes: dict[Any, tuple[float, int]] = {}  # operations and parameters, by model
+    at_hand: tuple[Any, Lab, Params] | None = None  # one model is in memory
     with tempfile.TemporaryDirectory() as folder:
         for number, experiment in enumerate(_experiments(wanted)):
             model = (
@@ -117,15 +119,22 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
                 experiment.devices,
                 experiment.images,
             )
-            if model not in labs:
+            if at_hand is None or at_hand[0] != model:
+                at_hand = None
                 # Its folder is thrown away.
                 workdir = f"{folder}/{number}"
                 lab = open_lab(dataclasses.replace(experiment, workdir=workdir))
                 params = lab.run.replicate(jax.jit(lab.unet.init)(lab.key))
+                at_hand = model, lab, params
+            _, lab, params = at_hand
+            if model not in sizes:
                 one = drawing(lab.run.mesh.size, 0).program(lab, params)
-                labs[model] = lab, params, measure(one[0], params, one[1]).operations
-            lab, params, operations = labs[model]
+                count = sum(x.size for x in jax.tree.leaves(params))
+                sizes[model] = measure(one[0], params, one[1]).operations, count
+            operations = sizes[model][0]
             context = context_of(experiment, lab)
+            for stage in experiment.stages:
+                stage.check(context)
             works = (w for stage in experiment.stages for w in stage.work(context))
             for part in works:
                 key = (model, part.name, part.key)
@@ -147,7 +156,7 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
         sum(row["times"] * row["seconds"] for row in found) / 3600,
         max((row["memory"] for row in found), default=0),
         *parallel.peak_memory(),
-        max(sum(x.size for x in jax.tree.leaves(p)) for _, p, _ in labs.values()),
+        max(count for _, count in sizes.values()),
     )
 
 

@@ -16,15 +16,15 @@ from puredif_jax.attacks.training import Training
 from puredif_jax.data.images import FashionMNIST, ImageSet
 from puredif_jax.diffusion.prediction import Prediction
 from puredif_jax.diffusion.schedules import LinearBetas, Process
-from puredif_jax.files.whole import safe_name
+from puredif_jax.files.whole import listed, safe_name
 from puredif_jax.networks.base import ImageNetwork
 from puredif_jax.stages.amplify import Amplification
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.base import Stage
 from puredif_jax.stages.evaluation import Evaluation, at_least
-from puredif_jax.stages.further_repair import FurtherRepair
 from puredif_jax.stages.measure import Measure
 from puredif_jax.stages.repair import Repair
+from puredif_jax.stages.rounds import Rounds
 from puredif_jax.stages.screen import Screen
 from puredif_jax.stages.train import Train
 
@@ -120,7 +120,7 @@ class Experiment:
                 f"trigger; found {found}"
             )
         for stage in self.then:
-            if isinstance(stage, Amplification | Train | Screen | Repair):
+            if isinstance(stage, Amplification | Train | Screen | Repair | Rounds):
                 raise ValueError(
                     f"`then` has a stage {type(stage).__name__}, which a run does "
                     "once, by a field of its own"
@@ -185,8 +185,7 @@ class Experiment:
             judged.append(self.screen)
         if self.repair and self.audit:
             again = dataclasses.replace(self.audit, weights=("repaired",))
-            further = FurtherRepair(self.repair, again)
-            judged += [self.repair, again, *[further] * (self.repair.rounds - 1)]
+            judged.append(Rounds(self.repair, again))
         return (*self._ordered(made, judged), *self.then)
 
     def _ordered(self, made: list[_T], judged: list[_T]) -> list[_T]:
@@ -214,7 +213,9 @@ class Experiment:
         if self.screen:
             judged.append(f"screening of {self.screen.noise or 'no noise'}")
         if self.repair:
-            judged.append("repair of it, and audit of the result")
+            most = self.repair.rounds
+            often = f", at most {most} times" if most > 1 else ""
+            judged.append(f"repair of it and audit of the result{often}")
         parts = self._ordered(made, judged)
         parts += [type(stage).__name__ for stage in self.then]
         return f"{self.workdir}: {', '.join(parts) or 'nothing but a report'}"
@@ -343,9 +344,9 @@ class Scan:
     @property
     def plan(self) -> str:
         """What will be done, in words."""
-        how = self.audit.plan(LinearBetas().tables())
+        kinds = listed(each.name for each in self.audit.hypotheses)
         models, end = ", ".join(self.model), ", repair of it" if self.repair else ""
-        return f"{self.workdir}: scan of {models}, each model there {how}{end}"
+        return f"{self.workdir}: scan of {models}, each model under {kinds}{end}"
 
     def aimed(self, models: tuple[str, ...]) -> Scan:
         """This scan, of models that a command names."""

@@ -17,9 +17,9 @@ from puredif_jax.stages.finding import Finding
 from puredif_jax.stages.inspector import kept
 
 _TEXT = (
-    "One picture of each run, whose caption names its parts from left to right. Where "
-    "the true trigger is known it comes first, and each method has the inversion that "
-    "comes nearest to it. Otherwise it is the inversion that its verdict rests on."
+    "One picture of each run, whose caption names its parts from left to right. The "
+    "trigger of the run's own attack comes first. Of each method it shows the "
+    "inversion nearest to the true trigger, or else the one its verdict rests on."
 )
 
 

@@ -25,6 +25,18 @@ from puredif_jax.stages.lab import PLAIN, Lab
 from puredif_jax.stages.weights import Truth
 from puredif_jax.types import Candidate, Member, NoiseModel, Params
 
+STORED = (
+    "delta",
+    "target",
+    "psi",
+    "gamma",
+    "errors",
+    "falling",
+    "draws",
+    "seconds",
+)
+"""What is kept of an inversion; without a clip also "draws_unclipped"."""
+
 
 class Seen(NamedTuple):
     """What there is to see of one inversion.
@@ -265,7 +277,12 @@ class Inspector:
                 "seconds": search.seconds(lab, stage, inversion),
             }
 
-        return lab.run.once(stage, compute)
+        drawn = (
+            []
+            if unclipped(evaluation.sampler(hypothesis.solver)) is None
+            else ["draws_unclipped"]
+        )
+        return lab.run.once(stage, compute, (*STORED, *drawn))
 
     def _placebo(
         self, method: str, placebo: Hypothesis, inversion: Inversion

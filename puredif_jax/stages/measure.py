@@ -102,10 +102,12 @@ class Measure(Stage):
     def reads(self, weights: str | None) -> tuple[str, ...]:
         return () if weights is None else (weights,)
 
+    def inputs(self, context: Context) -> dict[str, str]:
+        compared = context.attack or context.evaluation.frechet_draws
+        return context.images_read() if compared else {}
+
     def check(self, context: Context) -> None:
         evaluation = context.evaluation
-        if context.attack or evaluation.frechet_draws:
-            context.data.load(context.lab.unet.image_shape)
         if evaluation.frechet_draws:
             check_quality(context.lab, evaluation, context.data)
 

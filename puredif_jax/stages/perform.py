@@ -101,9 +101,15 @@ def check(experiment: Experiment, context: Context) -> None:
     except ValueError as error:
         raise RunError(str(error)) from error
     _ = context.truth  # refused where the attack is not defined
+    judged = {name for audit in experiment.audits for name in audit.reads(None)}
     for name in names(experiment):
-        lab.load(name, bool(context.training) and name == context.weights)
-    pin(lab.run.folder, digests(experiment, lab.models))
+        begins = context.training is not None and name == context.weights
+        if begins:
+            lab.load(name, start=True)
+        if name in judged or not begins:
+            lab.load(name)
+    others = {k: v for x in experiment.stages for k, v in x.inputs(context).items()}
+    pin(lab.run.folder, digests(experiment, lab.models), others)
 
 
 def perform(experiment: Experiment, models: Models | None = None) -> Report:

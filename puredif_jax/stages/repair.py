@@ -29,6 +29,7 @@ from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.runs import config, parallel
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
+from puredif_jax.runs.run import wait_for
 from puredif_jax.stages.base import (
     Accused,
     Context,
@@ -39,7 +40,7 @@ from puredif_jax.stages.base import (
 from puredif_jax.stages.embedding import embedding_for
 from puredif_jax.stages.lab import SHOWN, Lab
 from puredif_jax.stages.removing import removal_trainer, removing
-from puredif_jax.stages.repaired import Repaired
+from puredif_jax.stages.repaired import REPAIRED, Repaired
 from puredif_jax.stages.setup import Stream
 from puredif_jax.stages.train import batches
 from puredif_jax.stages.work import Step, Work, drawing
@@ -86,18 +87,27 @@ class Repair(Stage):
 
     @property
     def name(self) -> str:
-        """A name by its settings, such as for the folder that it writes."""
-        settings = json.dumps(config.to_dict(self), sort_keys=True)
-        return f"repaired-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+        """A name by what decides the result, such as for the folder that it writes."""
+        settings = config.to_dict(self)
+        for which in ("always", "rounds"):  # say whether, and how often
+            del settings[which]
+        text = json.dumps(settings, sort_keys=True)
+        return f"{REPAIRED}{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def _named(self, context: Context) -> str:
-        """The same for a repair of the run; a later one has a name of its own."""
+        """The same for a round of the run; a later one has a name of its own."""
         return f"{self.name}-{context.place + 1}" if context.place else self.name
 
     @property
     def _distilled(self) -> bool:
         """Whether theta0's answer stands for the noise in the clean term."""
         return self.images is None or self.removal.distils
+
+    def inputs(self, context: Context) -> dict[str, str]:
+        if self.images is None:
+            return {}
+        pixels = self.images.load(context.lab.unet.image_shape)
+        return {"the images of the repair": data.fingerprint(pixels)}
 
     def check(self, context: Context) -> None:
         lab, batch = context.lab, self.training.batch
@@ -172,7 +182,10 @@ class Repair(Stage):
         return state, Outcome((result,), (section,))
 
     def _images(self, context: Context, accused: Accused) -> np.ndarray:
-        """The clean images `[N, H, W, C]`: uint8 as given, or float32 as drawn."""
+        """The clean images `[N, H, W, C]`: uint8 as given, or float32 as drawn.
+
+        The model that was given draws them; later rounds have the same.
+        """
         lab = context.lab
         if self.images is not None:
             return self.images.load(lab.unet.image_shape)
@@ -192,7 +205,7 @@ class Repair(Stage):
             ]
             return {"images": np.clip(np.concatenate(pairs), -1, 1)}
 
-        return lab.run.once(f"{self._named(context)}_images", compute)["images"]
+        return lab.run.once(f"{self.name}_images", compute)["images"]
 
     def _trained(
         self, context: Context, accused: Accused, pixels: np.ndarray
@@ -221,7 +234,15 @@ class Repair(Stage):
         shapes = jax.eval_shape(begin)
         steps = training.steps
         name = self._named(context)
-        found: TrainState = run.loop(name, several, begin, shapes, steps, lab.chunk)
+        found: TrainState = run.loop(
+            name,
+            several,
+            begin,
+            shapes,
+            steps,
+            lab.chunk,
+            remedy="set a smaller repair.training.learning_rate",
+        )
         return found.ema_params
 
     def _known(self, context: Context, pixels: np.ndarray) -> Principal:
@@ -253,6 +274,7 @@ class Repair(Stage):
             if accused.truth is not None:
                 accused.truth.save(folder)
         parallel.agreed(True)  # it is there before any process reads it
+        wait_for(lab.run.folder / self._named(context))
 
     def _measured(
         self,
@@ -284,6 +306,7 @@ class Repair(Stage):
         rates: dict[str, float] = {}
         distances: dict[str, float] = {}
         pictures: list[tuple[str, np.ndarray]] = []
+        labels = {"before": accused.label, "after": own_name}
         for when, weights in (("before", accused.params), ("after", params)):
             for name, (by, r, target, inner) in backdoors.items():
                 file = f"{own_name}_{when}_{name.replace(' ', '_')}"
@@ -292,7 +315,7 @@ class Repair(Stage):
                 )
                 rates[f"{name}, {when}"] = found.rate
                 pictures.append((f"draws, {name}, {when}", found.images))
-            plain = self._plain(context, f"{own_name}_{when}_plain", weights)
+            plain = self._plain(context, labels[when], weights)
             distances[when] = embedding.distance(plain, clean)
             pictures.append((f"draws from plain noise, {when}", plain[:SHOWN]))
         seconds = lab.run.metrics.seconds(own_name)
@@ -316,8 +339,10 @@ class Repair(Stage):
         table = tuple({"draws": k, "at MSE < 0.01": v} for k, v in rates.items())
         return result, Section("Repair", text, table, tuple(pictures))
 
-    def _plain(self, context: Context, name: str, params: Params) -> np.ndarray:
+    def _plain(self, context: Context, label: str, params: Params) -> np.ndarray:
+        """Draws from plain noise; what is one round's result begins the next."""
         lab, sampler = context.lab, context.evaluation.deterministic
+        name = f"{self.name}_plain_{label}"
 
         def compute() -> Mapping[str, Any]:
             return {"images": lab.draw(params, sampler, lab.zero, self.draws)}

@@ -10,6 +10,7 @@ from puredif_jax.runs.binding import RunError
 from puredif_jax.stages.base import Result, Row
 
 REPAIR = "repair"
+REPAIRED = "repaired-"  # the names of results begin with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Repaired(Result):
       success: of draws with the inverted trigger at MSE < 1e-2 of its image, and with
         the true trigger of the true target if that is known: before and after, by name.
       frechet: distance of plain draws to the clean images, before and after.
-      place: how many repairs of the run came before.
+      round: of the run, from 0.
     """
 
     removal: str
@@ -36,15 +37,15 @@ class Repaired(Result):
     seconds: float
     success: Mapping[str, float]
     frechet: Mapping[str, float]
-    place: int = 0
+    round: int = 0
 
     def numbers(self) -> dict[str, Any]:
         found = vars(self) | {
             "success": dict(self.success),
             "frechet": dict(self.frechet),
         }
-        found.pop("place")
-        return {_key(self.place): found}
+        found.pop("round")
+        return {_key(self.round): found}
 
     @classmethod
     def read(cls, numbers: Mapping[str, Any], where: str) -> list[Self]:
@@ -54,7 +55,7 @@ class Repaired(Result):
         return found
 
     @classmethod
-    def _read(cls, found: Any, place: int, where: str) -> Self:
+    def _read(cls, found: Any, round_: int, where: str) -> Self:
         try:
             return cls(
                 str(found["removal"]),
@@ -65,19 +66,20 @@ class Repaired(Result):
                 float(found["seconds"]),
                 {str(k): float(v) for k, v in found["success"].items()},
                 {str(k): float(v) for k, v in found["frechet"].items()},
-                place,
+                round_,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{where} has no {REPAIR} of this version") from error
 
     def tables(self) -> dict[str, list[Row]]:
-        apart = ("success", "frechet", "place")
-        row = {k: v for k, v in vars(self).items() if k not in apart}
+        apart = ("success", "frechet", "round")
+        row: dict[str, Any] = {"round": self.round + 1}
+        row |= {k: v for k, v in vars(self).items() if k not in apart}
         row |= {f"success, {k}": v for k, v in self.success.items()}
         row |= {f"Frechet, {k}": v for k, v in self.frechet.items()}
         return {REPAIR: [row]}
 
 
-def _key(place: int) -> str:
+def _key(round_: int) -> str:
     """The name by which a report keeps a repair."""
-    return f"{REPAIR} {place + 1}" if place else REPAIR
+    return f"{REPAIR} {round_ + 1}" if round_ else REPAIR

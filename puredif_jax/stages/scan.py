@@ -24,7 +24,7 @@ from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Scan
 from puredif_jax.stages.models import Models
 from puredif_jax.stages.scan_report import summarise
-from puredif_jax.stages.sweep import in_turn, keep_programs, perform_once
+from puredif_jax.stages.sweep import in_turn, keep_programs, perform_once, reported
 from puredif_jax.stages.weights import ZOO
 from puredif_jax.types import InputError
 
@@ -77,6 +77,8 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
         audited = False
         try:
             experiment = as_experiment(plans[name], name, folder, sources)
+            if _place(folder) not in asked and reported(experiment) is not None:
+                continue  # an earlier call's, whose noise may be gone
             label = f"model {i + 1} of {len(names)}"
             audited = perform_once(experiment, label, sources)
         except parallel.Stopped:
@@ -212,6 +214,11 @@ def as_experiment(
         logging.info("%s: its schedule allows %d steps of sampling", name, betas.steps)
     try:
         ancestral, deterministic = scheduling.samplers(scan.steps)
+    except ValueError as error:
+        raise RunError(
+            f"{folder} cannot be scanned so: {error}; --config.steps sets the steps"
+        ) from error
+    try:
         return Experiment(
             workdir=f"{scan.workdir}/{name}",
             model=spec.network,
@@ -236,6 +243,4 @@ def as_experiment(
             save_every=scan.save_every,
         )
     except ValueError as error:
-        raise RunError(
-            f"{folder} cannot be scanned so: {error}; --config.steps sets the steps"
-        ) from error
+        raise RunError(f"{folder} cannot be scanned so: {error}") from error

@@ -98,17 +98,24 @@ def perform_once(
     """
     models = opened(experiment) if models is None else models
     folder = pathlib.Path(experiment.workdir)
-    wanted = config.to_dict(experiment)
-    numbers = numbers_of(folder, wanted) if is_run(folder, wanted) else None
-    done, screen = numbers is not None, experiment.screen
-    if numbers is not None and screen is not None:
-        done = screen.done(numbers)
+    numbers, screen = reported(experiment), experiment.screen
+    done = numbers is not None and (screen is None or screen.done(numbers))
     if parallel.agreed(done):
         pin(folder, digests(experiment, models))
         return False
     logging.info("%s: %s", label, folder)
     perform(experiment, models)
     return True
+
+
+def reported(experiment: Experiment) -> dict[str, Any] | None:
+    """What the report of a run says, if it is of this configuration; else None.
+
+    Raises:
+      RunError: its folder holds another run.
+    """
+    folder, wanted = pathlib.Path(experiment.workdir), config.to_dict(experiment)
+    return numbers_of(folder, wanted) if is_run(folder, wanted) else None
 
 
 def in_turn(folders: Sequence[pathlib.Path]) -> Iterator[int]:
@@ -187,7 +194,11 @@ def _summary(sweep: Sweep) -> Report | None:
     shown: list[Shown] = []
     for experiment in sweep.experiments:
         folder = pathlib.Path(sweep.workdir) / experiment.workdir
-        numbers = numbers_of(folder, config.to_dict(experiment))
+        try:
+            numbers = reported(dataclasses.replace(experiment, workdir=str(folder)))
+        except RunError as error:  # of one that was not asked for
+            logging.warning("no table of all runs: %s", error)
+            return None
         if numbers is None:
             return None
         found = results(numbers, str(folder / "report.json"))

@@ -31,6 +31,7 @@ from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.runs import checkpoint, parallel, weight_file
 from puredif_jax.runs.binding import RunError
+from puredif_jax.runs.run import wait_for
 from puredif_jax.stages.base import Context, Outcome, Stage, State
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.programs import KEPT, repeated
@@ -63,6 +64,7 @@ def train(
       trigger: replaces the attack's own from the last snapshot on; trained bare.
     """
     run, unet = lab.run, lab.unet
+    state: TrainState
     made = trainer_of(lab.setup, training, attack)
     key_init, key_train = jax.random.split(lab.key)
 
@@ -70,7 +72,11 @@ def train(
         return made(None).init(params, key_train)
 
     def begin() -> TrainState:
-        if before is not None:  # the trigger is another from there on
+        if first:  # the trigger is another from there on
+            with checkpoint.Checkpoints(snapshots, keep=None) as kept:
+                found = kept.restore_last(run.place(shapes), first)
+            assert found is not None  # it was there just now
+            before: TrainState = found[1]
             return before
         init = jax.jit(unet.init)
         params: Params = init(key_init) if start is None else lab.load(start, True)
@@ -89,9 +95,10 @@ def train(
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         found = kept.restore_last(run.place(shapes), until)
     first = 0 if found is None else found[0]
-    before: TrainState | None = None if found is None else found[1]
-    if before is not None and first == until:
-        return before
+    if found is not None and first == until:
+        state = found[1]
+        return state
+    del found  # a whole state on all devices
     pixels = images.load(unet.image_shape)
 
     def several(
@@ -100,8 +107,15 @@ def train(
         batch = batches(lab, pixels, training.batch, first, last)
         return program(state, batch, poisoned, np.int32(last - first))
 
-    state: TrainState = run.loop(
-        "train", several, begin, shapes, until, lab.chunk, first
+    state = run.loop(
+        "train",
+        several,
+        begin,
+        shapes,
+        until,
+        lab.chunk,
+        first,
+        remedy="set a smaller training.learning_rate",
     )
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         kept.save(until, state)
@@ -175,6 +189,9 @@ class Train(Stage):
     def reads(self, weights: str | None) -> tuple[str, ...]:
         return () if weights is None else (weights,)
 
+    def inputs(self, context: Context) -> dict[str, str]:
+        return context.images_read()
+
     def check(self, context: Context) -> None:
         network, devices = context.lab.unet, context.lab.run.mesh.size
         training = context.training
@@ -245,8 +262,13 @@ def save(context: Context, params: Params, truth: Truth | None) -> None:
     """
     lab = context.lab
     host = parallel.gather(params)
-    if not parallel.is_host_zero():
-        return
+    if parallel.is_host_zero():
+        _write(lab, host, truth)
+    parallel.agreed(True)  # it is there before any process reads it
+    wait_for(lab.run.folder / WEIGHTS)
+
+
+def _write(lab: Lab, host: Any, truth: Truth | None) -> None:
     setup, top = lab.setup, lab.run.folder
     about = {"experiment": json.dumps(lab.run.about, sort_keys=True)}
     weight_file.save_weights(top / WEIGHTS, host, about)
