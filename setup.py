@@ -55,6 +55,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.9",
         "pillow>=10",
+        "PyYAML>=6",
     ],
     entry_points={"console_scripts": ["puredif = puredif_jax.command:run"]},
     extras_require={
@@ -73,7 +74,7 @@ setup(
             "mkdocs-material>=9.6,<10",
             "mkdocstrings[python]>=1",
         ],
-        "dev": [*TEST, "pre-commit>=4", "ruff>=0.9", "mypy>=1.15"],
+        "dev": [*TEST, "pre-commit>=4", "ruff>=0.9", "mypy>=1.15", "types-PyYAML>=6"],
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
     },

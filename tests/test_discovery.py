@@ -13,7 +13,7 @@ from tiny_config import TINY, draw_params
 
 from puredif_jax.files import whole as files
 from puredif_jax.formats import diffusers as convert
-from puredif_jax.formats import discovery, search
+from puredif_jax.formats import discovery, opening
 from puredif_jax.formats.base import Model, Spec
 from puredif_jax.formats.scheduling import Scheduling
 from puredif_jax.formats.weight_sets import WEIGHTS
@@ -328,5 +328,5 @@ def test_a_link_to_a_place_that_only_sounds_like_the_system_is_followed(
     write(tmp_path / "devices" / "one")
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "more").symlink_to(tmp_path / "devices")
-    monkeypatch.setattr(search, "_SYSTEM", (str(tmp_path / "dev"),))
+    monkeypatch.setattr(opening, "_SYSTEM", (str(tmp_path / "dev"),))
     assert set(found(tmp_path / "m")) == {"more.one"}

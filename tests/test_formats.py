@@ -166,7 +166,7 @@ def write_checkpoint(
     return path, read_code(name)[1]
 
 
-SILENT = Config(None, None)  # no config.yml
+SILENT = Config(None, None, True)  # no config.yml
 
 
 def read_code(name: str, config: Config = SILENT):
@@ -545,7 +545,7 @@ def test_a_configuration_beside_a_checkpoint_is_read_and_not_executed(
     "before,after,words",
     [
         ("image_size: 16", "image_size: large", "data.image_size='large'"),
-        ("rescaled: true", "rescaled: false", "data.rescaled='false'"),
+        ("rescaled: true", "rescaled: false", "data.rescaled='False'"),
         ("'quad'", "jsd", "beta_schedule='jsd': read are linear, quad"),
         ("beta_end: 0.03", "beta_end: 0.0001", "start <= end"),
         ("image_size: 16", "image_size: 15", "sample_size of two multiples"),
@@ -564,7 +564,7 @@ def test_an_image_size_that_cannot_be_told_is_refused() -> None:
     place = pathlib.Path("ckpt.pth")
     with pytest.raises(ConvertError, match="does not tell the size of its images"):
         ddim_checkpoint.read_network(shapes, place, SILENT, [])
-    network = ddim_checkpoint.read_network(shapes, place, Config(64, None), [])
+    network = ddim_checkpoint.read_network(shapes, place, Config(64, None, True), [])
     assert network.sample_size == (64, 64)
 
 

@@ -25,6 +25,10 @@ from puredif_jax.types import InputError
         ("https://huggingface.co/owner/name/tree/main/unet", ("owner/name", "main")),
         ("http://hf.co/owner/name/blob/abc123/a.bin?x=1", ("owner/name", "abc123")),
         ("https://huggingface.co/o%77ner/name", ("owner/name", None)),
+        (
+            "https://huggingface.co/owner/name/tree/refs/pr/1",
+            ("owner/name", "refs/pr/1"),
+        ),
     ],
 )
 def test_names_that_are_understood(name, wanted) -> None:
@@ -45,11 +49,24 @@ def test_names_that_are_no_names_of_the_hub(name) -> None:
         ("https://huggingface.co/owner", "the address of no model"),
         ("https://huggingface.co/owner/na%20me", "the address of no model"),
         ("s3://bucket/model", "not an address of the Hub"),
+        ("http://[", "is no address"),
     ],
 )
 def test_addresses_of_no_model_say_what_to_give(address, words) -> None:
     with pytest.raises(InputError, match=f"{words}: give a folder in diffusers"):
         hub.parsed(address)
+
+
+def test_a_part_of_a_repository_is_not_taken_for_its_top() -> None:
+    with pytest.raises(InputError, match="is a part of a repository, .* download"):
+        hub.parsed("https://huggingface.co/owner/name/tree/main/sub/model")
+
+
+def test_a_folder_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    with pytest.raises(InputError, match="no models/mint, and models is a folder here"):
+        hub.find_folder("models/mint")
 
 
 def test_what_else_may_be_weights_is_named(tmp_path, monkeypatch, caplog) -> None:

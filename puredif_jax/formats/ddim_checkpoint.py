@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 import zipfile
@@ -26,6 +27,7 @@ from puredif_jax.formats.ddim_config import CONFIG, Config, read_config
 from puredif_jax.formats.diffusers_config import ConvertError, Remarks
 from puredif_jax.formats.entries import Entry, tensors, unpickled
 from puredif_jax.formats.fitting import cast, fitting, parameters
+from puredif_jax.formats.opening import of_system
 from puredif_jax.formats.scheduling import Samplers, Scheduling
 from puredif_jax.networks.fields import MOST_BLOCKS
 from puredif_jax.networks.unet import UNet
@@ -36,6 +38,7 @@ ATTENTION = 16  # side of the resolution at which the published networks attend
 _MARK = b"temb.dense.0.weight"  # a name that no other layout has
 _LONGEST_HEAD = 2**22  # bytes in which it is looked for
 _GROUPS = 32  # of every norm, in the code
+_PARTS = 5  # of the list
 
 _NAMES = {
     r"temb\.dense\.0": "time_embedding.linear_1",
@@ -63,7 +66,10 @@ _OF_ATTENTION = {
 
 @dataclasses.dataclass(frozen=True)
 class DDIMScheduling(Scheduling):
-    """Sampling as the code does it: x0hat is bounded by DDPM, and not by DDIM."""
+    """Sampling as TrojDiff's code does it: x0hat is bounded by DDPM, and not by DDIM.
+
+    The variance of a step of DDPM is the smaller one; in the DDIM code it is beta_t.
+    """
 
     def samplers(self, steps: int) -> Samplers:
         found = super().samplers(steps)
@@ -83,12 +89,13 @@ class DDIMCheckpoint(Format):
     name = "a checkpoint file of DDIM"
 
     def knows(self, path: pathlib.Path) -> bool:
-        return (
-            path.suffix.lower() in SUFFIXES and path.is_file() and _MARK in _head(path)
-        )
+        if path.suffix.lower() not in SUFFIXES or not os.path.isfile(path):
+            return False
+        return not of_system(path) and _MARK in _head(path)
 
     def spec(self, path: pathlib.Path, scheduler: str | None = None) -> Spec:
-        found, config = _open(path), read_config(path.with_name(CONFIG))
+        config = read_config(path.with_name(CONFIG))
+        found = _open(path, config.ema)
         shapes = {name: entry.shape for name, entry in found.entries.items()}
         remarks = [found.remark]
         network = read_network(shapes, path, config, remarks)
@@ -112,7 +119,7 @@ class DDIMCheckpoint(Format):
         return [path]
 
     def _fitting(self, path: pathlib.Path, spec: Spec) -> dict[str, Entry]:
-        entries = _open(path).entries
+        entries = _open(path, read_config(path.with_name(CONFIG)).ema).entries
         renamed = functools.partial(diffusers_name, levels=_levels(entries, path))
         stored = [entry._replace(name=name) for name, entry in entries.items()]
         return fitting(stored, spec.network, path, renamed)
@@ -141,18 +148,18 @@ def _head(path: pathlib.Path) -> bytes:
         return b""
 
 
-def _open(path: pathlib.Path) -> _Checkpoint:
+def _open(path: pathlib.Path, ema: bool) -> _Checkpoint:
     try:
         stat = path.stat()
     except OSError as error:
         raise ConvertError(f"there is no file {path}") from error
-    return _opened(path, stat.st_mtime_ns, stat.st_size)
+    return _opened(path, ema, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(path: pathlib.Path, changed: int, size: int) -> _Checkpoint:
+def _opened(path: pathlib.Path, ema: bool, changed: int, size: int) -> _Checkpoint:
     """What lies in a file, as long as it stays the same."""
-    state, remark = _taken(unpickled(path), path)
+    state, remark = _taken(unpickled(path), path, ema)
     entries: dict[str, Entry] = {}
     for entry in tensors(path, state):
         name = entry.name.removeprefix("module.")
@@ -162,18 +169,32 @@ def _opened(path: pathlib.Path, changed: int, size: int) -> _Checkpoint:
     return _Checkpoint(entries, remark)
 
 
-def _taken(found: Any, path: pathlib.Path) -> tuple[Any, str]:
-    """The state dict to take, and a remark on the choice."""
+def _taken(found: Any, path: pathlib.Path, ema: bool) -> tuple[Any, str]:
+    """The state dict from which the code draws, and a remark on the choice."""
     if isinstance(found, dict):
         return found, f"{path} has one set of weights, which may be a moving average"
-    if not isinstance(found, list) or not found or not isinstance(found[0], dict):
+    if (
+        not isinstance(found, list)
+        or not 1 <= len(found) <= _PARTS
+        or not isinstance(found[0], dict)
+    ):
+        many = f" of {len(found)}" if isinstance(found, list) else ""
         raise ConvertError(
-            f"{path} holds a {type(found).__name__}: expected a state dict, or a list "
-            "of it, the optimiser's state, the epoch, the step and the moving average"
+            f"{path} holds a {type(found).__name__}{many}: expected a state dict, or a "
+            "list of it, the optimiser's state, the epoch, the step and the moving "
+            "average"
         )
-    if len(found) > 4 and isinstance(found[4], dict):
-        return found[4], f"of {path} the moving average of the weights is taken"
-    return found[0], f"{path} has no moving average: the raw weights are taken"
+    if len(found) < _PARTS or not isinstance(found[-1], dict):
+        return found[0], f"{path} has no moving average: the raw weights are taken"
+    if ema:
+        return found[-1], (
+            f"of {path} the moving average of the weights is taken, as its code draws; "
+            "the raw ones are another set, which is not scanned"
+        )
+    return found[0], (
+        f"of {path} the raw weights are taken, since its {CONFIG} has model.ema false; "
+        "their moving average is not scanned"
+    )
 
 
 def diffusers_name(name: str, levels: int) -> str:

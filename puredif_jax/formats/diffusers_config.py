@@ -130,7 +130,7 @@ def read_fields(
             )
     widths = fields["block_out_channels"]
     same = {  # as if they were silent
-        "time_embedding_dim": 4 * widths[0] if widths and widths[0] else None,
+        "time_embedding_dim": _fourfold(widths),
         "attn_norm_num_groups": fields["norm_num_groups"],
     }
     for name, valid in off.items():
@@ -185,6 +185,11 @@ def read_unet(
         raise ConvertError(f"{where} is not a network: {error}") from error
 
 
+def _fourfold(widths: Any) -> int | None:
+    """Four times the first width, where that is a number."""
+    return 4 * widths[0] if widths and type(widths[0]) is int else None
+
+
 def _twice(channels: Any) -> Any:
     return 2 * channels if type(channels) is int else channels
 
@@ -215,6 +220,12 @@ def write_unet(unet: UNet) -> dict[str, Any]:
 def refuse_unknown(config: Mapping[str, Any], where: str, known: set[str]) -> None:
     """Raises ConvertError for a field that is not known."""
     unknown = [name for name in config if name not in known]
+    if "predict_epsilon" in unknown:
+        kind = "epsilon" if config["predict_epsilon"] else "sample"
+        raise ConvertError(
+            f"{where} sets predict_epsilon, which diffusers had before prediction_type:"
+            f" put prediction_type={kind!r} in its place"
+        )
     if unknown:
         raise ConvertError(
             f"{where} sets {', '.join(unknown)}, which we do not know: remove what has "

@@ -103,7 +103,7 @@ def is_latent(path: pathlib.Path) -> bool:
     """Whether a folder's index names a first stage, so that a model draws latents."""
     index = path / "model_index.json"
     try:
-        return index.is_file() and bool(read_json(index).get(FIRST_STAGE))
+        return index.is_file() and FIRST_STAGE in parts_of(read_json(index))
     except ConvertError:
         return False
 

@@ -151,6 +151,7 @@ _VARIANCES: dict[str | None, Variance] = {
     "learned": "fixed_small",
     "learned_range": "fixed_small",
 }
+LEAST_FALL = 1e-3  # of the signal, from the first timestep to the last
 LEARNED = ("learned", "learned_range")
 # Pipelines that draw from a network alone, and the class into which each converts the
 # scheduler it is given.
@@ -230,6 +231,11 @@ def read_scheduling(
         signal = betas.tables().signal
     if not np.isfinite(signal).all():
         raise ConvertError(f"{where} is not a schedule: its numbers are not finite")
+    if not signal[0] > signal[-1] + LEAST_FALL:
+        raise ConvertError(
+            f"{where} is not a schedule: its signal goes from {signal[0]:.3g} to "
+            f"{signal[-1]:.3g}, and must fall"
+        )
     if signal[-1] == 0 and prediction == "epsilon":
         remarks.append(
             "nothing of the image is left at the last timestep, so a network that "

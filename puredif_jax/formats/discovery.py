@@ -23,6 +23,8 @@ Models = dict[str, pathlib.Path | InputError]
 
 LONGEST_LIST = 1_000_000  # bytes
 MOST_COMMAS = 6  # in a path
+MOST_ERRORS = 5  # that are said where there is no model at all
+LISTS = ("", ".txt", ".list")  # suffixes of files that name models
 # Names that a scan's folder has for itself.
 RESERVED = ("config.json", "report.json", "report.html", "compiled", "lock")
 
@@ -61,12 +63,13 @@ def find(
                 lines = _lines(path)
                 if not lines:
                     raise _no_model(name)
-                for line in lines:
+                for number, line in lines.items():
                     try:
                         one = hub.find_folder(line, offline, variant)
                         rows += _rows(line, one, variant, notes)
                     except InputError as error:
-                        rows.append((line, error))
+                        where = f"line {number} of {path}: {error}"
+                        rows.append((line, ConvertError(where)))
             else:
                 rows += _rows(name, path, variant, notes)
         except InputError as error:
@@ -75,7 +78,7 @@ def find(
             rows.append((name, unreadable(name, error)))
     errors = [found for _, found in rows if isinstance(found, InputError)]
     if len(errors) == len(rows):
-        raise errors[0]
+        raise ConvertError("; ".join(map(str, errors[:MOST_ERRORS])))
     models: Models = {}
     used, counts = set(RESERVED), dict[str, int]()
     for name, found in _once(rows):
@@ -146,24 +149,28 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _lines(path: pathlib.Path) -> list[str]:
-    """What a text file names, a line each; "#" begins a remark.
+def _lines(path: pathlib.Path) -> dict[int, str]:
+    """What a text file names, by the number of the line; "#" begins a remark.
 
     Raises:
       ConvertError: it is no text, or cannot be read.
     """
     try:
-        if path.stat().st_size > LONGEST_LIST:
+        if path.suffix not in LISTS or path.stat().st_size > LONGEST_LIST:
             raise UnicodeError
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except UnicodeError:
         raise ConvertError(
-            f"{path} is a file, and not a text that names models: give the folder of "
-            "the model, which has unet/config.json in it"
+            f"{path} is a file, and not a text (.txt) that names models: give the "
+            "folder of the model, which has unet/config.json in it"
         ) from None
     except OSError as error:
         raise unreadable(path, error) from error
-    return [line for line in lines if line and not line.startswith("#")]
+    return {
+        number: line
+        for number, line in enumerate(lines, 1)
+        if line and not line.startswith("#")
+    }
 
 
 def _no_model(name: str) -> ConvertError:

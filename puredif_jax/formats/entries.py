@@ -8,11 +8,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import pathlib
+import pickletools
+import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -23,7 +27,8 @@ from puredif_jax.formats.opening import refuse_broken
 from puredif_jax.formats.weight_sets import WEIGHTS, WeightSet
 
 SAFE_TORCH = (2, 6)  # from there on weights-only loading executes nothing
-MOST_COMPARED = 2**30  # numbers of an array
+MOST_COMPARED = 2**26  # numbers of an array
+LONGEST_PICKLE = 2**25  # bytes, without the arrays
 FLOATS = {
     "F16": 16,
     "BF16": 16,
@@ -31,6 +36,14 @@ FLOATS = {
     "F64": 64,
 }  # bits of the kinds that are read
 _TORCH = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+
+
+_PICKLES = 5  # at the start of a file that PyTorch wrote before it took to zip
+_OF_ARRAYS = re.compile(
+    r"collections\.OrderedDict|torch\.(Size|\w*Storage)|torch\.storage\.\w*Storage|"
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter\."
+    r"Parameter"
+)
 
 
 class Entry(NamedTuple):
@@ -112,7 +125,8 @@ def _pickled(path: pathlib.Path) -> Iterable[Entry]:
 def unpickled(path: pathlib.Path) -> Any:
     """What PyTorch's weights-only loading makes of a pickle: nothing is executed.
 
-    The result may hold tensors, scalars, text, and containers of these.
+    The result may hold tensors, scalars, text, and containers of these. What else that
+    loading would make, such as an array of bytes of any size, is refused before.
 
     Raises:
       ConvertError: it is damaged or packed, holds anything else, or there is no
@@ -132,15 +146,13 @@ def unpickled(path: pathlib.Path) -> Any:
             f"(CVE-2025-32434): {instead}"
         )
     _refuse_packed(path)
+    _refuse_others(path)
     try:
         with warnings.catch_warnings():  # about the version of a pickle
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds; what they advise is not passed on
-        raise ConvertError(
-            f"{path} is not a pickle of arrays alone{_other_parts(path)}, and is not "
-            "read: nothing in it was executed"
-        ) from error
+        raise _not_alone(path) from error
 
 
 def tensors(path: pathlib.Path, found: Any) -> Iterable[Entry]:
@@ -154,19 +166,23 @@ def tensors(path: pathlib.Path, found: Any) -> Iterable[Entry]:
     if not isinstance(found, dict) or not all(
         isinstance(name, str)
         and isinstance(value, torch.Tensor)
+        and not vars(value)  # which might stand before what it is asked
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-        for name, value in found.items()
+        for name, value in dict.items(found)
     ):
-        raise ConvertError(f"{path} is not a pickle of named, dense arrays")
+        names = dict.keys(found) if isinstance(found, dict) else ()
+        have = shortened([f"{name}"[:80] for name in names])
+        has = f": it has {have}" if have else ""
+        raise ConvertError(f"{path} is not a pickle of named, dense arrays{has}")
 
     def read(value: Any) -> np.ndarray:
         whole = value.detach().resolve_conj().resolve_neg()
         found: np.ndarray = whole.to(torch.float32).numpy()
         return found
 
-    for name, value in found.items():
+    for name, value in dict.items(found):
         kind = str(value.dtype).removeprefix("torch.")
         shape = tuple(value.shape)
         yield Entry(
@@ -174,15 +190,54 @@ def tensors(path: pathlib.Path, found: Any) -> Iterable[Entry]:
         )
 
 
-def _other_parts(path: pathlib.Path) -> str:
-    """What a pickle would call, as far as PyTorch can tell without loading it."""
-    import torch
+def _not_alone(path: pathlib.Path, calls: Sequence[str] = ()) -> ConvertError:
+    """The error for a pickle that holds more than arrays."""
+    more = f" (it would call {shortened(calls)})" if calls else ""
+    return ConvertError(
+        f"{path} is not a pickle of arrays alone{more}, and is not read: nothing in it "
+        "was executed"
+    )
 
+
+def _refuse_others(path: pathlib.Path) -> None:
+    """Raises ConvertError where a pickle names anything but what arrays are made of.
+
+    Only the names of its instructions are read.
+    """
+    calls: set[str] = set()
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a pickle at all, or one of an old kind
-        return ""
-    return f" (it would call {shortened(sorted(found))})" if found else ""
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                for part in file.infolist():
+                    if part.filename.endswith(".pkl"):
+                        with file.open(part) as stream:
+                            calls |= _globals(stream)
+        else:
+            with path.open("rb") as plain:
+                for _ in range(_PICKLES):
+                    if plain.peek(1):
+                        calls |= _globals(plain)
+    except Exception as error:  # of many kinds: then it is no pickle
+        raise _not_alone(path, _others(calls)) from error
+    if others := _others(calls):
+        raise _not_alone(path, others)
+
+
+def _others(calls: Iterable[str]) -> list[str]:
+    return sorted(each for each in calls if not _OF_ARRAYS.fullmatch(each))
+
+
+def _globals(stream: IO[bytes]) -> set[str]:
+    """What the next pickle in a stream would import, as "module.name"."""
+    found = set()
+    for op, argument, at in pickletools.genops(stream):
+        if at is not None and at > LONGEST_PICKLE:
+            raise ValueError("the pickle is too long")
+        if op.name in ("GLOBAL", "INST"):
+            found.add(str(argument).replace(" ", "."))
+        elif op.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            found.add(op.name)  # which PyTorch does not read
+    return found
 
 
 def _refuse_packed(path: pathlib.Path) -> None:
@@ -192,13 +247,35 @@ def _refuse_packed(path: pathlib.Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             unpacked = sum(part.file_size for part in file.infolist())
+            plain = {part.compress_type for part in file.infolist()} <= {
+                zipfile.ZIP_STORED
+            }
+            # PyTorch looks for the directory of the archive where its end says.
+            plain = plain and file.start_dir == _directory(path)
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise ConvertError(f"{path} is not a whole pickle ({error})") from error
-    if unpacked > path.stat().st_size:
+    if unpacked > path.stat().st_size or not plain:
         raise ConvertError(
             f"{path} is packed: its {path.stat().st_size} bytes unpack to {unpacked}, "
-            "which PyTorch does not write, and it is not read"
+            "or in a way that PyTorch does not write, and it is not read"
         )
+
+
+def _directory(path: pathlib.Path) -> int | None:
+    """Where the end of a zip file says that its directory begins; None without one."""
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - 2**16 - 42)
+        file.seek(start)
+        tail = file.read()
+        end = tail.rfind(b"PK\x05\x06")
+        if end < 0 or len(tail) < end + 22:
+            return None
+        (found,) = struct.unpack_from("<I", tail, end + 16)
+        locator = end - 20
+        if locator >= 0 and tail[locator : locator + 4] == b"PK\x06\x07":
+            file.seek(struct.unpack_from("<Q", tail, locator + 8)[0] + 48)
+            (found,) = struct.unpack("<Q", file.read(8))
+    return int(found)
 
 
 def _open(path: pathlib.Path) -> Any:
@@ -208,5 +285,5 @@ def _open(path: pathlib.Path) -> Any:
     except (safetensors.SafetensorError, OSError) as error:
         reason = str(error)
         if "not fully covered" in reason:
-            reason = "it is incomplete, or has been cut: fetch it again"
+            reason = "its length is not what its header says: fetch it again"
         raise ConvertError(f"{path} is not a safetensors file: {reason}") from error

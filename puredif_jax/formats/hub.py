@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -32,6 +33,10 @@ WAYS = (
     "its address there"
 )
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+
+
+# Folders of a model that lies at the top of a repository.
+_PARTS = ("unet", FIRST_STAGE, "scheduler")
 
 
 class Repository(NamedTuple):
@@ -71,7 +76,15 @@ def find_folder(
     if here:
         return _named(path)
     repository = parsed(name)
-    return path if repository is None else _fetched(repository, offline, variant)
+    if repository is None:
+        return path
+    if "://" not in name and os.path.isdir(path.parent):
+        raise ConvertError(
+            f"there is no {name}, and {path.parent} is a folder here, with "
+            f"{shortened(sorted(os.listdir(path.parent))) or 'nothing'}: for the model "
+            f"of the Hub give https://{HOSTS[0]}/{name}"
+        )
+    return _fetched(repository, offline, variant)
 
 
 def _named(path: pathlib.Path) -> pathlib.Path:
@@ -100,15 +113,26 @@ def parsed(name: str) -> Repository | None:
     if "://" not in name:
         match = _REPOSITORY.fullmatch(name)
         return Repository(match[1], match[2]) if match else None
-    address = urlsplit(name)
+    try:
+        address = urlsplit(name)
+        host = address.hostname
+    except ValueError as error:
+        raise ConvertError(f"{name[:200]} is no address: give {WAYS}") from error
     parts = [unquote(part) for part in address.path.split("/") if part]
-    if address.hostname not in HOSTS:
+    if host not in HOSTS:
         raise ConvertError(f"{name[:200]} is not an address of the Hub: give {WAYS}")
     if parts[:1] in (["datasets"], ["spaces"]) or len(parts) < 2:
         raise ConvertError(f"{name[:200]} is the address of no model: give {WAYS}")
     revision = None
     if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve", "commit"):
-        revision = parts[3]
+        length = 3 if parts[3] == "refs" else 1  # such as refs/pr/1
+        revision, inside = "/".join(parts[3 : 3 + length]), parts[3 + length :]
+        file = parts[2] != "tree" and len(inside) == 1
+        if inside and not file and inside[0] not in _PARTS:
+            raise ConvertError(
+                f"{name[:200]} is a part of a repository, which is read from its top "
+                "alone: download that part, and give its folder"
+            )
     whole = "/".join(parts[:2]) + (f"@{revision}" if revision else "")
     match = _REPOSITORY.fullmatch(whole)
     if match is None:

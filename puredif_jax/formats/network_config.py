@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from puredif_jax.formats.diffusers_config import (
+    ConvertError,
     Remarks,
     as_diffusers_takes,
     read_unet,
@@ -36,8 +37,11 @@ def read_network(
     """
     taken = as_diffusers_takes(config, where)
     blocks = [taken.get(f"{way}_block_types") for way in ("down", "up")]
-    read = read_ncsnpp if "Skip" in f"{blocks}" else read_unet
-    return read(config, where, kind, remarks)
+    try:
+        read = read_ncsnpp if "Skip" in f"{blocks}" else read_unet
+        return read(config, where, kind, remarks)
+    except RecursionError as error:
+        raise ConvertError(f"{where} has lists within lists, too deep") from error
 
 
 def write_network(network: UNet | NCSNpp) -> dict[str, Any]:

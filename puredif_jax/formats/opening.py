@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from typing import Any
 
 from puredif_jax.formats.diffusers_config import ConvertError
 
 LARGEST_JSON = 10_000_000  # bytes
+_SYSTEM = ("/proc", "/sys", "/dev")
 
 
 def unreadable(path: object, error: OSError) -> ConvertError:
@@ -25,14 +27,24 @@ def listed(folder: pathlib.Path) -> list[pathlib.Path]:
         raise unreadable(folder, error) from error
 
 
+def of_system(path: pathlib.Path) -> bool:
+    """Whether a path leads to where the system shows itself as files."""
+    real = pathlib.Path(os.path.realpath(path))
+    return any(map(real.is_relative_to, _SYSTEM))
+
+
 def refuse_broken(path: pathlib.Path) -> None:
     """Says what a broken download has left in the place of a file.
 
     Raises:
-      ConvertError: there is no file; it is empty, a pointer of Git LFS or a web page.
+      ConvertError: there is no file, or one that the system makes up; it is empty, a
+        pointer of Git LFS or a web page.
     """
-    if not path.is_file():
-        raise ConvertError(f"there is no file {path}")
+    if not os.path.isfile(path):  # which is False for pipes and sockets
+        kind = "is no regular file" if os.path.lexists(path) else ""
+        raise ConvertError(f"{path} {kind}" if kind else f"there is no file {path}")
+    if of_system(path):
+        raise ConvertError(f"{path} leads to {os.path.realpath(path)}, a system file")
     try:
         with path.open("rb") as file:
             start = file.read(200)
@@ -57,9 +69,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """
     refuse_broken(path)
     try:
-        if path.stat().st_size > LARGEST_JSON:
+        with path.open("rb") as file:
+            text = file.read(LARGEST_JSON + 1)
+        if len(text) > LARGEST_JSON:
             raise ConvertError(f"{path} is larger than {LARGEST_JSON} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConvertError):
             raise

@@ -23,7 +23,7 @@ from puredif_jax.formats.base import Format
 from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.entries import entries, same
 from puredif_jax.formats.known import format_of
-from puredif_jax.formats.opening import listed, read_json, unreadable
+from puredif_jax.formats.opening import listed, of_system, read_json, unreadable
 from puredif_jax.formats.state_dict import to_torch
 from puredif_jax.formats.weight_sets import (
     LARGE,
@@ -39,9 +39,8 @@ from puredif_jax.types import InputError
 
 NAMED = 20  # files of a folder that are named, at most
 MOST_LINKED = 10_000  # folders outside of the searched one, to which links lead
-MOST_COPIED = 2**32  # bytes of a file that is compared with a model
+MOST_COPIED = 2**31  # bytes of a file that is compared with a model
 
-_SYSTEM = ("/proc", "/sys", "/dev")
 # What a training with accelerate leaves beside a model: no network is in it.
 _STATES = re.compile(
     r"(optimizer|scheduler|scaler|sampler|random_states|training_args|dl_state|"
@@ -80,7 +79,7 @@ class Search:
                 if not self._enters(folder):
                     continue
                 inside = listed(folder)
-                below = [each for each in inside if each.is_dir()]
+                below = [each for each in inside if os.path.isdir(each)]
                 waiting += reversed(below)
                 self._visit(folder, inside, below)
             except Exception as error:  # whatever a stranger's folder leads to
@@ -96,8 +95,7 @@ class Search:
             return False
         linked = folder != self.top and folder.is_symlink()
         if linked and (
-            pathlib.Path(self._home).is_relative_to(real)
-            or any(map(pathlib.Path(real).is_relative_to, _SYSTEM))
+            pathlib.Path(self._home).is_relative_to(real) or of_system(folder)
         ):
             self.notes.append(f"{folder} leads to {real}, which is not searched")
             return False
@@ -255,9 +253,16 @@ class Search:
         states: list[str] = []
         ours = folder in self._ours
         for path in inside:
-            if path.name in used or path.is_dir():
+            if path.name in used or os.path.isdir(path):
                 continue
-            if self._alone(path) or (kind := may_hold(path)) is None:
+            kind = may_hold(path)
+            try:
+                if self._alone(path) or kind is None:
+                    continue
+            except OSError as fault:  # such as a link of too long a name
+                self.rows.append(
+                    (self._name(folder, path.name), unreadable(path, fault))
+                )
                 continue
             if path.name.endswith(TRUTH) and _is_truth(path):
                 continue
@@ -323,6 +328,8 @@ def _is_run(folder: pathlib.Path) -> bool:
 
 def _is_truth(path: pathlib.Path) -> bool:
     """Whether this holds the arrays of a backdoor, and nothing else."""
+    if not os.path.isfile(path):  # a pipe would wait
+        return False
     try:
         with safetensors.safe_open(path, "numpy") as file:
             found = set(file.keys())

@@ -7,6 +7,7 @@ what lies in the files.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -134,22 +135,21 @@ def weight_sets(folder: pathlib.Path) -> list[WeightSet]:
     Raises:
       ConvertError: the folder cannot be read.
     """
-    found = []
-    for path in listed(folder):
-        for pattern in _PRINCIPALS:
-            if match := pattern.fullmatch(path.name):
-                pickled = match["kind"] == "bin"
-                found.append(WeightSet(path, match["variant"], pickled))
-                break
+    found = filter(None, map(_named, listed(folder)))
     return sorted(found, key=lambda each: each.rank)
 
 
 def of_file(path: pathlib.Path) -> WeightSet | None:
-    """The weights whose principal file this is, if it is one of its folder."""
-    if not path.parent.is_dir():
-        return None
-    named = (each for each in weight_sets(path.parent) if each.principal == path)
-    return next(named, None)
+    """The weights whose principal file this is, if it is there and is one."""
+    return _named(path) if os.path.lexists(path) else None
+
+
+def _named(path: pathlib.Path) -> WeightSet | None:
+    """The weights that a file of this name is the principal one of."""
+    for pattern in _PRINCIPALS:
+        if match := pattern.fullmatch(path.name):
+            return WeightSet(path, match["variant"], match["kind"] == "bin")
+    return None
 
 
 def choose(folder: pathlib.Path, variant: str | None = None) -> WeightSet:

@@ -169,7 +169,9 @@ def _experiments(wanted: Experiment | Scan | Sweep) -> Iterator[Experiment]:
         for name, folder in models.items():
             try:
                 yield as_experiment(wanted, name, folder)
-            except InputError as error:
+            except Exception as error:  # whatever a stranger's model has led to
+                if not isinstance(error, InputError):
+                    error = InputError(f"{type(error).__name__}: {error}")
                 logging.error("%s is left out: %s", name, error)
                 errors.append(error)
         if len(errors) == len(models):
