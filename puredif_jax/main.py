@@ -5,18 +5,21 @@
                            configs/, such as scan; or the config.json of a run
     --config.NAME=VALUE    changes a field of it, such as --config.training.steps=100
     --cost                 tell what the run would cost, and do not run it
-    --help                 this, and with --config=FILE all of its fields
+    --help                 this; with --config=FILE what that does, and its fields
+    --version              the version of the package
 
 The same in fewer words, where a MODEL is a folder, a file or a name of the Hub:
 
     puredif FILE [MODEL ...] --NAME=VALUE ...
     puredif cost FILE ...
+    puredif FILE --help
 
 The same command goes on with a run that was interrupted.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import sys
@@ -30,6 +33,7 @@ if __name__ == "__main__":
 
 from absl import app, flags, logging
 
+from puredif_jax import __version__
 from puredif_jax.runs import (
     command_line,
     config,
@@ -48,7 +52,8 @@ _COST = flags.DEFINE_bool(
 
 def parse(argv: list[str]) -> tuple[Any, list[str]]:
     """The configuration that flags give, and what absl keeps of the command line."""
-    given = any(arg.split("=")[0] in ("--config", "-config") for arg in argv)
+    parts = [part for arg in argv[1:] for part in arg.split("=", 1)]
+    given = [b for a, b in itertools.pairwise(parts) if a.strip("-") == "config"]
     return _parsed(argv, given, command_line.from_flags)
 
 
@@ -58,28 +63,33 @@ def parse_words(argv: list[str]) -> tuple[Any, list[str]]:
         argv = [argv[0], *argv[2:], "--cost"]
     elif argv[1:] in ([], ["help"]):
         argv = [argv[0], "--help"]
-    given = any(not arg.startswith("-") for arg in argv[1:])
+    given = [arg for arg in argv[1:] if not arg.startswith("-")]
     return _parsed(argv, given, command_line.from_words)
 
 
 def _parsed(
-    argv: list[str], given: bool, read: Callable[[Sequence[str]], tuple[Any, list[str]]]
+    argv: list[str],
+    given: Sequence[str],
+    read: Callable[[Sequence[str]], tuple[Any, list[str]]],
 ) -> tuple[Any, list[str]]:
     """What `read` makes of a command line; help is printed, an error ends it.
 
     Args:
       argv: the command line, program name first.
-      given: whether it names a configuration.
+      given: what it names; the first is a configuration.
       read: takes what absl does not know.
     """
     terminal.protect()
+    if "--version" in argv:
+        terminal.say(f"puredif_jax {__version__}")
+        sys.exit(0)
     asked = {"-h", "-help", "--help"}.intersection(argv)
     try:
-        if asked:
+        if asked and not given:
             terminal.say(__doc__)
-            if not given:
-                terminal.say(f"In configs/ are {', '.join(sources.shipped())}")
-                sys.exit(0)
+            terminal.say(f"In configs/ are {', '.join(sources.shipped())}")
+            sys.exit(0)
+        if asked:
             argv = [arg for arg in argv if arg not in asked]
         wanted, remaining = read(flags.FLAGS(argv, known_only=True))
     except (config.ConfigError, flags.Error) as error:
@@ -90,6 +100,7 @@ def _parsed(
             "Experiment, a Sweep or a Scan"
         )
     if asked:
+        terminal.say(f"{sources.about(given[0])}\nIts fields are:\n")
         terminal.say("\n".join(settings.describe(wanted)))
         sys.exit(0)
     return wanted.located() if isinstance(wanted, Scan) else wanted, remaining

@@ -7,6 +7,7 @@ executed, and it names classes of the package alone.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -45,11 +46,8 @@ def load(path: str) -> Any:
       ConfigError: no such file or name, no `get_config`, an exception in the file, a
         result that is not a frozen dataclass, or as `config.check` and `from_json`.
     """
-    file, known = pathlib.Path(path), shipped()
-    name = path.removeprefix("configs/").removesuffix(".py")
+    file, known = _file(path), shipped()
     import_kinds()
-    if path in known or (name in known and not file.exists()):
-        file = known[name]
     if file.suffix == ".json" and file.is_file():
         return from_json(file)
     if not (file.suffix == ".py" and file.is_file()):
@@ -62,6 +60,23 @@ def load(path: str) -> Any:
             f"{', '.join(known)}"
         )
     return _executed(path, file)
+
+
+def _file(path: str) -> pathlib.Path:
+    """The file of a path, or of the name of a shipped configuration."""
+    file, known = pathlib.Path(path), shipped()
+    name = path.removeprefix("configs/").removesuffix(".py")
+    return (
+        known[name] if name in known and (name == path or not file.exists()) else file
+    )
+
+
+def about(path: str) -> str:
+    """What a configuration says of itself: the docstring of its file, or ""."""
+    file = _file(path)
+    if file.suffix != ".py":
+        return ""
+    return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "") + "\n"
 
 
 def import_kinds() -> None:
