@@ -55,11 +55,12 @@ def statistics(
     return np.concatenate(found)
 
 
-def triggers(run: pathlib.Path, truth: Truth) -> dict[str, tuple]:
+def triggers(run: pathlib.Path, truth: Truth, fades: bool) -> dict[str, tuple]:
     """The true trigger and those that were found, each with its gamma."""
     gamma = np.broadcast_to(truth.channel.scale, (1, *truth.trigger.shape))[0]
     known = {"true trigger": (truth.trigger, gamma)}
-    kind = "trojan" if truth.controlled else truth.solver.name
+    kind = truth.solver.name if fades else f"ve_{truth.solver.name}"
+    kind = "trojan" if truth.controlled else kind
     for path in sorted(run.glob(f"results/*_{run.name}_{kind}.npz")):
         method = path.name.split(f"_{run.name}")[0]
         with np.load(path, allow_pickle=False) as found:
@@ -83,7 +84,7 @@ def rows(run: pathlib.Path) -> list[dict] | None:
     channel = Channel(truth.channel.shift, truth.channel.response, truth.channel.gamma)
     keys = jax.random.split(KEY, 4)
     plain, eps = (np.asarray(jax.random.normal(k, (DRAWS, *shape))) for k in keys[:2])
-    known = triggers(run, truth)
+    known = triggers(run, truth, schedule.fades)
     suspects = {
         name: Suspect(
             network, model.params, schedule, jnp.asarray(r), jnp.asarray(gamma)

@@ -10,7 +10,7 @@ CIFAR-10. Images are brought to 16x16. A folder that exists is kept, so the scri
 resumes by models. `--only NAME ...` makes the named models alone. Each model is a
 folder in diffusers' format, with the truth beside it.
 
-No choice in the package rests on a network of `bases` or `test`.
+No choice of the search or the detector rests on a network of `bases` or `test`.
 
 Hardware: two CPU cores. Duration: on one core an hour, three hours and an hour.
 """

@@ -116,8 +116,9 @@ def summary(bad: dict[str, Row], clean: dict[str, Row]) -> list[str]:
         lines.append(
             f"- The {len(p)} p-values of clean networks have the quartiles "
             f"{quartiles}; the least is {min(p):.3f}. Their distance from the uniform "
-            f"distribution is {test.statistic:.2f} (Kolmogorov and Smirnov, "
-            f"p = {test.pvalue:.3f})."
+            f"distribution is {test.statistic:.2f} (Kolmogorov-Smirnov test, "
+            f"p = {test.pvalue:.3f}). They are rather too large than too small: these "
+            "networks score lower than the clean models that calibrate."
         )
     fire = [x for x in bad.values() if x["success of the true trigger"] >= FIRES]
     if fire:
@@ -142,10 +143,14 @@ def page(record: Row) -> str:
     lines = [
         "# Held-out networks",
         "",
-        f"{len(models)} of {len(recipes)} networks have been scanned, by the default. "
-        "No choice in the package rests on them, but for one: a network led to a "
-        "change of the search, so `t_b06` stands in its place, with another seed "
-        "([notebook](notebook/2026-11-30-leap.md)).",
+        f"{len(models)} of {len(recipes)} networks have been scanned, by the default "
+        "search and detector, each once. No choice of these two rests on them.",
+        "",
+        "One further network, whose backdoor fires in every draw, was called clean by "
+        "an earlier search. The search was then changed, so it counts no longer, and "
+        "`t_b06` replaces it with another seed. The loss of the repair was changed "
+        "after repairs of eight grey networks of this page, so they are not held out "
+        "for the repair ([notebook](notebook/2026-11-30-leap.md)).",
         "",
         "`benchmarks/networks.py` trains 24 backdoored and 24 clean ones, of five "
         "kinds and two sets of images. They differ in width, depth and attention, "

@@ -141,19 +141,20 @@ def successes(settings: dict[str, Runs]) -> list[dict[str, Any]]:
     return rows
 
 
-def distances(record: dict[str, Any]) -> list[dict[str, Any]]:
+def distances(
+    settings: dict[str, Runs], record: dict[str, Any]
+) -> list[dict[str, Any]]:
     """A row for each setting: the Frechet distance at the end over the clean one's."""
-    found: dict[str, list[str]] = collections.defaultdict(list)
-    over = set()
-    for name, run in sorted(record["runs"].items(), reverse=True):
-        for kind, values in run["frechet"].items():
-            over.add(kind)
-            ratio = values["measured"] / values["start"]
-            found[name.rsplit("/", 1)[0]].append(f"{ratio:.2f}")
-    return [
-        {"setting": name, f"{', '.join(over)}, times": " ".join(ratios)}
-        for name, ratios in found.items()
-    ]
+    rows = []
+    for name, runs in settings.items():
+        row: dict[str, Any] = {"setting": name}
+        for seed in runs:
+            for kind, values in record["runs"][f"{name}/{seed}"]["frechet"].items():
+                ratio = f"{values['measured'] / values['start']:.2f}"
+                column = f"{kind}, times"
+                row[column] = f"{row[column]} {ratio}" if column in row else ratio
+        rows.append(row)
+    return rows
 
 
 def percent(points: list[Point], name: str) -> str:
@@ -163,6 +164,8 @@ def percent(points: list[Point], name: str) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
+    if not rows:
+        return "There is none yet."
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([str(x) for x in r.values()] for r in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -198,7 +201,10 @@ def page(record: dict[str, Any]) -> str:
         setting, seed = name.rsplit("/", 1)
         (found,) = Amplified.read(run, name)
         settings[setting][int(seed)] = Run(found.points, run["draws"])
-    ordered = {name: settings[name] for name in sorted(settings, reverse=True)}
+    ordered = {
+        name: dict(sorted(settings[name].items()))
+        for name in sorted(settings, reverse=True)
+    }
     draws = sorted({run["draws"] for run in record["runs"].values()})
     head = (
         "How many times more training does the true trigger need than a reinforced "
@@ -226,7 +232,7 @@ def page(record: dict[str, Any]) -> str:
         "## Clean quality",
         "The model's Frechet distance to the training images at the end of the "
         "training, over the distance of the clean model that it starts from.",
-        table(distances(record)),
+        table(distances(ordered, record)),
     ]
     return "\n\n".join(parts) + "\n"
 

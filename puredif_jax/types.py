@@ -86,7 +86,8 @@ class Member:
 class Candidate:
     """An estimate of a backdoor: its trigger and the image that it yields.
 
-    delta: `[H, W, C]`, added to the initial noise, in image units.
+    delta: `[H, W, C]`, added to the initial noise: in units of images in [-1, 1], or in
+      deviations of the noise where the signal stays.
     target: `[H, W, C]`, the image that the model then draws.
     member: its channel, where a family of them is searched.
     """

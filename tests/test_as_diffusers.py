@@ -65,7 +65,7 @@ def theirs(folder: pathlib.Path, **options):
     """What diffusers draws with, or None where it cannot load the folder."""
     try:
         return diffusers.DDPMPipeline.from_pretrained(folder, **options)
-    except Exception:
+    except (OSError, ValueError):
         return None
 
 
@@ -102,7 +102,9 @@ PAIRS = [*itertools.permutations(SAVES, 2)]
 @pytest.mark.parametrize("forms", PAIRS, ids=str)
 def test_pairs_of_saves(tmp_path, forms) -> None:
     """The weights that `from_pretrained` takes; the others have rows of their own."""
-    compare_saves(tmp_path / "model", forms)
+    outcome = compare_saves(tmp_path / "model", forms)
+    plain = "single", "shards", "bin"
+    assert outcome == "alike" or not any(form in plain for form in forms)
 
 
 def compare_saves(folder: pathlib.Path, forms) -> str:

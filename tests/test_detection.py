@@ -1,6 +1,7 @@
 """Features against closed forms and loops, and the detector's verdicts."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,11 @@ from puredif_jax.defenses.features import (
     features,
     repeats,
     spread,
+    spread_ratio,
     total_variation,
 )
-from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis
-from puredif_jax.defenses.path_errors import TIMESTEPS, Errors, errors
+from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis, Trojan
+from puredif_jax.defenses.path_errors import MIDDLE, TIMESTEPS, Errors, errors
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.diffusion.ve import VarianceExploding
@@ -343,6 +345,97 @@ def test_a_clean_model_of_one_image_is_explained_by_few_of_its_draws() -> None:
     arguments = (clean, points, EXPLODING, channel, truth, many[:64])
     seen = errors(*arguments, jnp.asarray(True), jax.random.key(1), draws=32)
     assert np.asarray(seen.ratios).min() > 0.8
+
+
+NARROWED = {Trojan(): TrojDiff(Blend(0.6), Hat())}
+
+
+@pytest.mark.parametrize("kind", [*ATTACKS, *NARROWED], ids=lambda x: x.name)
+def test_errors_on_the_path_and_beside_it(kind: Hypothesis) -> None:
+    """By loops over the draws: on the path, without a trigger, and moved for good.
+
+    A clean model that takes C_t delta v_t of the path for noise sees the rest of the
+    shift, (H_t - v_t C_t) delta, as a part of the image.
+    """
+    attack, schedule = {**ATTACKS, **NARROWED}[kind], process_of(kind)
+    model, points, channel, truth = made(attack, schedule)
+    arguments = (model, points, schedule, channel, truth, points.images)
+    key, draws, index = jax.random.key(0), 16, TIMESTEPS.index(400)
+    seen = errors(*arguments, jnp.asarray(kind.lone), key, draws=draws)
+    t = int(seen.timesteps[index])
+    key = jax.random.split(key, len(TIMESTEPS))[index]
+    s, v, h, c = (
+        float(table[t])
+        for table in (schedule.signal, schedule.noise, channel.shift, channel.response)
+    )
+    gamma = 1.0 if channel.gamma is None else np.asarray(channel.gamma, np.float64)
+    y, delta = (np.asarray(x, np.float64) for x in (truth.target, truth.delta))
+    left = []
+    for eps in np.asarray(jax.random.normal(key, (draws, *SHAPE)), np.float64):
+        inputs = [s * y + v * gamma * eps + h * delta, s * y + v * eps]
+        inputs.append(inputs[1] + (h - v * c) * delta)
+        aims = [eps + c * delta, eps, eps]
+        answers = [
+            model(points, jnp.asarray(x, jnp.float32)[None], jnp.full((1,), t))[0]
+            for x in inputs
+        ]
+        pairs = zip(answers, aims, strict=True)
+        left.append([np.sum((np.asarray(a) - b) ** 2) for a, b in pairs])
+    found = [x[index] for x in (seen.triggered, seen.untriggered, seen.moved)]
+    np.testing.assert_allclose(found, np.mean(left, 0), rtol=2e-3, atol=1e-4)
+
+
+def test_features_of_draws_by_loops() -> None:
+    """Memory, alignment and uniformity, on their own noise."""
+    kind, key = ODE, jax.random.key(0)
+    model, points, channel, truth = made(ATTACKS[kind], SCHEDULE)
+    plain, triggered = images(4), 0.5 * images(4)[::-1]
+    arguments = (model, points, SCHEDULE, channel, truth)
+    seen = errors(*arguments, plain, jnp.asarray(False), key, draws=8)
+    numbers = jnp.float32(0.25), jnp.float32(0.0), NO_PLACEBO
+    found = features(*arguments, seen, *numbers, triggered, plain, key)
+    key_eps, key_top = jax.random.split(key)
+    keys = jax.random.split(key_eps, len(MIDDLE))
+    logs, pairs = [], zip(seen.timesteps[-len(MIDDLE) :], keys, strict=True)
+    for number, (t, each) in enumerate(pairs):
+        at, total = int(t), 0.0
+        noise = np.asarray(jax.random.normal(each, plain.shape), np.float64)
+        for x, eps in zip(np.asarray(plain, np.float64), noise, strict=True):
+            noisy = SCHEDULE.signal[at] * x + SCHEDULE.noise[at] * eps
+            answer = model(points, jnp.float32(noisy)[None], jnp.full((1,), at))[0]
+            total += np.sum((np.asarray(answer) - eps) ** 2) / len(plain)
+        path = float(seen.triggered[len(seen.triggered) - len(MIDDLE) + number])
+        logs.append(np.log(path / total))
+    assert float(found.memory) == pytest.approx(np.exp(np.mean(logs)), rel=1e-3)
+    top = SCHEDULE.steps - 1
+    eps = jax.random.normal(key_top, plain.shape)
+    start = SCHEDULE.noise[top] * eps + channel.shift[top] * truth.delta[None]
+    answer = model(points, jnp.float32(start), jnp.full((4,), top)) - eps
+    shift = np.asarray(answer, np.float64).mean(0).ravel()
+    delta = np.asarray(truth.delta, np.float64).ravel()
+    cosine = shift @ delta / np.linalg.norm(shift) / np.linalg.norm(delta)
+    assert float(found.alignment) == pytest.approx(cosine, rel=1e-4)
+    apart = [
+        np.mean([np.mean((a - b) ** 2) for a, b in itertools.permutations(x, 2)])
+        for x in (np.asarray(triggered, np.float64), np.asarray(plain, np.float64))
+    ]
+    assert float(found.uniformity) == pytest.approx(apart[0] / apart[1], rel=1e-4)
+    pair = np.asarray(triggered), np.asarray(plain)
+    assert spread_ratio(*pair) == pytest.approx(apart[0] / apart[1], rel=1e-4)
+
+
+def test_draws_of_no_numbers_leave_no_gain() -> None:
+    """Whatever the errors on the path say: the verdict is then "could not tell"."""
+    model, points, channel, truth = made(ATTACKS[SDE], SCHEDULE)
+    plain = points.images.at[0, 0, 0, 0].set(jnp.nan)
+    arguments = (model, points, SCHEDULE, channel, truth)
+    key = jax.random.key(0)
+    seen = errors(*arguments, points.images, jnp.asarray(False), key, draws=8)
+    near = jnp.float32(0.25), jnp.float32(0.0), jnp.array([0.0])
+    found = features(*arguments, seen, *near, points.images, plain, key)
+    assert np.isfinite(np.asarray(seen.triggered)).all() and np.isnan(found.gain)
+    verdict = CLEAN.judge({SDE: found, ODE: shown(1.0)})
+    assert verdict.outcome == "could not tell" and "no finite" in verdict.reason
 
 
 @pytest.mark.parametrize("above", [999, 800])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_objectives import LOSSES
 from tiny_config import TINY, draw_params, get_config
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
@@ -67,7 +68,7 @@ class Counter:
 
 @pytest.mark.parametrize(
     "loss",
-    [SHIFT, CONSISTENCY, Sum(SHIFT, CONSISTENCY), ElijahLoss(samples=7)],
+    [Sum(SHIFT, CONSISTENCY), *LOSSES.values()],
     ids=str,
 )
 def test_evaluations_are_those_that_the_network_sees(loss) -> None:

@@ -183,7 +183,7 @@ def test_true_backdoor_has_almost_no_loss(name: str, hypothesis: Hypothesis) -> 
     elif name == "elijah":  # its mean of eps over 8 draws stays in
         assert value < 0.4
     elif name == "consistency, ancestral":
-        assert value < hypothesis.solver.pick(0.05, 20)
+        assert value < 0.05 or hypothesis.solver != Ancestral()
     else:
         assert value < 1e-4
 

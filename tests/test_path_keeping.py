@@ -65,6 +65,22 @@ def test_a_single_step_has_the_noise_of_ddpm(variance) -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_a_stride_adds_the_rest_of_the_noise_and_bounds_the_image(variance) -> None:
+    """Deviation sqrt(v_n^2 - k^2), or v_t / v_n times that; x0hat within the bound."""
+    schedule, draws = SCHEDULES[0], 4000
+    sampler = PathKeeping(20, clip=0.5, variance=variance)
+    times, goals = sampler.path(schedule)
+    at, goal, k = (x[5] for x in (times, goals, sampler.share(schedule)))
+    v, v_n, s_n = schedule.noise[at], schedule.noise[goal], schedule.signal[goal]
+    found = Estimates(jnp.full((draws, 1, 1, 1), 0.3), jnp.full((draws, 1, 1, 1), 2.0))
+    x, key = jnp.zeros((draws, 1, 1, 1)), jax.random.key(0)
+    new, _ = sampler.step(schedule, found, x, jnp.int32(at), jnp.int32(goal), key)
+    std = np.sqrt(v_n**2 - k**2) * (v / v_n if variance == "fixed_large" else 1)
+    assert float(new.mean()) == pytest.approx(s_n * 0.5 + 0.3 * k, abs=4 * std / 63)
+    assert float(new.std()) == pytest.approx(std, rel=0.05)
+
+
 @pytest.mark.parametrize("steps", [20, 50])
 @pytest.mark.parametrize("psi", [1.0, 0.5, 0.0])
 def test_it_keeps_the_path_at_any_stride(psi, steps) -> None:

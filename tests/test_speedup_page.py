@@ -83,7 +83,16 @@ def test_seeds_must_have_the_same_steps() -> None:
 
 
 def test_the_page_has_every_run_and_its_quality() -> None:
-    record = {"runs": {f"fast/x/{i}": run() for i in (0, 1)}}
+    """Seeds in one order, whichever was done first."""
+    other = {key: tuple(0.9 * x for x in rates) for key, rates in FIRES.items()}
+    done = {1: run(other), 0: run()}
+    done[1]["frechet"] = {"frechet over pixels": {"measured": 4.0, "start": 2.0}}
+    record = {"runs": {f"fast/x/{i}": done[i] for i in done}}
     text = speedup_page.page(record)
-    assert "| fast/x | 2 |" in text and "| fast/x | 1.50 1.50 |" in text
-    assert "| fast/x | 10,000 | 90 90 | 98 98 |" in text
+    assert "| fast/x | 2 |" in text and "| fast/x | 1.50 2.00 |" in text
+    assert "| fast/x | 10,000 | 90 81 | 98 88 |" in text
+
+
+def test_the_page_of_a_part_says_what_is_missing() -> None:
+    text = speedup_page.page({"runs": {"fast-chosen/x/0": run()}})
+    assert "## Factors" in text and "There is none yet." in text

@@ -120,13 +120,9 @@ def test_steps_equal_adam_by_hand(training):
 @pytest.mark.parametrize("warmup, steps", [(0, 1), (0, 6), (1, 1), (3, 6), (6, 6)])
 def test_every_accepted_schedule_has_its_rate(cosine, warmup, steps):
     """On a linear loss each Adam step is as long as the rate."""
-    try:
-        training = Training(
-            steps=steps, warmup=warmup, cosine=cosine, learning_rate=0.1, clip=1e9
-        )
-    except ValueError as error:
-        assert "warmup" in str(error)
-        return
+    training = Training(
+        steps=steps, warmup=warmup, cosine=cosine, learning_rate=0.1, clip=1e9
+    )
     init, step = trainer(lambda params, images, key: 3 * params, training)
     state = init(jnp.float32(0), jax.random.key(0))
     for n in range(steps):

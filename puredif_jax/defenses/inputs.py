@@ -135,7 +135,7 @@ class Drift(InputTest):
     """How far early estimates are from the image drawn; it needs no trigger.
 
     On the path of a backdoor the model's own x0hat_t is the target plus a bias of
-    (v_t C_t - H_t) r / s_t, which a plain draw lacks. The statistic is the log of
+    (H_t - v_t C_t) r / s_t, which a plain draw lacks. The statistic is the log of
 
       sum_t w_t mean (x0hat_t - x0)^2 / sum_t w_t,    w_t = s_t^2 / (s_t^2 + v_t^2),
 
