@@ -30,7 +30,7 @@ from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
 
-WORKDIR = "runs/evaluate"
+BASE = "base/ve"  # the clean variance-exploding model
 SEEDS = (0, 1, 2)
 BUDGETS = (10_000, 40_000)
 EXPLODING = Preconditioned(VarianceExploding(200, sigma_max=50.0))
@@ -76,7 +76,7 @@ def experiment(
     return Experiment(
         workdir=f"{name}/{seed}",
         model=SHIPPED,
-        weights=f"{WORKDIR}/base/ve/weights.safetensors" if exploding else "clean",
+        weights=BASE if exploding else "clean",
         training=training(steps),
         attack=attack,
         audit=audit(first),
@@ -91,7 +91,7 @@ def experiment(
 def base() -> Experiment:
     """The clean variance-exploding model that the others start from."""
     return Experiment(
-        workdir="base/ve",
+        workdir=BASE,
         model=SHIPPED,
         weights="clean",
         training=Training(
@@ -114,4 +114,4 @@ def get_config() -> Sweep:
         for exploding in (False, True)
         for seed in SEEDS
     )
-    return Sweep(WORKDIR, (base(), *clean, *backdoored))
+    return Sweep("runs/evaluate", (base(), *clean, *backdoored))

@@ -150,3 +150,28 @@ def test_a_lock_that_cannot_be_opened_is_a_sentence(tmp_path) -> None:
     (tmp_path / "lock").mkdir()
     with pytest.raises(InputError, match="lock cannot be opened .Is a directory"):
         next(in_turn([tmp_path]))
+
+
+def test_a_run_names_another_whose_model_it_starts_from(tmp_path) -> None:
+    """Wherever the sweep lies; a name of the zoo stays the model that ships."""
+    runs = (experiment("base", "x.safetensors"), experiment("next", "base"))
+    runs += (experiment("clean", "clean"),)
+    for home in ("one", "two"):
+        placed = sweep(tmp_path / home, *runs).placed()
+        wanted = [
+            "x.safetensors",
+            str(tmp_path / home / "base" / "weights.safetensors"),
+            "clean",
+        ]
+        assert [each.weights for each in placed] == wanted
+
+
+def test_a_table_has_rows_of_its_own_configuration_alone(
+    tmp_path, weights, caplog
+) -> None:
+    """A run that was not asked for may be of another one: then there is no table."""
+    runs = (experiment("a", weights), experiment("b", weights))
+    assert perform_sweep(sweep(tmp_path, *runs)) is not None
+    changed = (runs[0], experiment("b", weights, seed=5))
+    assert perform_sweep(sweep(tmp_path, *changed, only="a")) is None
+    assert "no table of all runs" in caplog.text and "another seed" in caplog.text

@@ -27,6 +27,7 @@ from puredif_jax.stages.repair import Repair
 from puredif_jax.stages.rounds import Rounds
 from puredif_jax.stages.screen import Screen
 from puredif_jax.stages.train import Train
+from puredif_jax.stages.weights import WEIGHTS, ZOO
 
 
 def _seeded(node: Any) -> None:
@@ -243,7 +244,9 @@ class Sweep:
 
     Attributes:
       workdir: folder of the sweep.
-      experiments: the runs; their `workdir` is a name within that folder.
+      experiments: the runs; their `workdir` is a name within that folder. As `weights`
+        such a name stands for the model that the other run has trained; that one comes
+        before.
       only: a pattern such as "clean/*": the runs to do now.
     """
 
@@ -273,10 +276,27 @@ class Sweep:
 
     def chosen(self) -> tuple[Experiment, ...]:
         """The runs to do now, with their folders."""
+        pairs = zip(self.experiments, self.placed(), strict=True)
         return tuple(
-            dataclasses.replace(e, workdir=f"{self.workdir}/{e.workdir}")
-            for e in self.experiments
-            if fnmatch.fnmatchcase(e.workdir, self.only)
+            placed
+            for given, placed in pairs
+            if fnmatch.fnmatchcase(given.workdir, self.only)
+        )
+
+    def placed(self) -> tuple[Experiment, ...]:
+        """All runs, with their folders, and with the files of weights among them."""
+        trained = {
+            each.workdir: f"{self.workdir}/{each.workdir}/{WEIGHTS}"
+            for each in self.experiments
+            if not (ZOO / each.workdir).exists()  # whose names stay theirs
+        }
+        return tuple(
+            dataclasses.replace(
+                each,
+                workdir=f"{self.workdir}/{each.workdir}",
+                weights=trained.get(each.weights or "", each.weights),
+            )
+            for each in self.experiments
         )
 
 

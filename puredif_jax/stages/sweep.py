@@ -192,10 +192,10 @@ def _summary(sweep: Sweep) -> Report | None:
     """Tables of all runs, by kind, also as CSV, and pictures; None if some are left."""
     tables: dict[str, list[dict[str, Any]]] = {}
     shown: list[Shown] = []
-    for experiment in sweep.experiments:
-        folder = pathlib.Path(sweep.workdir) / experiment.workdir
+    for experiment, placed in zip(sweep.experiments, sweep.placed(), strict=True):
+        folder = pathlib.Path(placed.workdir)
         try:
-            numbers = reported(dataclasses.replace(experiment, workdir=str(folder)))
+            numbers = reported(placed)
         except RunError as error:  # of one that was not asked for
             logging.warning("no table of all runs: %s", error)
             return None
