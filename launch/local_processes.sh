@@ -21,7 +21,12 @@ for process in "${started[@]}"; do
   while :; do
     wait "$process"
     found=$?
-    kill -0 "$process" 2>/dev/null || break  # a signal ends "wait", not the process
+    ((found > 128)) || break
+    kill -0 "$process" 2>/dev/null && continue  # a signal has ended "wait" alone
+    wait "$process"
+    again=$?
+    ((again == 127)) || found=$again  # its own, where the signal came just before
+    break
   done
   ((found > status)) && status=$found
 done

@@ -5,7 +5,9 @@
 #   SHARED/puredif_jax  SHARED/venv
 # Usage: launch/tpu_vm.sh NAME ZONE SHARED --config=configs/x.py --config.workdir=SHARED/x
 set -euo pipefail
-name=$1 zone=$2 shared=$3
+# It ends with the session: begin it in tmux or by nohup, and call it again to go on.
+usage="usage: launch/tpu_vm.sh NAME ZONE SHARED --config=... (found $# arguments)"
+name=${1:?$usage} zone=${2:?$usage} shared=${3:?$usage}
 shift 3
 : "${1:?no flags for puredif_jax.main: give --config=...}"
 place=$(printf %q "$shared")

@@ -89,3 +89,64 @@ def test_jobset_parses() -> None:
     assert "rename-dir-limit" in str(pod["volumes"])  # or no checkpoint is finished
     mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
+    rules = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rules[0]["onExitCodes"]["values"] == [2, 3]
+
+
+def on_path(folder: pathlib.Path, monkeypatch, **scripts: str) -> None:
+    """Programs that stand in for others."""
+    folder.mkdir(exist_ok=True)
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("status", [0, 1, 3, 143])
+def test_slurm_queues_again_what_was_stopped(tmp_path, monkeypatch, status) -> None:
+    """And nothing else; the status is told."""
+    on_path(
+        tmp_path / "bin",
+        monkeypatch,
+        srun=f'echo "$JAX_PLATFORMS $PUREDIF_DISTRIBUTED $*" > ran; exit {status}',
+        scontrol='echo "$*" > queued',
+    )
+    activate = tmp_path / "venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.touch()
+    for name, value in {"VENV": tmp_path / "venv", "SLURM_NTASKS": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (script,) = (path for path in LAUNCH if path.suffix == ".sbatch")
+    done = subprocess.run(["bash", script, "--config=a b.py"], cwd=tmp_path)
+    assert done.returncode == status
+    ran = (tmp_path / "ran").read_text()
+    assert ran.startswith("cuda 1 ") and "python -m puredif_jax.main" in ran
+    assert "--config=a b.py" in ran
+    queued = tmp_path / "queued"
+    assert queued.exists() == (status == 143)
+    assert status != 143 or queued.read_text() == "requeue 77\n"
+
+
+def test_every_host_of_a_pod_runs_the_command_as_it_was_given(
+    tmp_path, monkeypatch
+) -> None:
+    """Through gcloud, which gives it to a shell of each host."""
+    shared = tmp_path / "a shared place"
+    (shared / "puredif_jax").mkdir(parents=True)
+    (shared / "venv" / "bin").mkdir(parents=True)
+    (shared / "venv" / "bin" / "activate").touch()
+    on_path(
+        tmp_path / "bin",
+        monkeypatch,
+        gcloud='for x; do case $x in --command=*) bash -c "${x#*=}";; esac; done',
+        python='printf "%s|" "$PUREDIF_DISTRIBUTED" "$@" > ran',
+    )
+    (script,) = (path for path in LAUNCH if path.name == "tpu_vm.sh")
+    flags = ["--config=it's mine.py", "--config.workdir=$HOME"]
+    subprocess.run(["bash", script, "pod", "zone", shared, *flags], check=True)
+    ran = (shared / "puredif_jax" / "ran").read_text()
+    assert ran == "1|-m|puredif_jax.main|" + "".join(f"{flag}|" for flag in flags)
+    done = subprocess.run(["bash", script, "pod"], capture_output=True, text=True)
+    assert done.returncode != 0 and "usage: launch/tpu_vm.sh" in done.stderr

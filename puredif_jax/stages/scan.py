@@ -10,11 +10,13 @@ import traceback
 
 from absl import logging
 
-from puredif_jax.files.whole import write_whole
+from puredif_jax.files.whole import shortened, write_whole
 from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats import discovery
+from puredif_jax.formats.diffusers_layout import parts_of
 from puredif_jax.formats.discovery import Found
 from puredif_jax.formats.discovery import Models as Rows
+from puredif_jax.formats.opening import read_json
 from puredif_jax.formats.state_dict import named_leaves
 from puredif_jax.runs import config, parallel
 from puredif_jax.runs.binding import RunError, bind_scan
@@ -119,6 +121,16 @@ def _as_before(scan: Scan, name: str) -> Scan:
     )
 
 
+def _pipeline(folder: pathlib.Path) -> str:
+    """What the index of a pipeline says that it is, where there is one."""
+    index = folder / "model_index.json"
+    if not os.path.isfile(index):
+        return ""
+    found = read_json(index)
+    parts = shortened(sorted(parts_of(found))) or "no parts"
+    return f" ({found.get('_class_name', 'a pipeline')} with {parts})"
+
+
 def _traceback(error: Exception) -> bytes:
     """For whoever mends the program; it is not for the log."""
     lines = traceback.format_exception(error)
@@ -194,8 +206,8 @@ def as_experiment(
     spec = source.spec
     if spec is None:
         raise RunError(
-            f"{folder} is in none of the formats that are read: a folder of diffusers "
-            "has unet/config.json"
+            f"{folder} is in none of the formats that are read{_pipeline(folder)}: a "
+            "folder of diffusers has unet/config.json"
         )
     scheduling = spec.scheduling
     if scheduling is None:
