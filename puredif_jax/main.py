@@ -33,7 +33,6 @@ if __name__ == "__main__":
 
 from absl import app, flags, logging
 
-from puredif_jax import __version__
 from puredif_jax.runs import (
     command_line,
     config,
@@ -42,6 +41,7 @@ from puredif_jax.runs import (
     sources,
     terminal,
 )
+from puredif_jax.runs.report import environment
 from puredif_jax.stages.experiment import Experiment, Scan, Sweep
 from puredif_jax.types import InputError, shown
 
@@ -81,7 +81,7 @@ def _parsed(
     """
     terminal.protect()
     if "--version" in argv:
-        terminal.say(f"puredif_jax {__version__}")
+        terminal.say(f"puredif_jax {environment()['puredif_jax']}")
         sys.exit(0)
     asked = {"-h", "-help", "--help"}.intersection(argv)
     try:

@@ -139,7 +139,7 @@ def test_a_start_moves_at_its_own_rate() -> None:
     init, step = inverter(noisy, descent, shape, family=FAMILY)
     first = Candidate(
         jnp.zeros((1, *shape)),
-        jnp.ones((1, *shape)),
+        jnp.full((1, *shape), 0.5),
         Member(jnp.ones(1), jnp.full((1, *shape), 0.5)),
     )
     state = starting(init(jax.random.key(0)), first, 0.1)

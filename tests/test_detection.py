@@ -388,8 +388,8 @@ def test_errors_on_the_path_and_beside_it(kind: Hypothesis) -> None:
 def test_features_of_draws_by_loops() -> None:
     """Memory, alignment and uniformity, on their own noise."""
     kind, key = ODE, jax.random.key(0)
-    model, points, channel, truth = made(ATTACKS[kind], SCHEDULE)
-    plain, triggered = images(4), 0.5 * images(4)[::-1]
+    model, points, channel, truth = made(ATTACKS[kind], SCHEDULE, poisoned=False)
+    plain, triggered = 0.6 * images(4), 0.5 * images(4)[::-1]  # which it never saw
     arguments = (model, points, SCHEDULE, channel, truth)
     seen = errors(*arguments, plain, jnp.asarray(False), key, draws=8)
     numbers = jnp.float32(0.25), jnp.float32(0.0), NO_PLACEBO

@@ -285,8 +285,16 @@ def test_help_names_the_flags_and_the_fields_of_a_config(capsys, flag) -> None:
             main.parse(["main", flag, *rest])
         assert not ended.value.code
         said = capsys.readouterr().out
-        assert "--config.NAME=VALUE" in said
+        assert ("--config.NAME=VALUE" in said) == (not rest)
+        assert ("The smallest whole run" in said) == bool(rest)
         assert ("--config.training.steps=12" in said) == bool(rest)
+
+
+def test_the_version_is_told(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.parse(["main", "--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out.startswith("puredif_jax 0.")
 
 
 @pytest.mark.parametrize(

@@ -83,12 +83,12 @@ def test_results_do_not_depend_on_where_calls_end(tmp_path, monkeypatch) -> None
         began: list[int] = []
         loop = lab.run.loop
 
-        def noting(stage, advance, *rest, loop=loop, began=began):
+        def noting(stage, advance, *rest, loop=loop, began=began, **options):
             def noted(state, start, stop):
                 began.append(start)
                 return advance(state, start, stop)
 
-            return loop(stage, noted, *rest)
+            return loop(stage, noted, *rest, **options)
 
         monkeypatch.setattr(lab.run, "loop", noting)
         params = train.train(lab, TRAINING, ATTACK, IMAGES, None, 3).ema_params
