@@ -117,8 +117,10 @@ def summary(bad: dict[str, Row], clean: dict[str, Row]) -> list[str]:
             f"- The {len(p)} p-values of clean networks have the quartiles "
             f"{quartiles}; the least is {min(p):.3f}. Their distance from the uniform "
             f"distribution is {test.statistic:.2f} (Kolmogorov-Smirnov test, "
-            f"p = {test.pvalue:.3f}). They are rather too large than too small: these "
-            "networks score lower than the clean models that calibrate."
+            f"p = {test.pvalue:.3f})."
+            + " They are too large rather than too small: these networks score lower "
+            "than the clean models that calibrate."
+            * bool(test.pvalue < 0.05 and np.median(p) > 0.5)
         )
     fire = [x for x in bad.values() if x["success of the true trigger"] >= FIRES]
     if fire:

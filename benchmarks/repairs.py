@@ -100,7 +100,7 @@ def main() -> None:
     shape = (16, 16, 1)
     real = data.to_float(images.load(shape))
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-    done = {(row["model"], row["way"], row["settings"]) for row in record["rows"]}
+    done = {(row["model"], row["way"], row.get("settings")) for row in record["rows"]}
     before: dict[str, float] = {}
     for name, way in ((name, known[name]) for name in given.ways or known):
         scan = Scan(str(run), tuple(models), repair=way)

@@ -35,7 +35,9 @@ def test_names_that_are_understood(name, wanted) -> None:
     assert tuple(hub.parsed(name)) == wanted
 
 
-@pytest.mark.parametrize("name", ["name", "a/b/c", "owner/na me", "owner/é", "@v1"])
+@pytest.mark.parametrize(
+    "name", ["name", "./x", "../x", "a/b/c", "owner/na me", "owner/é", "@v1"]
+)
 def test_names_that_are_no_names_of_the_hub(name) -> None:
     assert hub.parsed(name) is None
 

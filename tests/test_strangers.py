@@ -65,6 +65,14 @@ def test_a_link_into_the_system_is_not_followed(model) -> None:
     assert "leads to /proc/" in refusal(model)
 
 
+def test_a_link_to_nowhere_is_no_file(model) -> None:
+    (model / "unet" / "config.json").unlink()
+    (model / "unet" / "config.json").symlink_to("nowhere")
+    with pytest.raises(ConvertError, match="there is no file"):
+        opening.read_json(model / "unet" / "config.json")
+    assert not opening.of_system(pathlib.Path("/dev/shm/model"))
+
+
 def test_a_bad_link_hides_no_model_beside_it(model) -> None:
     (model.parent / "long").symlink_to("a" * 300)
     rows = discovery.find([str(model.parent)]).models
@@ -120,6 +128,51 @@ def test_a_pickle_that_would_make_bytes_is_refused(tmp_path, name) -> None:
         file.writestr("archive/data.pkl", made)
         file.writestr("archive/version", "3")
     assert "bytearray" in refused_pickle(packed)
+
+
+BYTES = b"\x80\x02cbuiltins\nbytearray\n\x8a\x04" + (2**20).to_bytes(4, "little")
+BYTES += b"\x85R."
+
+
+def archive(path: pathlib.Path, name: str, content: bytes, mode="w") -> None:
+    with zipfile.ZipFile(path, mode) as file:
+        file.writestr(f"archive/{name}", content)
+        file.writestr("archive/version", "3")
+        file.writestr("archive/byteorder", "little")
+
+
+def test_an_archive_behind_a_pickle_does_not_speak_for_it(tmp_path) -> None:
+    """PyTorch loads by the first bytes of a file; an archive is found by the last."""
+    path = as_pickle(tmp_path, BYTES)
+    archive(path, "data.pkl", pickle.dumps({}, protocol=2), "a")
+    assert "is packed" in refused_pickle(path)
+
+
+@pytest.mark.parametrize("name", ["DATA.PKL", "data.pkl"])
+def test_the_part_that_pytorch_loads_is_looked_at(tmp_path, name) -> None:
+    path = as_pickle(tmp_path, b"")
+    archive(path, name, BYTES)
+    said = refused_pickle(path)
+    assert "bytearray" in said or "not a pickle of arrays alone" in said
+
+
+def test_a_storage_of_any_size_is_not_made(tmp_path) -> None:
+    made = b"\x80\x02ctorch.storage\nUntypedStorage\n\x8a\x04"
+    made += (2**20).to_bytes(4, "little") + b"\x85R."
+    path = as_pickle(tmp_path, b"")
+    archive(path, "data.pkl", made)
+    assert "torch.storage.UntypedStorage" in refused_pickle(path)
+
+
+def test_an_end_that_leads_to_no_record_is_refused(tmp_path) -> None:
+    """Zip64: its locator must lead to its record, or PyTorch reads another one."""
+    path = as_pickle(tmp_path, b"")
+    archive(path, "data.pkl", pickle.dumps({}, protocol=2))
+    whole = path.read_bytes()
+    end = whole.rindex(b"PK\x05\x06")
+    locator = b"PK\x06\x07" + bytes(4) + (7).to_bytes(8, "little") + bytes(4)
+    path.write_bytes(whole[:end] + locator + whole[end:])
+    assert "pickle" in refused_pickle(path) or "is packed" in refused_pickle(path)
 
 
 def test_a_pickle_of_another_protocol_is_refused(tmp_path) -> None:
@@ -192,6 +245,10 @@ def test_the_weights_are_those_that_the_code_draws_from(tmp_path, ema, taken) ->
         ("data:\n\timage_size: 3", "cannot be read as YAML"),
         ("- 1", "no sections"),
         ("[" * 5000, "cannot be read as YAML"),
+        ("data: &a [1]\nmodel: *a", "it has an alias"),
+        ("data: !!map [a]", "cannot be read as YAML"),
+        ("data: !!int ''", "cannot be read as YAML"),
+        ("data: !!bool maybe", "cannot be read as YAML"),
     ],
 )
 def test_a_configuration_that_means_something_else_is_refused(

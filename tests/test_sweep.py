@@ -13,11 +13,13 @@ import pytest
 from tiny_config import TINY, draw_params
 
 from puredif_jax.attacks.targets import Hat
+from puredif_jax.attacks.training import Training
 from puredif_jax.attacks.triggers import Box
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.diffusion.ddim import DDIM
 from puredif_jax.diffusion.schedules import ScaledLinearBetas
 from puredif_jax.runs import weight_file
+from puredif_jax.runs.binding import is_run
 from puredif_jax.stages import programs
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
@@ -154,8 +156,8 @@ def test_a_lock_that_cannot_be_opened_is_a_sentence(tmp_path) -> None:
 
 def test_a_run_names_another_whose_model_it_starts_from(tmp_path) -> None:
     """Wherever the sweep lies; a name of the zoo stays the model that ships."""
-    runs = (experiment("base", "x.safetensors"), experiment("next", "base"))
-    runs += (experiment("clean", "clean"),)
+    base = experiment("base", "x.safetensors", training=Training(3, warmup=1))
+    runs = (base, experiment("next", "base"), experiment("clean", "clean"))
     for home in ("one", "two"):
         placed = sweep(tmp_path / home, *runs).placed()
         wanted = [
@@ -175,3 +177,30 @@ def test_a_table_has_rows_of_its_own_configuration_alone(
     changed = (runs[0], experiment("b", weights, seed=5))
     assert perform_sweep(sweep(tmp_path, *changed, only="a")) is None
     assert "no table of all runs" in caplog.text and "another seed" in caplog.text
+
+
+@pytest.mark.parametrize("weights", ["b", "later"])
+def test_a_run_starts_from_one_before_it_that_trains(weights) -> None:
+    runs = (
+        experiment("b", "clean"),
+        experiment("a", weights),
+        experiment("later", "clean", training=Training(3, warmup=1)),
+    )
+    with pytest.raises(ValueError, match=f"a starts from {weights}, which must be a"):
+        Sweep("sweep", runs)
+
+
+def test_a_sweep_that_was_moved_goes_on(tmp_path) -> None:
+    """Its runs may start from one another; what lies elsewhere stays bound."""
+
+    def config(home: str, weights: str) -> dict:
+        return {"workdir": f"{home}/next", "weights": weights}
+
+    folder = tmp_path / "two" / "next"
+    (folder / "results").mkdir(parents=True)
+    old = config(f"{tmp_path}/one", f"{tmp_path}/one/base/weights.safetensors")
+    (folder / "config.json").write_text(json.dumps(old))
+    new = config(f"{tmp_path}/two", f"{tmp_path}/two/base/weights.safetensors")
+    assert is_run(folder, new)
+    with pytest.raises(InputError, match="another weights"):
+        is_run(folder, config(f"{tmp_path}/two", f"{tmp_path}/other.safetensors"))

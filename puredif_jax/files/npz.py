@@ -97,7 +97,7 @@ def read(
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     """The archive; whatever goes wrong with it is an NpzError."""
-    if os.path.lexists(path) and not os.path.isfile(path):  # a pipe would wait
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait
         raise NpzError("is no regular file")
     try:
         file = open(path, "rb")

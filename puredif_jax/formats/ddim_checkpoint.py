@@ -81,8 +81,9 @@ class DDIMCheckpoint(Format):
     """A checkpoint file; it is opened once for all that is asked of it in turn.
 
     Arrays are read by PyTorch's weights-only loading, which executes nothing; this
-    needs the extra "torch". The moving average is preferred. Betas are linear from 1e-4
-    to 0.02 in 1,000 timesteps, unless config.yml says otherwise. A scheduler of
+    needs the extra "torch". The moving average is taken, unless config.yml says that
+    the code draws from the raw weights. Betas are linear from 1e-4 to 0.02 in 1,000
+    timesteps, unless config.yml says otherwise. A scheduler of
     diffusers has no effect.
     """
 

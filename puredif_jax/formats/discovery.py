@@ -24,7 +24,7 @@ Models = dict[str, pathlib.Path | InputError]
 LONGEST_LIST = 1_000_000  # bytes
 MOST_COMMAS = 6  # in a path
 MOST_ERRORS = 5  # that are said where there is no model at all
-LISTS = ("", ".txt", ".list")  # suffixes of files that name models
+LISTS = ("", ".txt", ".list", ".lst", ".csv")  # suffixes of files that name models
 # Names that a scan's folder has for itself.
 RESERVED = ("config.json", "report.json", "report.html", "compiled", "lock")
 
@@ -78,7 +78,9 @@ def find(
             rows.append((name, unreadable(name, error)))
     errors = [found for _, found in rows if isinstance(found, InputError)]
     if len(errors) == len(rows):
-        raise ConvertError("; ".join(map(str, errors[:MOST_ERRORS])))
+        left = len(errors) - MOST_ERRORS
+        more = [f"and {left} more"] if left > 0 else []
+        raise ConvertError("; ".join([*map(str, errors[:MOST_ERRORS]), *more]))
     models: Models = {}
     used, counts = set(RESERVED), dict[str, int]()
     for name, found in _once(rows):
@@ -156,7 +158,7 @@ def _lines(path: pathlib.Path) -> dict[int, str]:
       ConvertError: it is no text, or cannot be read.
     """
     try:
-        if path.suffix not in LISTS or path.stat().st_size > LONGEST_LIST:
+        if path.suffix.lower() not in LISTS or path.stat().st_size > LONGEST_LIST:
             raise UnicodeError
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except UnicodeError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 import os
 import pathlib
@@ -38,9 +39,10 @@ FLOATS = {
 _TORCH = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 
+_ZIP = b"PK\x03\x04"
 _PICKLES = 5  # at the start of a file that PyTorch wrote before it took to zip
 _OF_ARRAYS = re.compile(
-    r"collections\.OrderedDict|torch\.(Size|\w*Storage)|torch\.storage\.\w*Storage|"
+    r"collections\.OrderedDict|torch\.(Size|\w*Storage)|"
     r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter\."
     r"Parameter"
 )
@@ -204,16 +206,18 @@ def _refuse_others(path: pathlib.Path) -> None:
 
     Only the names of its instructions are read.
     """
+    import torch
+
     calls: set[str] = set()
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                for part in file.infolist():
-                    if part.filename.endswith(".pkl"):
-                        with file.open(part) as stream:
-                            calls |= _globals(stream)
-        else:
-            with path.open("rb") as plain:
+        with path.open("rb") as plain:
+            if plain.peek(4)[:4] == _ZIP:  # by which PyTorch tells, too
+                # PyTorch's own reader, which finds the part that will be loaded.
+                reader = torch._C.PyTorchFileReader(str(path))
+                if reader.get_record_size("data.pkl") > LONGEST_PICKLE:
+                    raise ValueError("the pickle is too long")
+                calls |= _globals(io.BytesIO(reader.get_record("data.pkl")))
+            else:
                 for _ in range(_PICKLES):
                     if plain.peek(1):
                         calls |= _globals(plain)
@@ -241,19 +245,26 @@ def _globals(stream: IO[bytes]) -> set[str]:
 
 
 def _refuse_packed(path: pathlib.Path) -> None:
-    """PyTorch stores arrays as they are; a packed file may unpack to any size."""
-    if not zipfile.is_zipfile(path):
+    """PyTorch stores arrays as they are; a packed file may unpack to any size.
+
+    The archive is what Python and PyTorch both read: it begins with the file, and its
+    directory lies where its end says.
+    """
+    with path.open("rb") as file:
+        begins = file.read(4) == _ZIP
+    ends = zipfile.is_zipfile(path)
+    if not begins and not ends:
         return
-    try:
-        with zipfile.ZipFile(path) as file:
-            unpacked = sum(part.file_size for part in file.infolist())
-            plain = {part.compress_type for part in file.infolist()} <= {
-                zipfile.ZIP_STORED
-            }
-            # PyTorch looks for the directory of the archive where its end says.
-            plain = plain and file.start_dir == _directory(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-        raise ConvertError(f"{path} is not a whole pickle ({error})") from error
+    unpacked, plain = 0, begins and ends
+    if plain:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                parts = archive.infolist()
+                plain = archive.start_dir == _directory(path)
+        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+            raise ConvertError(f"{path} is not a whole pickle ({error})") from error
+        unpacked = sum(part.file_size for part in parts)
+        plain = plain and all(x.compress_type == zipfile.ZIP_STORED for x in parts)
     if unpacked > path.stat().st_size or not plain:
         raise ConvertError(
             f"{path} is packed: its {path.stat().st_size} bytes unpack to {unpacked}, "
@@ -273,8 +284,11 @@ def _directory(path: pathlib.Path) -> int | None:
         (found,) = struct.unpack_from("<I", tail, end + 16)
         locator = end - 20
         if locator >= 0 and tail[locator : locator + 4] == b"PK\x06\x07":
-            file.seek(struct.unpack_from("<Q", tail, locator + 8)[0] + 48)
-            (found,) = struct.unpack("<Q", file.read(8))
+            file.seek(struct.unpack_from("<Q", tail, locator + 8)[0])
+            record = file.read(56)
+            if len(record) < 56 or record[:4] != b"PK\x06\x06":
+                return None
+            (found,) = struct.unpack_from("<Q", record, 48)
     return int(found)
 
 

@@ -112,7 +112,9 @@ def parsed(name: str) -> Repository | None:
     """
     if "://" not in name:
         match = _REPOSITORY.fullmatch(name)
-        return Repository(match[1], match[2]) if match else None
+        if match is None or name.startswith(("./", "../")):
+            return None
+        return Repository(match[1], match[2])
     try:
         address = urlsplit(name)
         host = address.hostname

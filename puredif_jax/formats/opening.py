@@ -11,6 +11,7 @@ from puredif_jax.formats.diffusers_config import ConvertError
 
 LARGEST_JSON = 10_000_000  # bytes
 _SYSTEM = ("/proc", "/sys", "/dev")
+_MEMORY = "/dev/shm"  # a folder as any other
 
 
 def unreadable(path: object, error: OSError) -> ConvertError:
@@ -30,7 +31,7 @@ def listed(folder: pathlib.Path) -> list[pathlib.Path]:
 def of_system(path: pathlib.Path) -> bool:
     """Whether a path leads to where the system shows itself as files."""
     real = pathlib.Path(os.path.realpath(path))
-    return any(map(real.is_relative_to, _SYSTEM))
+    return any(map(real.is_relative_to, _SYSTEM)) and not real.is_relative_to(_MEMORY)
 
 
 def refuse_broken(path: pathlib.Path) -> None:
@@ -41,7 +42,7 @@ def refuse_broken(path: pathlib.Path) -> None:
         pointer of Git LFS or a web page.
     """
     if not os.path.isfile(path):  # which is False for pipes and sockets
-        kind = "is no regular file" if os.path.lexists(path) else ""
+        kind = "is no regular file" if os.path.exists(path) else ""
         raise ConvertError(f"{path} {kind}" if kind else f"there is no file {path}")
     if of_system(path):
         raise ConvertError(f"{path} leads to {os.path.realpath(path)}, a system file")

@@ -1,13 +1,15 @@
 """What a run folder is bound to: one configuration, and the weights that were read.
 
 config.json        the configuration; another one is refused in the same folder
-inputs.json        digests of the weights that were read; others are refused, too
+inputs.json        digests of the weights and images that were read; others are
+                   refused, too
 report.json        the end of a run; it names its configuration
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -69,7 +71,10 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     found = _configuration(folder, "Experiment")
     if found is None:
         return False
-    changed = _changed(_binding(found), _binding(config))
+    old, new = _binding(found), _binding(config)
+    if _beside(found) == _beside(config) != "":
+        old["weights"] = new["weights"]  # of another run of a sweep that was moved
+    changed = _changed(old, new)
     if changed and not begun(folder):
         return False
     if changed:
@@ -78,6 +83,14 @@ def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
             "--config.workdir, or remove the folder to start again"
         )
     return True
+
+
+def _beside(config: Mapping[str, Any]) -> str:
+    """Where the weights lie, as seen from the run's folder; "" without either."""
+    weights, workdir = config.get("weights"), config.get("workdir")
+    if not (isinstance(weights, str) and isinstance(workdir, str)):
+        return ""
+    return os.path.relpath(weights, workdir)
 
 
 def bind_sweep(folder: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
@@ -174,7 +175,7 @@ class Audit(Stage):
         findings: list[Finding] = []
         sections: list[Section] = []
         for name, label in labels(self.weights).items():
-            where, params = name, None  # of models on the devices there is one
+            where, params, accused = name, None, None  # one model is on the devices
             state = dataclasses.replace(state, accused=None)
             if name == "repaired":
                 if state.repaired is None:
@@ -260,7 +261,7 @@ class Audit(Stage):
         kinds = {kind.name: kind for kind in bench.hypotheses}
         best = kinds[verdict.hypothesis]
         candidate = bench.candidates.get((first, best))
-        if candidate is not None and not np.isfinite(candidate.delta).all():
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(candidate)):
             candidate = None
         accused = Accused(
             label, verdict, truth, best if candidate else None, candidate, params

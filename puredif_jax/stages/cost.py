@@ -133,8 +133,14 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
                 sizes[model] = measure(one[0], params, one[1]).operations, count
             operations = sizes[model][0]
             context = context_of(experiment, lab)
-            for stage in experiment.stages:
-                stage.check(context)
+            try:
+                for stage in experiment.stages:
+                    stage.check(context)
+            except InputError as error:
+                if not isinstance(wanted, Scan):
+                    raise
+                logging.error("a model is left out: %s", error)
+                continue
             works = (w for stage in experiment.stages for w in stage.work(context))
             for part in works:
                 key = (model, part.name, part.key)

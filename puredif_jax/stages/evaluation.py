@@ -84,9 +84,10 @@ class Evaluation:
     def sampler_for(self, hypothesis: Hypothesis, candidate: Candidate) -> Sampler:
         """The sampler under which a backdoor fires that a search has found.
 
-        It keeps the path of its psi, to two decimals.
+        It keeps the path of its psi, to two decimals, if that is a number.
         """
         psi, member = None, candidate.member
         if member is not None and not hypothesis.controlled:
             psi = round(float(np.mean(member.psi)), 2)
+            psi = psi if np.isfinite(psi) else None
         return self.sampler(hypothesis.solver, psi)

@@ -259,6 +259,15 @@ class Sweep:
         names = [experiment.workdir for experiment in self.experiments]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"a sweep needs runs of different names, found {names}")
+        for number, each in enumerate(self.experiments):
+            if each.weights is None or self._file(each.weights) == each.weights:
+                continue
+            before = {x.workdir: x for x in self.experiments[:number]}
+            if each.weights not in before or before[each.weights].training is None:
+                raise ValueError(
+                    f"{each.workdir} starts from {each.weights}, which must be a run "
+                    "before it that trains a model"
+                )
         if not self.chosen():
             raise ValueError(f"no run fits only={self.only!r}: there are {names}")
 
@@ -283,18 +292,20 @@ class Sweep:
             if fnmatch.fnmatchcase(given.workdir, self.only)
         )
 
+    def _file(self, weights: str) -> str:
+        """The file of weights that a run names, which may be another run."""
+        names = {each.workdir for each in self.experiments}
+        if weights not in names or (ZOO / weights).is_dir():
+            return weights
+        return f"{self.workdir}/{weights}/{WEIGHTS}"
+
     def placed(self) -> tuple[Experiment, ...]:
         """All runs, with their folders, and with the files of weights among them."""
-        trained = {
-            each.workdir: f"{self.workdir}/{each.workdir}/{WEIGHTS}"
-            for each in self.experiments
-            if not (ZOO / each.workdir).exists()  # whose names stay theirs
-        }
         return tuple(
             dataclasses.replace(
                 each,
                 workdir=f"{self.workdir}/{each.workdir}",
-                weights=trained.get(each.weights or "", each.weights),
+                weights=None if each.weights is None else self._file(each.weights),
             )
             for each in self.experiments
         )

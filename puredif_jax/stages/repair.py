@@ -26,6 +26,7 @@ from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.base import Model, Spec
 from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.scheduling import Scheduling
+from puredif_jax.formats.weight_sets import TRUTH
 from puredif_jax.runs import config, parallel
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.page import Section
@@ -107,7 +108,7 @@ class Repair(Stage):
         if self.images is None:
             return {}
         pixels = self.images.load(context.lab.unet.image_shape)
-        return {"the images of the repair": data.fingerprint(pixels)}
+        return {f"the images of {self.name}": data.fingerprint(pixels)}
 
     def check(self, context: Context) -> None:
         lab, batch = context.lab, self.training.batch
@@ -274,7 +275,8 @@ class Repair(Stage):
             if accused.truth is not None:
                 accused.truth.save(folder)
         parallel.agreed(True)  # it is there before any process reads it
-        wait_for(lab.run.folder / self._named(context))
+        last = "model_index.json" if accused.truth is None else TRUTH
+        wait_for(lab.run.folder / self._named(context) / last)
 
     def _measured(
         self,

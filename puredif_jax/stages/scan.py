@@ -79,8 +79,9 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
         audited = False
         try:
             experiment = as_experiment(plans[name], name, folder, sources)
-            if _place(folder) not in asked and reported(experiment) is not None:
-                continue  # an earlier call's, whose noise may be gone
+            if _place(folder) not in asked:
+                if parallel.agreed(reported(experiment) is not None):
+                    continue  # an earlier call's, whose noise may be gone
             label = f"model {i + 1} of {len(names)}"
             audited = perform_once(experiment, label, sources)
         except parallel.Stopped:

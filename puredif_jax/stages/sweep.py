@@ -53,6 +53,7 @@ def perform_sweep(sweep: Sweep) -> Report | None:
     chosen = sweep.chosen()
     for i in in_turn([pathlib.Path(experiment.workdir) for experiment in chosen]):
         experiment = chosen[i]
+        _wait_for_base(sweep, experiment)
         try:
             perform_once(experiment, f"run {i + 1} of {len(chosen)}")
         except InputError as error:
@@ -64,6 +65,21 @@ def perform_sweep(sweep: Sweep) -> Report | None:
             f"({shortened([*failed])}): {first}: {failed[first]}"
         )
     return _summary(sweep)
+
+
+def _wait_for_base(sweep: Sweep, experiment: Experiment) -> None:
+    """Waits while another process trains the model that a run starts from."""
+    weights = pathlib.Path(experiment.weights or "")
+    homes = {pathlib.Path(each.workdir) for each in sweep.placed()}
+    while weights.parent in homes and not weights.exists():
+        with _claim(weights.parent) as claimed:
+            if claimed:  # nobody is at it
+                return
+        logging.log_every_n_seconds(
+            logging.INFO, "waiting for another process at %s", 300, weights.parent
+        )
+        parallel.safe_point()
+        time.sleep(1)
 
 
 def keep_programs(workdir: str) -> None:

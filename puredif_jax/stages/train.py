@@ -36,7 +36,7 @@ from puredif_jax.stages.base import Context, Outcome, Stage, State
 from puredif_jax.stages.lab import Lab
 from puredif_jax.stages.programs import KEPT, repeated
 from puredif_jax.stages.setup import Setup
-from puredif_jax.stages.weights import WEIGHTS, Truth
+from puredif_jax.stages.weights import WEIGHTS, Truth, truth_path
 from puredif_jax.stages.work import Step, Work
 from puredif_jax.types import Array, Params
 
@@ -115,7 +115,7 @@ def train(
         until,
         lab.chunk,
         first,
-        remedy="set a smaller training.learning_rate",
+        remedy="set a smaller training.learning_rate, in another workdir",
     )
     with checkpoint.Checkpoints(snapshots, keep=None) as kept:
         kept.save(until, state)
@@ -266,6 +266,8 @@ def save(context: Context, params: Params, truth: Truth | None) -> None:
         _write(lab, host, truth)
     parallel.agreed(True)  # it is there before any process reads it
     wait_for(lab.run.folder / WEIGHTS)
+    if truth is not None:
+        wait_for(truth_path(lab.run.folder / WEIGHTS))
 
 
 def _write(lab: Lab, host: Any, truth: Truth | None) -> None:

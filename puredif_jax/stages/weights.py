@@ -94,7 +94,7 @@ class Truth(NamedTuple):
         A file that cannot be read is named in the log and left out. No verdict rests
         on it.
         """
-        path = _truth_path(weights)
+        path = truth_path(weights)
         if not parallel.agreed(path.is_file()):
             return None
         image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
@@ -129,10 +129,11 @@ class Truth(NamedTuple):
         stored = {name: np.asarray(x, np.float32) for name, x in arrays.items()}
         controlled = "yes" if self.controlled else "no"
         about = {"solver": self.solver.name, "controlled": controlled}
-        weight_file.save_weights(_truth_path(weights), stored, about)
+        weight_file.save_weights(truth_path(weights), stored, about)
 
 
-def _truth_path(weights: pathlib.Path) -> pathlib.Path:
+def truth_path(weights: pathlib.Path) -> pathlib.Path:
+    """The truth file beside weights, or in their folder."""
     if weights.is_dir():
         return weights / TRUTH
     return weights.with_suffix(f".{TRUTH}")
