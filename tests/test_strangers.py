@@ -164,6 +164,13 @@ def test_a_storage_of_any_size_is_not_made(tmp_path) -> None:
     assert "torch.storage.UntypedStorage" in refused_pickle(path)
 
 
+def test_tuples_that_would_be_hashed_for_hours_are_refused(tmp_path) -> None:
+    """Each is a pair of the one before, and the last the key of a dictionary."""
+    pairs = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+    path = as_pickle(tmp_path, b"\x80\x02}K\x01" + pairs + b"Ns.")
+    assert "not a pickle of arrays alone" in refused_pickle(path)
+
+
 def test_an_end_that_leads_to_no_record_is_refused(tmp_path) -> None:
     """Zip64: its locator must lead to its record, or PyTorch reads another one."""
     path = as_pickle(tmp_path, b"")

@@ -30,6 +30,7 @@ from puredif_jax.formats.weight_sets import WEIGHTS, WeightSet
 SAFE_TORCH = (2, 6)  # from there on weights-only loading executes nothing
 MOST_COMPARED = 2**26  # numbers of an array
 LONGEST_PICKLE = 2**25  # bytes, without the arrays
+MOST_HASHED = 2**20  # parts of a tuple
 FLOATS = {
     "F16": 16,
     "BF16": 16,
@@ -232,8 +233,13 @@ def _others(calls: Iterable[str]) -> list[str]:
 
 
 def _globals(stream: IO[bytes]) -> set[str]:
-    """What the next pickle in a stream would import, as "module.name"."""
-    found = set()
+    """What the next pickle in a stream would import, as "module.name".
+
+    Raises:
+      ValueError: it is no pickle, is longer than `LONGEST_PICKLE`, or has tuples within
+        tuples whose hash would take hours: of few bytes, by their memo.
+    """
+    found, stack, memo = set(), list[int | None](), dict[int, int]()  # None is a mark
     for op, argument, at in pickletools.genops(stream):
         if at is not None and at > LONGEST_PICKLE:
             raise ValueError("the pickle is too long")
@@ -241,6 +247,26 @@ def _globals(stream: IO[bytes]) -> set[str]:
             found.add(str(argument).replace(" ", "."))
         elif op.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
             found.add(op.name)  # which PyTorch does not read
+        number: Any = len(memo) if op.name == "MEMOIZE" else argument
+        if "PUT" in op.name or op.name == "MEMOIZE":
+            memo[int(number)] = stack[-1] or 1
+            continue
+        taken: list[int] = []
+        count = len(op.stack_before)
+        if pickletools.markobject in op.stack_before:
+            count = op.stack_before.index(pickletools.markobject)
+            while (top := stack.pop()) is not None:
+                taken.append(top)
+        for _ in range(count):
+            taken.append(stack.pop() or 0)
+        size = sum(taken) + 1 if op.name.startswith("TUPLE") else 1
+        if size > MOST_HASHED:
+            raise ValueError("it has tuples within tuples")
+        if "GET" in op.name:
+            stack.append(memo[int(number)])
+        else:
+            marks = (x is pickletools.markobject for x in op.stack_after)
+            stack += [None if mark else size for mark in marks]
     return found
 
 
