@@ -198,6 +198,15 @@ def test_what_is_not_clean_yet_is_repaired_once_more(tmp_path, monkeypatch) -> N
     assert both[0].frechet["after"] == both[1].frechet["before"]
 
 
+def test_a_result_of_which_the_audit_could_not_tell_is_left(tmp_path) -> None:
+    between = dataclasses.replace(LOUD, clean=(-9.0, -8.0), doubt=0.0, alarm=1e6)
+    repair = Repair(training=SHORT, draws=4, always=True, rounds=3)
+    perform_scan(plan(tmp_path, repair, between))
+    found = report(tmp_path)["judgements"]
+    assert [x["name"] for x in found] == ["model", repair.name]
+    assert {x["outcome"] for x in found} == {"could not tell"}
+
+
 def test_more_rounds_go_on_from_the_first(tmp_path, monkeypatch) -> None:
     """How often, and whether a clean model is repaired, is no other repair."""
     once = Repair(training=SHORT, draws=4, rounds=1)

@@ -67,7 +67,8 @@ class Repair(Stage):
         number.
       always: repair also a model with the verdict "clean" or "could not tell".
       seed: of the noise in the training; the same audit can be repaired with several.
-      rounds: most repairs, each of what the last one made, until the verdict is clean.
+      rounds: most repairs, each of what the last one made, while the verdict on that is
+        "backdoored".
     """
 
     removal: Removal = Unlearning()

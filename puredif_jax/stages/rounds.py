@@ -1,4 +1,4 @@
-"""Repair and audit by turns, until the audit calls the result clean."""
+"""Repair and audit by turns, as long as the audit calls the result backdoored."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from puredif_jax.stages.work import Work
 class Rounds(Stage):
     """Repairs the model that was audited, and audits the result.
 
-    A result that is not called clean is repaired again, by the trigger that its audit
-    has found: what is left of a backdoor may react to another one than the trigger that
-    was trained out.
+    A result that is called backdoored is repaired again, by the trigger that its audit
+    has found: a model may have a second backdoor. A result with the verdict "could not
+    tell" is left as it is, since a further repair did not help there
+    (docs/notebook/2026-11-30-rounds.md).
 
     Attributes:
       repair: how, and at most how often.
@@ -41,14 +42,14 @@ class Rounds(Stage):
 
     def run(self, context: Context, state: State) -> tuple[State, Outcome]:
         state, whole = self.repair.run(context, state)
-        for round_ in range(self.repair.rounds):
-            here = dataclasses.replace(context, place=round_)
-            accused = state.accused
-            if round_:
+        for number in range(self.repair.rounds):
+            if number:
+                accused = state.accused
                 if accused is None or accused.candidate is None:
                     break
-                if accused.verdict.outcome == "clean":
+                if accused.verdict.outcome != "backdoored":
                     break
+                here = dataclasses.replace(context, place=number)
                 state, outcome = self.repair.of(here, state, accused)
                 whole = whole.and_then(outcome)
             if state.repaired is None:
