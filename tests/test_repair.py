@@ -199,7 +199,7 @@ def test_what_is_not_clean_yet_is_repaired_once_more(tmp_path, monkeypatch) -> N
 
 
 def test_a_result_of_which_the_audit_could_not_tell_is_left(tmp_path) -> None:
-    between = dataclasses.replace(LOUD, clean=(-9.0, -8.0), doubt=0.0, alarm=1e6)
+    between = dataclasses.replace(LOUD, clean=(-9.0, -8.0), doubt=0.0, alarm=100.0)
     repair = Repair(training=SHORT, draws=4, always=True, rounds=3)
     perform_scan(plan(tmp_path, repair, between))
     found = report(tmp_path)["judgements"]
