@@ -59,10 +59,10 @@ def begun(folder: pathlib.Path) -> bool:
 def is_run(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
     """Whether a folder holds a run of this configuration; False if it holds none.
 
-    These may change while a run goes on: where it lies, how many devices it has, by
-    which detector it is judged, which starting noise is screened, and how the model is
-    repaired. A configuration binds nothing if nothing was begun under it, because what
-    it names was wrong.
+    These may change while a run goes on: where it lies, how many devices it has, how
+    memory is spared, by which detector it is judged, which starting noise is screened,
+    and how the model is repaired. A configuration binds nothing if nothing was begun
+    under it, because what it names was wrong.
 
     Raises:
       RunError: it holds a run of another one, a scan or a sweep, or a file that is no

@@ -108,8 +108,9 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
         the others are estimated.
     """
     rows: dict[tuple[Any, ...], Row] = {}
+    refused: list[InputError] = []
     sizes: dict[Any, tuple[float, int]] = {}  # operations and parameters, by model
-    at_hand: tuple[Any, Lab, Params] | None = None  # one model is in memory
+    at_hand: tuple[Any, Lab, Params] | None = None  # of the last experiment
     with tempfile.TemporaryDirectory() as folder:
         for number, experiment in enumerate(_experiments(wanted)):
             model = (
@@ -139,7 +140,8 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
             except InputError as error:
                 if not isinstance(wanted, Scan):
                     raise
-                logging.error("a model is left out: %s", error)
+                logging.error("%s is left out: %s", experiment.workdir, error)
+                refused.append(error)
                 continue
             works = (w for stage in experiment.stages for w in stage.work(context))
             for part in works:
@@ -157,6 +159,8 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
                     }
                 rows[key]["times"] += part.times
     found = tuple(rows.values())
+    if refused and not found:
+        raise refused[0]
     return Cost(
         found,
         sum(row["times"] * row["seconds"] for row in found) / 3600,
