@@ -105,29 +105,33 @@ def seen(starts: Starts, hypothesis: Hypothesis) -> int:
 def test_evaluations_of_an_inversion() -> None:
     """By hand: three candidates for two steps, then two for four.
 
-    Each scout leaps twice, to an image from ten steps of four draws, judged by 40.
+    Each scout leaps twice, to an image from ten steps of four draws, judged by 40. Ten
+    timesteps of five draws judge each scout once and the two finalists twice. A start
+    has an image of ten steps of 16 draws.
     """
-    leap = 2 * (4 * 10 + 40)
+    leap, judge, image = 2 * (4 * 10 + 40), 10 * 5, 10 * 16
     descent = Descent(steps=6, candidates=3, scout=2, finalists=2)
     blocks = Blocks(sides=(4, 8), places=2, draws=3)
     spectrum = Spectrum(draws=11)
-    scouted = Inversion(SHIFT, descent, blocks, spectrum)
-    steps = 3 * (3 * 2 + 2 * 4) * 6 + 3 * leap
+    scouted = Inversion(SHIFT, descent, blocks, spectrum, heldout=5)
+    steps = 3 * (3 * 2 + 2 * 4) * 6 + 3 * leap + (3 + 2 * 2) * judge
     assert scouted.evaluations(Fading()) == steps, "no whole pair of directions"
+    assert scouted.evaluations(Trojan()) == steps + 72 + image
     four = dataclasses.replace(
         scouted, descent=dataclasses.replace(descent, candidates=4)
     )
-    assert four.evaluations(Fading()) == 3 * (4 * 2 + 2 * 4) * 6 + 4 * leap + 11
-    assert scouted.evaluations(Trojan()) == steps + 72
+    more = 3 * 2 * 6 + leap + judge + 11 + 2 * image
+    assert four.evaluations(Fading()) == steps + more
     single = dataclasses.replace(descent, candidates=1)
     assert dataclasses.replace(scouted, descent=single).starts(Trojan()) is None
     still = dataclasses.replace(scouted, loss=ElijahLoss())
     assert still.starts(Trojan()) is None, "a loss that does not move gamma"
-    alone = dataclasses.replace(descent, candidates=1)
-    one = Inversion(loss=SHIFT, descent=alone)
-    assert one.evaluations(Fading()) == 3 * 6 * 6 + leap
-    plain = Inversion(SHIFT, Descent(steps=6, candidates=3))
-    assert plain.evaluations(Fading()) == 3 * 18 * 6
+    one = Inversion(loss=SHIFT, descent=single, heldout=5)
+    assert one.evaluations(Fading()) == 3 * 6 * 6 + leap + 3 * judge
+    plain = Inversion(SHIFT, Descent(steps=6, candidates=3), heldout=5)
+    assert plain.evaluations(Fading()) == 3 * 18 * 6 + 6 * judge
+    unseen = Inversion(ElijahLoss(samples=7), Descent(steps=6), heldout=5)
+    assert unseen.evaluations(Fading()) == 3 * 6 * 7 + 2 * (judge + image)
 
 
 @pytest.mark.parametrize("kind", [Fading, Exploding])
@@ -305,7 +309,7 @@ def test_folders_of_different_scans_differ() -> None:
 def test_a_plan_is_said_in_words() -> None:
     assert get_config().plan == (
         "runs/tiny: 12 steps of training, reinforcement of the trigger at step 6, 12, "
-        "measuring of the model, audit of trained (under ode, 3,816 evaluations of its "
+        "measuring of the model, audit of trained (under ode, 5,976 evaluations of its "
         "network on an image)"
     )
     sweep = Sweep("sweep", (get_config(),))

@@ -218,8 +218,9 @@ def test_a_run_of_new_kinds_and_a_sweep_of_it(place, main) -> None:
     found = report["numbers"]["trained"]
     assert found["hypotheses"] == ["half"] and found["sought"] == ["of half a shift"]
     rows = {row["method"]: row for row in found["inversions"]}
-    assert rows["puredif"]["network evaluations"] == 3 * 3 * 3
-    assert rows["brightest"]["network evaluations"] == 3 * 2 * 2
+    judging = 2 * (10 * 2 + 10 * 16)  # on held-out noise, with the image it leads to
+    assert rows["puredif"]["network evaluations"] == 3 * 3 * 3 + judging
+    assert rows["brightest"]["network evaluations"] == 3 * 2 * 2 + judging
     other = found["others"]["brightest"]
     with np.load(folder / "results" / "plain_trained_half.npz") as file:
         assert other["score"] == pytest.approx(float(file["images"].mean()))

@@ -189,40 +189,57 @@ class Inversion:
         return found if found.led(self.descent.candidates) else None
 
     def within(self, gradients: int, hypothesis: Hypothesis) -> Inversion:
-        """The same search at the cost of so many gradients on an image.
+        """The same search at the cost of so many gradients on an image, or just below.
 
-        Steps change in proportion, in each phase; at a smaller cost so do candidates
-        and the draws of starts.
+        Steps change in proportion, in each phase. At a smaller cost so do candidates,
+        the draws of starts and those on which candidates are compared.
         """
-        wanted, whole = 3 * gradients, self.evaluations(hypothesis)
-        fewer = min(1.0, wanted / whole)
-        starts = self.starts(hypothesis)
-        before = 0 if starts is None else starts.evaluations
-        after = 0 if starts is None else starts.times(fewer).evaluations
-        factor = max(0.0, wanted - after) / (whole - before)
+        wanted = 3 * gradients
+        low, high = 0.0, 2 * wanted / self.evaluations(hypothesis)
+        for _ in range(30):  # the cost rises with the factor, by whole steps
+            middle = (low + high) / 2
+            if self._times(middle).evaluations(hypothesis) > wanted:
+                high = middle
+            else:
+                low = middle
+        return self._times(low)
 
-        def times(phase: Inversion) -> Inversion:
-            return dataclasses.replace(
-                phase,
-                descent=phase.descent.times(factor),
-                blocks=phase.blocks and phase.blocks.times(fewer),
-                spectrum=phase.spectrum and phase.spectrum.times(fewer),
-                refined=phase.refined and times(phase.refined),
-            )
-
-        return times(self)
+    def _times(self, factor: float) -> Inversion:
+        """The same search at about `factor` of the cost."""
+        fewer = min(1.0, factor)
+        return dataclasses.replace(
+            self,
+            descent=self.descent.times(factor),
+            blocks=self.blocks and self.blocks.times(fewer),
+            spectrum=self.spectrum and self.spectrum.times(fewer),
+            heldout=max(1, round(self.heldout * fewer)),
+            refined=self.refined and self.refined._times(factor),
+        )
 
     def evaluations(self, hypothesis: Hypothesis) -> int:
         """Network evaluations of one image; one with its gradient counts for three.
 
-        Starts, descent and leaps count. The judging of candidates on held-out noise
-        does not.
+        All of them count: the starts with their images, the descent, the leaps, and the
+        comparison of candidates on held-out noise.
         """
         starts = self.starts(hypothesis)
         values = 3 * self.descent.candidate_steps * self.loss.evaluations
-        values += 0 if starts is None else starts.evaluations
-        values += self.leap_evaluations
+        if starts is not None:
+            led = starts.led(self.descent.candidates)
+            values += starts.evaluations + led * ESTIMATE.evaluations
+        values += self.leap_evaluations + self.judged * self.judge.evaluations
+        if not self.loss.seeks_target:
+            values += self.judged * ESTIMATE.evaluations
         return values + (self.refined.evaluations(hypothesis) if self.refined else 0)
+
+    @property
+    def judged(self) -> int:
+        """How often a candidate is compared with others on held-out noise.
+
+        The scouts once; the others at three quarters of their steps and at the end.
+        """
+        scouts = self.descent.candidates if self.descent.scout else 0
+        return scouts + 2 * self.descent.last
 
     @property
     def images(self) -> int:

@@ -97,10 +97,8 @@ def _searching(
         yield descending(loss, channel, final, descent.steps - descent.scout, name)
     else:
         yield descending(loss, channel, descent, descent.steps, name)
-    judged = inversion.judge.evaluations
-    # The scouts, and the others at three quarters of the steps and at their end.
-    times = 2 * descent.last + (descent.candidates if descent.scout else 0)
-    yield drawing(judged, times * judged)
+    images, times = inversion.judge.evaluations, inversion.judged
+    yield drawing(images, times * images)
     if inversion.leaps:
         yield drawing(GLANCE.evaluations, inversion.leap_evaluations)
     if not loss.seeks_target:
