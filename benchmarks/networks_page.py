@@ -150,7 +150,9 @@ def page(record: Row) -> str:
         "",
         "One further network, whose backdoor fires in every draw, was called clean by "
         "an earlier search. The search was then changed, so it counts no longer, and "
-        "`t_b06` replaces it with another seed. The loss of the repair was changed "
+        "`t_b06` replaces it with another seed. `t_p01` was scanned once more after "
+        "its draws showed a fault of the sampler; its score is the same. "
+        "The loss of the repair was changed "
         "after repairs of eight grey networks of this page, so they are not held out "
         "for the repair ([notebook](notebook/2026-11-30-leap.md)).",
         "",
