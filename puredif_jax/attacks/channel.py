@@ -56,10 +56,6 @@ class Channel:
         """The channel of a candidate: this one, which has no free numbers."""
         return self
 
-    def within(self, candidate: Candidate) -> Candidate:
-        """The candidate with its free numbers in their range: there are none."""
-        return candidate
-
     @property
     def scale(self) -> Array:
         """gamma in float32, `[]`, or `[1, H, W, C]` to go with a batch."""

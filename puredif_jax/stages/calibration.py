@@ -69,5 +69,5 @@ def search_of(defense: Defense) -> dict[str, Any]:
     """
 
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(defense)))
-    kept = config.without(plain, ("together", "detector"))
-    return dict(kept)
+    kept: dict[str, Any] = config.without(plain, ("together", "detector"))
+    return kept
