@@ -18,7 +18,7 @@ from puredif_jax.attacks.training import TrainState
 from puredif_jax.attacks.triggers import Box, Patch
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
-from puredif_jax.data.images import NpzImages
+from puredif_jax.data.images import FashionMNIST, NpzImages
 from puredif_jax.defenses.denoising_consistency import DenoisingConsistency
 from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.reinforcement import Reinforcement
@@ -450,3 +450,25 @@ def test_settings_that_cannot_be_are_named(make, words) -> None:
 def test_the_folder_of_the_user_is_found(monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
     assert Experiment("~/run", TINY).workdir == "/somewhere/run"
+
+
+def test_images_are_read_once_in_a_run(tmp_path, monkeypatch) -> None:
+    """By all trainings and measures that use them; none can change them."""
+    read, load = [], FashionMNIST.load
+
+    def noting(self, image_shape):
+        read.append(self)
+        return load(self, image_shape)
+
+    monkeypatch.setattr(FashionMNIST, "load", noting)
+    images = FashionMNIST(count=12)
+    experiment = dataclasses.replace(
+        WHOLE, workdir=str(tmp_path), data=images, audit=None
+    )
+    assert experiment.amplification is not None
+    assert len(experiment.amplification.snapshots) > 1
+    stages.perform(experiment)
+    assert read == [images]
+    lab = stages.open_lab(experiment)
+    with pytest.raises(ValueError, match="read-only"):
+        lab.pixels(images)[0] = 0

@@ -28,10 +28,6 @@ class Channels(Protocol):
         """The channel of a candidate."""
         ...
 
-    def within(self, candidate: Candidate) -> Candidate:
-        """The candidate with its free numbers in their range."""
-        ...
-
 
 @struct.dataclass
 class Family:

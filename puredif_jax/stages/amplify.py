@@ -285,7 +285,7 @@ def _as_trained(context: Context) -> np.ndarray:
     trigger, _, through = attack.images(shape)
     if not through.any():
         return trigger
-    mean = data.to_float(context.data.load(shape)).mean(0)
+    mean = data.to_float(context.lab.pixels(context.data)).mean(0)
     found: np.ndarray = trigger * (1 - through) + mean * through
     return found
 

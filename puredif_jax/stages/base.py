@@ -81,7 +81,7 @@ class Context:
 
     def images_read(self) -> dict[str, str]:
         """The fingerprint of the training images, as in `Stage.inputs`."""
-        pixels = self.data.load(self.lab.unet.image_shape)
+        pixels = self.lab.pixels(self.data)
         return {"the training images": fingerprint(pixels)}
 
     def success(

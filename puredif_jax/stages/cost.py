@@ -110,54 +110,19 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
     rows: dict[tuple[Any, ...], Row] = {}
     refused: list[InputError] = []
     sizes: dict[Any, tuple[float, int]] = {}  # operations and parameters, by model
-    at_hand: tuple[Any, Lab, Params] | None = None  # of the last experiment
+    at_hand: _Opened | None = None  # of the last experiment
     with tempfile.TemporaryDirectory() as folder:
         for number, experiment in enumerate(_experiments(wanted)):
-            model = (
-                experiment.model,
-                experiment.schedule,
-                experiment.prediction,
-                experiment.devices,
-                experiment.images,
-            )
-            if at_hand is None or at_hand[0] != model:
-                at_hand = None
-                # Its folder is thrown away.
-                workdir = f"{folder}/{number}"
-                lab = open_lab(dataclasses.replace(experiment, workdir=workdir))
-                params = lab.run.replicate(jax.jit(lab.unet.init)(lab.key))
-                at_hand = model, lab, params
-            _, lab, params = at_hand
-            if model not in sizes:
-                one = drawing(lab.run.mesh.size, 0).program(lab, params)
-                count = sum(x.size for x in jax.tree.leaves(params))
-                sizes[model] = measure(one[0], params, one[1]).operations, count
-            operations = sizes[model][0]
-            context = context_of(experiment, lab)
+            if at_hand is None or at_hand.model != _model(experiment):
+                at_hand = None  # before the next one takes memory
+                at_hand = _opened(experiment, f"{folder}/{number}")
             try:
-                for stage in experiment.stages:
-                    stage.check(context)
+                _add(rows, sizes, experiment, at_hand)
             except InputError as error:
                 if not isinstance(wanted, Scan):
                     raise
                 logging.error("%s is left out: %s", experiment.workdir, error)
                 refused.append(error)
-                continue
-            works = (w for stage in experiment.stages for w in stage.work(context))
-            for part in works:
-                key = (model, part.name, part.key)
-                if key not in rows:
-                    logging.info("measuring %s", part.name)
-                    step, state = part.program(lab, params)
-                    program = measure(step, params, state)
-                    rows[key] = {
-                        "one": part.name,
-                        "times": 0.0,
-                        "operations": part.evaluations * operations,
-                        "memory": program.memory,
-                        "seconds": program.seconds,
-                    }
-                rows[key]["times"] += part.times
     found = tuple(rows.values())
     if refused and not found:
         raise refused[0]
@@ -168,6 +133,67 @@ def estimate(wanted: Experiment | Scan | Sweep) -> Cost:
         *parallel.peak_memory(),
         max(count for _, count in sizes.values()),
     )
+
+
+class _Opened(NamedTuple):
+    """A model with fresh weights, in a folder that is thrown away."""
+
+    model: tuple[Any, ...]
+    lab: Lab
+    params: Params
+
+
+def _model(experiment: Experiment) -> tuple[Any, ...]:
+    """What programs are made of: experiments that share it share them."""
+    return (
+        experiment.model,
+        experiment.schedule,
+        experiment.prediction,
+        experiment.devices,
+        experiment.images,
+    )
+
+
+def _opened(experiment: Experiment, workdir: str) -> _Opened:
+    lab = open_lab(dataclasses.replace(experiment, workdir=workdir))
+    params = lab.run.replicate(jax.jit(lab.unet.init)(lab.key))
+    return _Opened(_model(experiment), lab, params)
+
+
+def _add(
+    rows: dict[tuple[Any, ...], Row],
+    sizes: dict[Any, tuple[float, int]],
+    experiment: Experiment,
+    opened: _Opened,
+) -> None:
+    """Adds what an experiment takes to the rows, and measures what is new there.
+
+    Raises:
+      InputError: something given is wrong.
+    """
+    model, lab, params = opened
+    if model not in sizes:
+        step, state = drawing(lab.run.mesh.size, 0).program(lab, params)
+        count = sum(x.size for x in jax.tree.leaves(params))
+        sizes[model] = measure(step, params, state).operations, count
+    operations = sizes[model][0]
+    context = context_of(experiment, lab)
+    for stage in experiment.stages:
+        stage.check(context)
+    for part in (work for stage in experiment.stages for work in stage.work(context)):
+        key = (model, part.name, part.key)
+        if key not in rows:
+            logging.info("measuring %s", part.name)
+            step, state = part.program(lab, params)
+            program = measure(step, params, state)
+            rows[key] = {
+                "one": part.name,
+                "times": 0.0,
+                "operations": part.evaluations * operations,
+                "memory": program.memory,
+                "seconds": program.seconds,
+            }
+        rows[key]["times"] += part.times
 
 
 def _experiments(wanted: Experiment | Scan | Sweep) -> Iterator[Experiment]:

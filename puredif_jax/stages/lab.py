@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from puredif_jax.attacks.channel import Channel
+from puredif_jax.data.images import ImageSet
 from puredif_jax.defenses.family import Family
 from puredif_jax.defenses.features import Evidence, Features
 from puredif_jax.defenses.hypothesis import Hypothesis
@@ -94,6 +95,7 @@ class Lab:
         self.seed = seed
         self.key = jax.random.key(seed)
         self.chunk = chunk
+        self._pixels: dict[ImageSet, np.ndarray] = {}
 
     @property
     def unet(self) -> ImageNetwork:
@@ -118,6 +120,18 @@ class Lab:
     def zero(self) -> np.ndarray:
         """No trigger, `[H, W, C]`."""
         return np.zeros(self.unet.image_shape, np.float32)
+
+    def pixels(self, images: ImageSet) -> np.ndarray:
+        """All images of a set, uint8 `[N, H, W, C]`, read once and not to be changed.
+
+        Raises:
+          DataError: as `ImageSet.load`.
+        """
+        if images not in self._pixels:
+            found = images.load(self.unet.image_shape).view()
+            found.flags.writeable = False
+            self._pixels[images] = found
+        return self._pixels[images]
 
     def load(self, name: str, start: bool = False) -> Params:
         """The weights of a shipped model or of a path, on all devices.

@@ -134,7 +134,7 @@ class Measure(Stage):
         rates: list[Rate] = []
         pictures: list[tuple[str, np.ndarray]] = []
         if truth is not None:
-            real = data.to_float(context.data.load(lab.unet.image_shape)[:2048])
+            real = data.to_float(lab.pixels(context.data)[:2048])
             pictures += [("true trigger", truth.trigger), ("target", truth.target)]
             for label, name, r in (
                 ("true trigger", "true_trained", truth.trigger),

@@ -51,7 +51,7 @@ def check_quality(lab: Lab, evaluation: Evaluation, images: data.ImageSet) -> No
             f"evaluation.reference is an .npz in a folder that exists, found {path}"
         )
     if path.exists():
-        _read(path, embedding, shape, images.load(shape))
+        _read(path, embedding, shape, lab.pixels(images))
 
 
 def quality(
@@ -114,7 +114,7 @@ def _reference(
     embedding = evaluation.features(shape)
 
     def compute() -> Mapping[str, Any]:
-        pixels = images.load(shape)
+        pixels = lab.pixels(images)
         if path is not None and parallel.agreed(path.exists()):
             return _named(_read(path, embedding, shape, pixels))
         made = _named(embedding.moments(data.to_float(pixels)))

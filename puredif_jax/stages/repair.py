@@ -108,7 +108,7 @@ class Repair(Stage):
     def inputs(self, context: Context) -> dict[str, str]:
         if self.images is None:
             return {}
-        pixels = self.images.load(context.lab.unet.image_shape)
+        pixels = context.lab.pixels(self.images)
         return {f"the images of {self.name}": data.fingerprint(pixels)}
 
     def check(self, context: Context) -> None:
@@ -126,7 +126,7 @@ class Repair(Stage):
                 f"a repaired model could not be written as a folder of diffusers: "
                 f"{error}"
             ) from error
-        if self.images is not None and len(self.images.load(lab.unet.image_shape)) < 2:
+        if self.images is not None and len(lab.pixels(self.images)) < 2:
             raise RunError("a repair needs two clean images or more, found fewer")
 
     def work(self, context: Context) -> Iterator[Work]:
@@ -190,7 +190,7 @@ class Repair(Stage):
         """
         lab = context.lab
         if self.images is not None:
-            return self.images.load(lab.unet.image_shape)
+            return lab.pixels(self.images)
 
         def compute() -> Mapping[str, Any]:
             sampler = context.evaluation.deterministic

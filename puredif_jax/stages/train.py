@@ -99,7 +99,7 @@ def train(
         state = found[1]
         return state
     del found  # a whole state on all devices
-    pixels = images.load(unet.image_shape)
+    pixels = lab.pixels(images)
 
     def several(
         state: TrainState, first: int, last: int
@@ -212,7 +212,7 @@ class Train(Stage):
             raise RunError(
                 f"training has no dropout, found model.dropout={dropout}: set it to 0"
             )
-        context.data.load(network.image_shape)
+        context.lab.pixels(context.data)
 
     def work(self, context: Context) -> Iterator[Work]:
         training, attack = context.training, context.attack
