@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from test_scan import write
+
 ROOT = Path(__file__).parents[1]
 SECONDS = 300
 
@@ -128,7 +131,33 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def test_two_processes(tmp_path):
+FAILING = """
+import os, sys
+from puredif_jax.runs import parallel
+from puredif_jax.stages import scan
+from puredif_jax.stages.experiment import Scan
+from puredif_jax.types import InputError
+
+parallel.LOST = parallel.APART = 5
+parallel.initialize(os.environ)
+import jax
+
+def perform_once(experiment, label, models):
+    name = os.path.basename(experiment.workdir)
+    if name == "both" or name == "one" and jax.process_index() == 1:
+        raise (ZeroDivisionError if sys.argv[2] == "bug" else InputError)("as wanted")
+    print("process", jax.process_index(), "agrees on", parallel.agreed(7), flush=True)
+    return True
+
+scan.perform_once = perform_once
+folders = tuple(f"{sys.argv[1]}/{name}" for name in sys.argv[3:])
+report, status = scan.perform_scan(Scan(f"{sys.argv[1]}/home", folders))
+print("process", jax.process_index(), "ends with", status, flush=True)
+"""
+
+
+def run_two(tmp_path: Path, program: str, *arguments: str) -> tuple[list[int], str]:
+    """The exit codes of two processes, and what both have said."""
     environ = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -148,8 +177,8 @@ def test_two_processes(tmp_path):
                         "-W",
                         "error",
                         "-c",
-                        PROGRAM,
-                        str(tmp_path / "run"),
+                        program,
+                        *arguments,
                     ],
                     env={**environ, "PUREDIF_PROCESS_ID": str(i)},
                     stdout=file,
@@ -170,8 +199,34 @@ def test_two_processes(tmp_path):
     both = "\n".join(
         f"--- process {i}\n{log.read_text()}" for i, log in enumerate(logs)
     )
-    assert not timed_out and codes == [0, 0], f"timed out: {timed_out}, {codes}\n{both}"
-    for i, log in enumerate(logs):
-        assert f"process {i} is done" in log.read_text(), both
+    assert not timed_out, both
+    return codes, both
+
+
+def test_two_processes(tmp_path):
+    codes, both = run_two(tmp_path, PROGRAM, str(tmp_path / "run"))
+    assert codes == [0, 0], both
+    for i in range(2):
+        assert f"process {i} is done" in both
     stops = re.findall(r"stopped after (\d+)", both)
     assert len(stops) == 2 and stops[0] == stops[1], both
+
+
+@pytest.mark.parametrize("kind", ["bug", "input"])
+def test_what_fails_on_both_is_the_model_s_and_the_scan_goes_on(tmp_path, kind):
+    names = ("both", "whole")
+    for seed, name in enumerate(names):
+        write(tmp_path / name, seed)
+    codes, said = run_two(tmp_path, FAILING, str(tmp_path), kind, *names)
+    assert codes == [0, 0], said
+    for i in range(2):
+        assert f"process {i} agrees on 7" in said
+        assert re.search(rf"process {i} ends with [^0]", said), said
+    assert (tmp_path / "home" / "report.json").exists()
+
+
+def test_what_fails_on_one_ends_both(tmp_path):
+    """The other one would wait for it forever."""
+    write(tmp_path / "one")
+    codes, said = run_two(tmp_path, FAILING, str(tmp_path), "input", "one")
+    assert 0 not in codes and "InputError: as wanted" in said, said

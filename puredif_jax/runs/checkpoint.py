@@ -1,4 +1,4 @@
-"""Resumable states of arrays and keys, stored by Orbax, which only this module knows.
+"""Resumable states of arrays and keys, stored by Orbax; nothing else stores by it.
 
 Nothing is unpickled; what does not fit is named in one sentence before it is used.
 """

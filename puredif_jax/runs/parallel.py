@@ -22,11 +22,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost
 
 from puredif_jax.runs import signals
 from puredif_jax.types import Array, InputError, Shard, unsharded
 
 LOST = 30  # seconds without a sign of life after which a process counts as dead
+APART = 60  # seconds that one may end before the others, which it else ends as well
 EXPLICIT = ("PUREDIF_COORDINATOR", "PUREDIF_NUM_PROCESSES", "PUREDIF_PROCESS_ID")
 
 
@@ -80,15 +82,32 @@ def agreed(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def all_fail(what: str) -> bool:
+    """Whether each process comes here within `LOST` seconds; asked where one failed.
+
+    It is no collective of devices, since the others may be in the midst of one. Where
+    they are not here, they wait for this process, and it must end. Then JAX ends them.
+
+    Args:
+      what: failed, the same on every process, and no other time.
+    """
+    barrier = multihost.get_barrier_sync_fn()  # nothing to wait for alone
+    try:
+        barrier(key=f"failed {what}", timeout_ms=1000 * LOST)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def initialize(environ: Mapping[str, str]) -> None:
     """Joins the other processes, if the environment says that there are any.
 
     Must come before anything that touches a device. Plain processes set the three
     variables of `EXPLICIT` (address:port of process 0, count, own number from 0);
     TPU pods, SLURM, Open MPI and Kubernetes set PUREDIF_DISTRIBUTED=1 and are
-    detected. Without either, this does nothing. If a process dies, JAX ends all others
-    within a minute, with "another task died"; the same command goes on from what is
-    stored.
+    detected. Without either, this does nothing. If a process dies, or fails alone, JAX
+    ends all others within two minutes, with "another task died"; the same command goes
+    on from what is stored.
 
     Raises:
       ValueError: a variable is missing or has no meaning, or no cluster is found.
@@ -114,11 +133,17 @@ def initialize(environ: Mapping[str, str]) -> None:
                 f"found {number!r} of {count!r}"
             )
         jax.distributed.initialize(
-            address, int(count), int(number), heartbeat_timeout_seconds=LOST
+            address,
+            int(count),
+            int(number),
+            heartbeat_timeout_seconds=LOST,
+            shutdown_timeout_seconds=APART,
         )
     elif detect == "1":
         try:
-            jax.distributed.initialize(heartbeat_timeout_seconds=LOST)
+            jax.distributed.initialize(
+                heartbeat_timeout_seconds=LOST, shutdown_timeout_seconds=APART
+            )
         except ValueError as error:
             raise InputError(
                 "PUREDIF_DISTRIBUTED=1, but no TPU pod, SLURM, Open MPI or Kubernetes "

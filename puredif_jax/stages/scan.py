@@ -86,13 +86,15 @@ def perform_scan(scan: Scan) -> tuple[Report, int]:
             audited = perform_once(experiment, label, sources)
         except parallel.Stopped:
             raise
-        except InputError as error:
-            errors[name] = str(error)
-            logging.error("%s: %s", name, error)
         except Exception as error:  # whatever a stranger's model has led to
-            errors[name] = str(InputError(f"{type(error).__name__}: {error}"))
-            logging.error("%s: %s", name, errors[name])
-            if homes[i].is_dir() and parallel.is_host_zero():
+            if not parallel.all_fail(name):
+                raise  # it is this process's own, and the others wait for it
+            said = error
+            if not isinstance(error, InputError):
+                said = InputError(f"{type(error).__name__}: {error}")
+            errors[name] = str(said)
+            logging.error("%s: %s", name, said)
+            if said is not error and homes[i].is_dir() and parallel.is_host_zero():
                 write_whole(homes[i] / "traceback.txt", _traceback(error))
         if audited or time.monotonic() - written > SECONDS:
             report, status = summarise(scan, models, plans, errors, notes)

@@ -57,6 +57,8 @@ def perform_sweep(sweep: Sweep) -> Report | None:
         try:
             perform_once(experiment, f"run {i + 1} of {len(chosen)}")
         except InputError as error:
+            if not parallel.all_fail(experiment.workdir):
+                raise  # it is this process's own, and the others wait for it
             failed[experiment.workdir] = str(error)
     if failed:
         first = next(iter(failed))
