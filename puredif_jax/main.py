@@ -41,6 +41,7 @@ from puredif_jax.runs import (
     sources,
     terminal,
 )
+from puredif_jax.runs.compilation import keep_programs
 from puredif_jax.runs.report import environment
 from puredif_jax.stages.experiment import Experiment, Scan, Sweep
 from puredif_jax.types import InputError, shown
@@ -141,7 +142,7 @@ def main(parsed: tuple[Any, list[str]]) -> None:
             report, status = perform_scan(wanted)
         else:
             from puredif_jax.stages.perform import perform
-            from puredif_jax.stages.sweep import in_turn, keep_programs
+            from puredif_jax.stages.sweep import in_turn
 
             keep_programs(wanted.workdir)
             report = None

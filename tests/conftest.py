@@ -54,6 +54,12 @@ def shared(tmp_path_factory) -> pathlib.Path:
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_user(shared) -> None:
+    """Nothing is written into the home of whoever tests."""
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+
+
 @pytest.fixture(scope="session")
 def one_device(shared) -> dict[str, str]:
     """An environment whose processes share their compiled programs."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.base import Defense, Inspection, Inverted, Verdict
@@ -192,6 +193,9 @@ class Audit(Stage):
             finding, section, accused = self._audit(context, name, label, params, where)
             state = dataclasses.replace(state, accused=accused)
             findings.append(finding)
+            if parallel.is_host_zero():
+                judged = finding.verdict
+                logging.info("%s: %s: %s", label, judged.outcome, judged.reason)
             sections.append(section)
         return state, Outcome(tuple(findings), tuple(sections))
 

@@ -20,13 +20,14 @@ from puredif_jax.formats.opening import read_json
 from puredif_jax.formats.state_dict import named_leaves
 from puredif_jax.runs import config, parallel
 from puredif_jax.runs.binding import RunError, bind_scan
+from puredif_jax.runs.compilation import keep_programs
 from puredif_jax.runs.report import Report
 from puredif_jax.runs.sources import from_json
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Scan
 from puredif_jax.stages.models import Models
 from puredif_jax.stages.scan_report import summarise
-from puredif_jax.stages.sweep import in_turn, keep_programs, perform_once, reported
+from puredif_jax.stages.sweep import in_turn, perform_once, reported
 from puredif_jax.stages.weights import ZOO
 from puredif_jax.types import InputError
 

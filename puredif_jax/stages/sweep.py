@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +22,7 @@ from puredif_jax.runs.binding import (
     numbers_of,
     pin,
 )
+from puredif_jax.runs.compilation import keep_programs
 from puredif_jax.runs.page import Section
 from puredif_jax.runs.report import Report, as_csv, environment
 from puredif_jax.stages.base import results
@@ -82,19 +81,6 @@ def _wait_for_base(sweep: Sweep, experiment: Experiment) -> None:
         )
         parallel.safe_point()
         time.sleep(1)
-
-
-def keep_programs(workdir: str) -> None:
-    """Compiled programs go into a folder there, unless the environment names one.
-
-    On a full disk they are not kept, without a word for each: the run itself says so.
-    """
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
-    jax.config.update(
-        "jax_compilation_cache_dir",
-        os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{workdir}/compiled",
-    )
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def perform_once(
