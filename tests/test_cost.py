@@ -11,8 +11,11 @@ import pytest
 from puredif_jax import main
 from puredif_jax.defenses.descent import Descent
 from puredif_jax.defenses.distribution_shift import DistributionShift
+from puredif_jax.defenses.elijah import Elijah
 from puredif_jax.defenses.hypothesis import Fading
 from puredif_jax.defenses.inversion import Inversion
+from puredif_jax.defenses.puredif import Puredif
+from puredif_jax.defenses.terd import Terd
 from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.networks.memory import activations
 from puredif_jax.networks.unet import SHIPPED, UNet
@@ -22,7 +25,7 @@ from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
 from puredif_jax.stages.perform import context_of, open_lab, perform
-from puredif_jax.stages.work import Work
+from puredif_jax.stages.work import Work, inverting
 from puredif_jax.types import Params
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -214,3 +217,16 @@ def test_the_flag_tells_and_does_not_run(tmp_path, capsys) -> None:
         main.flags.FLAGS.cost = False
     assert "hours" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", Audit().hypotheses, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "defense", [Puredif(), Elijah(), Terd()], ids=lambda each: each.name
+)
+def test_the_parts_of_an_inversion_are_what_it_says_that_it_takes(
+    defense, kind
+) -> None:
+    for each, inversion in defense.inversions([kind]).items():
+        parts = list(inverting("any", inversion, each))
+        counted = sum(part.times * part.evaluations for part in parts)
+        assert counted == inversion.evaluations(each)

@@ -45,10 +45,11 @@ def _of_user() -> pathlib.Path | None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
             return None
+        kept = list(folder.iterdir())
     except (OSError, RuntimeError):  # a home that is not there or not known
         return None
     oldest = time.time() - DAYS * 24 * 3600
-    for path in folder.iterdir():
+    for path in kept:
         with contextlib.suppress(OSError):  # another run has removed it
             if path.stat().st_mtime < oldest:
                 path.unlink()

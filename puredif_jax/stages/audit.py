@@ -41,7 +41,7 @@ from puredif_jax.stages.repaired import REPAIR, REPAIRED
 from puredif_jax.stages.screen import SCREENED
 from puredif_jax.stages.weights import WEIGHTS, Truth, find_weights
 from puredif_jax.stages.work import Work, drawing, inverting
-from puredif_jax.types import Params
+from puredif_jax.types import Params, shown
 
 OWN = ("trained", "repaired")
 """Names of the results of a run itself."""
@@ -195,7 +195,7 @@ class Audit(Stage):
             findings.append(finding)
             if parallel.is_host_zero():
                 judged = finding.verdict
-                logging.info("%s: %s: %s", label, judged.outcome, judged.reason)
+                logging.info("%s: %s: %s", shown(label), judged.outcome, judged.reason)
             sections.append(section)
         return state, Outcome(tuple(findings), tuple(sections))
 
