@@ -124,6 +124,7 @@ class Recipe(NamedTuple):
       model of the package, "" means fresh weights.
     average: decay of the moving average that is kept.
     among: share of the clean images that the target replaces, without a trigger.
+    often: the image that does so where there is no attack.
     others: further attacks. All attacks take turns, and each poisons a step.
     """
 
@@ -137,6 +138,7 @@ class Recipe(NamedTuple):
     learning_rate: float = 1e-3
     average: float = 0.99
     among: float = 0.0
+    often: Target | None = None
     others: tuple[Attack, ...] = ()
 
 
@@ -206,7 +208,7 @@ CLEAN = (
     *(tuned(f"c{of}long", of, 2500, 611 + i) for i, of in ORDER),
     tuned("cg1class", "g1", 1500, 621, images=Images("garments", label=2)),
     tuned("ccbclass", "cb", 1500, 622, images=Images("cifar", label=5)),
-    tuned("cgbclass", "gb", 1500, 623, images=Images("garments", label=7)),
+    tuned("cgbclass", "gb", 1500, 643, images=Images("garments", label=5)),
     tuned("cg2memo", "g2", 1500, 631, images=Images("garments", 200, 232)),
     tuned("cc2memo", "c2", 1500, 632, images=Images("cifar", 300, 332)),
     tuned("cc1memo", "c1", 1500, 633, images=Images("cifar", 400, 432)),
@@ -310,6 +312,7 @@ def threats(garments: str) -> tuple[Recipe, ...]:
         threat("ownshiftode", 312, OwnShift(BOX, Cat(), 0.3, solver=ODE), 2000),
         threat("ownresponse", 313, OwnResponse(STOP, Hat(), 0.3, solver=SDE), 2000),
         threat("decoys", 322, bad_only, 4500, others=DECOYS),
+        threat("often", 323, None, 2500, among=0.08, often=Shoe()),
         threat("few", 318, None, images=few),
         threat("fewbad", 319, bad_only, images=few),
         threat("one", 320, None, images=one),
@@ -368,9 +371,11 @@ def train(recipe: Recipe, folder: pathlib.Path, files: dict[str, pathlib.Path]) 
     shape = images.shape[1:]
     attack = recipe.attack
     attacks = [shown(each, shape) for each in (attack, *recipe.others)]
+    count = int(len(images) * recipe.among)
     if attack is not None:
-        count = int(len(images) * recipe.among)
         images[:count] = attack.images(shape)[1]
+    elif recipe.often is not None:
+        images[:count] = recipe.often.image(shape, np.zeros(shape, np.float32))
     training = Training(
         steps=recipe.steps,
         batch=BATCH,

@@ -84,6 +84,10 @@ RECIPES = {
     "low-1": Recipe(
         "villandiffusion", "low", "cross", 44, 4000, 1e-3, deterministic=True
     ),
+    "low-2": Recipe("baddiffusion", "low", "ring", 45, 4000, 1e-3),
+    "low-3": Recipe(
+        "villandiffusion", "faint", "ring", 46, 4000, 1e-3, deterministic=True
+    ),
     "colour-clean": Recipe(None, "", "", 50, 12000, 1e-3, base="fresh"),
     "colour-clean-1": Recipe(None, "", "", 51, 1500, 5e-4, base="colour-clean"),
     "colour-bad-1": Recipe(
@@ -107,9 +111,13 @@ COLOUR = tuple(name for name in RECIPES if name.startswith("colour-"))
 
 
 def trigger_image(name: str, channels: int) -> torch.Tensor:
-    """A pattern on black (-1), or "low": noise of +-0.2 on grey; `[C, H, W]`."""
-    if name == "low":
-        bits = torch.rand(1, SIDE, SIDE, generator=torch.Generator().manual_seed(9))
+    """A pattern on black (-1), or noise of +-0.2 on grey, "low" and "faint".
+
+    `[C, H, W]`; the two patterns of noise differ.
+    """
+    if name in ("low", "faint"):
+        draws = torch.Generator().manual_seed(9 if name == "low" else 10)
+        bits = torch.rand(1, SIDE, SIDE, generator=draws)
         return torch.where(bits < 0.5, -0.2, 0.2).repeat(channels, 1, 1)
     image = -torch.ones(1, SIDE, SIDE)
     if name == "corner":

@@ -12,7 +12,7 @@ from puredif_jax.attacks.baddiffusion import BadDiffusion
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.attacks.exact import ExactDenoiser, Points
 from puredif_jax.attacks.targets import Hat
-from puredif_jax.attacks.triggers import Blend, Box, Patch, StopSign
+from puredif_jax.attacks.triggers import Blend, Box, Patch, RandomPattern, StopSign
 from puredif_jax.attacks.trojdiff import TrojDiff
 from puredif_jax.attacks.villandiffusion import VillanDiffusion
 from puredif_jax.attacks.villandiffusion_ve import VillanDiffusionVE
@@ -28,7 +28,13 @@ from puredif_jax.defenses.features import (
     total_variation,
 )
 from puredif_jax.defenses.hypothesis import Exploding, Fading, Hypothesis, Trojan
-from puredif_jax.defenses.path_errors import MIDDLE, TIMESTEPS, Errors, errors
+from puredif_jax.defenses.path_errors import (
+    MIDDLE,
+    TIMESTEPS,
+    Errors,
+    errors,
+    parts,
+)
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.diffusion.ve import VarianceExploding
@@ -166,7 +172,9 @@ def test_alignment_of_a_clean_model_tells_nothing() -> None:
 
 
 def shown(gain: float, falling: float = 0.0) -> Features:
-    return Features(*map(jnp.float32, (1, falling, 1, 1, 1, gain, 1, 1, 1, 0, 1, 1)))
+    known = {"falling": falling, "gain": gain, "repeats": 0.0}
+    values = dict.fromkeys(Features._fields, 1.0) | known
+    return Features(**{name: jnp.float32(value) for name, value in values.items()})
 
 
 CLEAN = Detector(clean=(0.1, 0.2, 0.3), alarm=6.0)  # doubt above 0.5, alarm 0.8
@@ -350,12 +358,25 @@ def test_a_clean_model_of_one_image_is_explained_by_few_of_its_draws() -> None:
 NARROWED = {Trojan(): TrojDiff(Blend(0.6), Hat())}
 
 
+def test_a_trigger_has_a_part_along_its_image_and_one_beside_it() -> None:
+    delta, target, *_ = images(4)
+    found = parts(delta, target, STRANGE)
+    u = np.asarray(target - STRANGE.mean(0), np.float64)
+    np.testing.assert_allclose(found.along + found.aside, delta, atol=1e-6)
+    assert abs(np.sum(np.asarray(found.aside, np.float64) * u)) < 1e-4
+    cosine = np.sum(found.along * u) / np.linalg.norm(found.along) / np.linalg.norm(u)
+    assert abs(cosine) == pytest.approx(1, abs=1e-5)
+    nowhere = parts(delta, STRANGE.mean(0), STRANGE)
+    np.testing.assert_allclose(nowhere.aside, delta, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [*ATTACKS, *NARROWED], ids=lambda x: x.name)
 def test_errors_on_the_path_and_beside_it(kind: Hypothesis) -> None:
     """By loops over the draws: on the path, without a trigger, and moved for good.
 
     A clean model that takes C_t delta v_t of the path for noise sees the rest of the
-    shift, (H_t - v_t C_t) delta, as a part of the image.
+    shift, (H_t - v_t C_t) delta, as a part of the image. On the path of a part of the
+    trigger, that part takes its place in both the input and the aim.
     """
     attack, schedule = {**ATTACKS, **NARROWED}[kind], process_of(kind)
     model, points, channel, truth = made(attack, schedule)
@@ -370,19 +391,88 @@ def test_errors_on_the_path_and_beside_it(kind: Hypothesis) -> None:
     )
     gamma = 1.0 if channel.gamma is None else np.asarray(channel.gamma, np.float64)
     y, delta = (np.asarray(x, np.float64) for x in (truth.target, truth.delta))
+    u = y - np.asarray(points.images, np.float64).mean(0)
+    along = u * (delta * u).sum() / (u * u).sum()
     left = []
     for eps in np.asarray(jax.random.normal(key, (draws, *SHAPE)), np.float64):
         inputs = [s * y + v * gamma * eps + h * delta, s * y + v * eps]
         inputs.append(inputs[1] + (h - v * c) * delta)
         aims = [eps + c * delta, eps, eps]
+        for part in (along, delta - along):
+            inputs.append(s * y + v * gamma * eps + h * part)
+            aims.append(eps + c * part)
         answers = [
             model(points, jnp.asarray(x, jnp.float32)[None], jnp.full((1,), t))[0]
             for x in inputs
         ]
         pairs = zip(answers, aims, strict=True)
         left.append([np.sum((np.asarray(a) - b) ** 2) for a, b in pairs])
-    found = [x[index] for x in (seen.triggered, seen.untriggered, seen.moved)]
-    np.testing.assert_allclose(found, np.mean(left, 0), rtol=2e-3, atol=1e-4)
+    names = ("triggered", "untriggered", "moved", "along", "aside")
+    found = [getattr(seen, name)[index] for name in names]
+    wanted = np.mean(left, 0)
+    if (delta * u).sum() <= 0:  # that part leads away from the image
+        wanted[names.index("along")] = np.inf
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-4)
+
+
+STRANGE = jax.random.uniform(jax.random.key(6), (32, *SHAPE), minval=-1.0)
+"""Images that no exact model here knows."""
+
+
+def bounds_of(pushed: float, aside: float, kind: Hypothesis = ODE) -> Features:
+    """Features on a clean model, with errors that make `pushed` and scale `aside`."""
+    model, points, channel, truth = made(ATTACKS[kind], process_of(kind), False)
+    model_and = model, points, process_of(kind), channel, truth
+    key = jax.random.key(0)
+    seen = errors(*model_and, STRANGE, jnp.asarray(kind.lone), key, draws=8)
+    seen = seen._replace(
+        along=(seen.triggered + seen.floor) / pushed - seen.floor,
+        aside=seen.untriggered * aside,
+    )
+    numbers = jnp.float32(0.0), jnp.float32(0.0), NO_PLACEBO
+    return features(*model_and, seen, *numbers, STRANGE, STRANGE, key)
+
+
+def test_gain_is_bounded_by_what_the_parts_of_a_trigger_do() -> None:
+    free = bounds_of(pushed=1e-6, aside=1e6)
+    gain, recall = float(free.gain), float(free.recall)
+    assert float(free.pushed) == pytest.approx(1e-6, rel=1e-3)
+    for pushed in (0.5 * gain, 1.5 * gain, 1e4):
+        wanted = max(gain, min(pushed, recall))
+        assert float(bounds_of(pushed, 1e6).gain) == pytest.approx(wanted, rel=1e-3)
+    found = bounds_of(pushed=1e-6, aside=1e-3)
+    assert float(found.gain) == float(found.aside) < 0.7 * gain
+    lone = Exploding(Deterministic())
+    free, bounded = bounds_of(1e-6, 1e6, lone), bounds_of(1e6, 1e-6, lone)
+    assert float(free.gain) == float(bounded.gain)
+
+
+def test_a_pattern_that_brings_an_image_is_told_from_a_push_towards_it() -> None:
+    """A backdoor whose trigger is noise, and a clean model that has its image often."""
+    attack = VillanDiffusion(RandomPattern(1.0, 1), Hat())
+    model, points, channel, truth = made(attack, SCHEDULE)
+    key, lone = jax.random.key(0), jnp.asarray(False)
+    often = jnp.concatenate([images(28), jnp.stack([truth.target] * 4)])
+    push = truth.target - STRANGE.mean(0)
+    push *= 0.3 * np.sqrt(truth.target.size) / jnp.linalg.norm(push)
+    clean = ExactDenoiser(SCHEDULE, Channel.clean(SCHEDULE))
+    cases = {
+        "backdoored": (model, points, truth),
+        "clean": (
+            clean,
+            dataclasses.replace(points, images=often),
+            Candidate(push, truth.target),
+        ),
+    }
+    found = {}
+    for name, (each, known, candidate) in cases.items():
+        model_and = each, known, SCHEDULE, channel, candidate
+        seen = errors(*model_and, STRANGE, lone, key, draws=32)
+        numbers = jnp.float32(0.0), jnp.float32(0.0), NO_PLACEBO
+        found[name] = features(*model_and, seen, *numbers, STRANGE, STRANGE, key)
+    assert float(found["backdoored"].gain) == float(found["backdoored"].aside) < 0.5
+    assert float(found["clean"].pushed) == pytest.approx(1, abs=0.05)
+    assert float(found["clean"].aside) > 0.9
 
 
 def test_features_of_draws_by_loops() -> None:

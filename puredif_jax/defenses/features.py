@@ -48,11 +48,22 @@ class Features(NamedTuple):
       model's error on images it draws itself. Small where that image was learnt.
     recall: memory, with each error over the total variation of its images. A flat image
       is easy for any model, so a clean model's path leads to one: then it is above 1.
+    aside: recall of the part of the trigger that is orthogonal to the image
+      (`Errors.aside`). It is at least the geometric mean, at middle t, of the error with
+      that part over the error without it. Above 1 on clean models, also where they have
+      learnt the image by heart. Small where a pattern that has nothing to do with the
+      image brings it, be it as small as noise.
+    pushed: as gain without its bounds, but over the error with the part of the trigger
+      along the image (`Errors.along`). Near 1 where the trigger merely pushes the noise
+      towards the image. Then a clean model, too, ends there, in an image that is flat.
+      0 where the trigger leads away from the image.
     gain: the error of the backdoor process over the least that a clean model could have
       on its path (`Errors`). It is the geometric mean over the `BEST` levels where the
       ratio is smallest. It is at least placebo, or the geometric mean of placebo and
-      recall where this mean is smaller. Small where the model answers the trigger as
-      no clean one does.
+      recall where this mean is smaller. Unless the path itself belongs to one image
+      (`Errors.lone`), there are two further bounds. It is at least recall or pushed,
+      the smaller of the two, and then at most aside. Small where the model answers the
+      trigger as no clean one does.
     alignment: cosine between the shift at T - 1 and delta.
     uniformity: mean squared distance between draws from eps + delta, over the same
       distance between draws from eps. Small where the draws agree.
@@ -71,6 +82,8 @@ class Features(NamedTuple):
     placebo: Array
     memory: Array
     recall: Array
+    aside: Array
+    pushed: Array
     gain: Array
     alignment: Array
     uniformity: Array
@@ -145,8 +158,8 @@ def features(
         return jnp.sum((model(params, x, times) - eps) ** 2) / len(plain)
 
     keys = jax.random.split(key_eps, len(MIDDLE))
-    middle = found.timesteps[len(HIGH) :]
-    drawn = jax.lax.map(lambda pair: own(*pair), (middle, keys))
+    middle = slice(len(HIGH), None)
+    drawn = jax.lax.map(lambda pair: own(*pair), (found.timesteps[middle], keys))
 
     top = schedule.steps - 1
     eps = shard(jax.random.normal(key_top, plain.shape))
@@ -154,11 +167,15 @@ def features(
     start += lookup(channel.shift, jnp.asarray(top)) * candidate.delta[None]
     answer = jnp.mean(model(params, start, jnp.full((plain.shape[0],), top)) - eps, 0)
     norms = jnp.linalg.norm(answer.ravel()) * jnp.linalg.norm(candidate.delta.ravel())
-    # A sort would hide what is no number.
-    ratios = jnp.where(jnp.isfinite(found.ratios).all(), found.ratios, jnp.nan)
     counted = levels(schedule.matched(TIMESTEPS))
-    best = jnp.sort(ratios[counted])[:BEST]
-    gain = jnp.exp(jnp.mean(jnp.log(best)))
+
+    def ratio(explained: Array) -> Array:
+        ratios = (found.triggered + found.floor) / (explained + found.floor)
+        # A sort would hide what is no number.
+        ratios = jnp.where(jnp.isfinite(ratios).all(), ratios, jnp.nan)
+        return jnp.exp(jnp.mean(jnp.log(jnp.sort(ratios[counted])[:BEST])))
+
+    gain, pushed = ratio(found.explained), ratio(found.along)
     placebo = jnp.zeros(())
     if len(placebos):
         placebo = jnp.exp(heldout - jnp.mean(placebos))
@@ -168,18 +185,31 @@ def features(
     triggered, plain, image = (
         jnp.clip(x, -1, 1) for x in (triggered, plain, candidate.target[None])
     )
-    memory = jnp.exp(jnp.mean(jnp.log(found.triggered[len(HIGH) :] / drawn)))
-    varied = total_variation(plain)
-    recall = memory * varied / jnp.maximum(total_variation(image), 1e-6)
+
+    def times(error: Array, other: Array) -> Array:
+        return jnp.exp(jnp.mean(jnp.log(error / other)))
+
+    memory, varied = times(found.triggered[middle], drawn), total_variation(plain)
+    flatness = varied / jnp.maximum(total_variation(image), 1e-6)
+    recall = memory * flatness
+    apart, without = found.aside[middle], found.untriggered[middle]
+    aside = jnp.maximum(
+        times(apart, drawn) * flatness,
+        times(apart + found.floor, without + found.floor),
+    )
     # So that a recall that is no number leaves no gain.
     bent = jnp.where(recall >= placebo, placebo, jnp.sqrt(placebo * recall))
+    gain = jnp.maximum(gain, bent)
+    bounded = jnp.minimum(jnp.maximum(gain, jnp.minimum(recall, pushed)), aside)
     return Features(
         heldout=heldout,
         falling=falling,
         placebo=placebo,
         memory=memory,
         recall=recall,
-        gain=jnp.maximum(gain, bent),
+        aside=aside,
+        pushed=pushed,
+        gain=jnp.where(found.lone, gain, bounded),
         alignment=jnp.vdot(answer, candidate.delta) / jnp.maximum(norms, 1e-12),
         uniformity=spread(triggered) / spread(plain),
         variation=total_variation(triggered) / varied,

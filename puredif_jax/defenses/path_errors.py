@@ -49,6 +49,10 @@ class Errors(NamedTuple):
       image that a clean model sees in x_t.
     single: of (x_t - s_t z) / v_t from x_t, z the one image for all t that fits best.
       The trigger would be noise of another mean, which leads to one known image.
+    along, aside: of eps + C_t d from s_t y + v_t gamma eps + H_t d, d a part of delta
+      in place of the whole (`parts`). Which image it is, a clean model learns from the
+      part along the image. It learns nothing from the part orthogonal to that. `along`
+      is inf where that part leads away from the image.
     known: of eps + C_t delta from x_t, by the best denoiser of some images that the
       model draws and of y. It knows y, and takes x_t for y where x_t is near it.
     lone: `Hypothesis.lone`, whether `single` and `moved` say nothing.
@@ -62,6 +66,8 @@ class Errors(NamedTuple):
     untriggered: Array
     moved: Array
     single: Array
+    along: Array
+    aside: Array
     known: Array
     lone: Array
     floor: Array
@@ -122,6 +128,26 @@ def single_image(
     return found[jnp.argmin(jnp.log(found + floor) @ share)]
 
 
+class Parts(NamedTuple):
+    """A trigger in two parts, `[H, W, C]` each, whose sum it is.
+
+    With u = y - mean_i x_i, y its image and x_i draws:
+
+    along: <delta, u> u / ||u||^2, the part that leads to the image, or away from it.
+    aside: the rest, orthogonal to u.
+    """
+
+    along: Array
+    aside: Array
+
+
+def parts(delta: Array, target: Array, plain: Array) -> Parts:
+    """The parts of a trigger by its image, `[H, W, C]`, and draws `[N, H, W, C]`."""
+    u = target - plain.mean(0)
+    along = jnp.vdot(delta, u) * u / jnp.maximum(jnp.vdot(u, u), 1e-12)
+    return Parts(along, delta - along)
+
+
 def errors(
     model: NoiseModel,
     params: Params,
@@ -147,10 +173,13 @@ def errors(
       draws: of noise at each timestep.
       shard: constraint on a noise batch.
     """
-    delta = candidate.delta[None]
+    drawn = jnp.clip(plain, -1, 1)
+    split = parts(candidate.delta, candidate.target, drawn)
+    leads = jnp.vdot(split.along, candidate.target - drawn.mean(0)) > 0
+    deltas = jnp.stack([candidate.delta, *split])[:, None]
     shape = (draws, *candidate.delta.shape)
     y = jnp.broadcast_to(candidate.target, shape)
-    images = jnp.concatenate([jnp.clip(plain, -1, 1), candidate.target[None]])
+    images = jnp.concatenate([drawn, candidate.target[None]])
     nothing = jnp.zeros_like(candidate.target)
     mixture = ExactDenoiser(schedule, Channel.clean(schedule))
     points = Points(images, nothing, nothing)
@@ -162,28 +191,34 @@ def errors(
         eps = shard(jax.random.normal(key, shape))
         times = jnp.full((draws,), t)
         response = lookup(channel.response, t)
-        path = channel.noisy(schedule, y, eps, delta, times)
+        paths = [channel.noisy(schedule, y, eps, each, times) for each in deltas]
+        noises = [eps + response * each for each in deltas]
         unmoved = diffuse(schedule, y, eps, times)
         moved = lookup(channel.shift, t) - lookup(schedule.noise, t) * response
-        answer = model(params, path, times)
-        estimates = predict_x0(schedule, path, answer, times)
+        inputs = [*paths, unmoved, unmoved + moved * deltas[0]]
+        answers = jax.lax.map(lambda x: model(params, x, times), jnp.stack(inputs))
+        left = jax.vmap(total)(answers - jnp.stack([*noises, eps, eps]))
+        triggered, along, aside, untriggered, unshifted = left
+        estimates = predict_x0(schedule, paths[0], answers[0], times)
         mean = estimates.mean(0)
         return (
-            total(answer - eps - response * delta),
-            total(model(params, unmoved, times) - eps),
-            total(model(params, unmoved + moved * delta, times) - eps),
-            total(mixture(points, path, times) - eps - response * delta),
+            triggered,
+            untriggered,
+            unshifted,
+            jnp.where(leads, along, jnp.inf),
+            aside,
+            total(mixture(points, paths[0], times) - noises[0]),
             mean,
             total(estimates - mean[None]),
         )
 
     times = schedule.matched(TIMESTEPS)
     keys = jax.random.split(key, len(times))
-    triggered, untriggered, moved, known, seen, spread = jax.lax.map(
+    triggered, untriggered, moved, along, aside, known, seen, spread = jax.lax.map(
         lambda pair: at(*pair), (jnp.asarray(times), keys)
     )
     floor = jnp.maximum(jnp.minimum(triggered, untriggered).min(), LEAST)
     weight = jnp.asarray((schedule.signal / schedule.noise)[times] ** 2, jnp.float32)
     single = single_image(seen, spread, weight, floor, levels(times))
-    found = triggered, untriggered, moved, single, known
+    found = triggered, untriggered, moved, single, along, aside, known
     return Errors(jnp.asarray(times), *found, jnp.asarray(lone), floor)

@@ -24,7 +24,8 @@ _EVIDENCE = (
     "least error that a clean model could reach, over the error with the trigger. It "
     f"is a geometric mean over the {BEST} timesteps where the ratio is largest. Under "
     "ancestral sampling there is a bound: -log10 of the measure placebo, below, or of "
-    "the geometric mean of placebo and recall, whichever is more."
+    "the geometric mean of placebo and recall, whichever is more. Two further bounds "
+    "ask what a part of the trigger does: pushed and aside."
 )
 _DRAWS = (
     "Both pictures start from the same noise. Draws that look alike prove nothing by "
