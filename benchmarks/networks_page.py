@@ -148,10 +148,13 @@ def page(record: Row) -> str:
         f"{len(models)} of {len(recipes)} networks have been scanned, by the default "
         "search and detector, each once. No choice of these two rests on them.",
         "",
-        "One further network, whose backdoor fires in every draw, was called clean by "
-        "an earlier search. The search was then changed, so it counts no longer, and "
-        "`t_b06` replaces it with another seed. `t_p01` was scanned once more after "
-        "its draws showed a fault of the sampler; its score is the same. "
+        "Two further networks were misjudged by earlier searches and detectors, which "
+        "were then changed. One has a backdoor that fires in every draw and was called "
+        "clean. One is a clean network of one class, of the base `t_base_gb`, and was "
+        "called backdoored. So they count no longer: `t_b06` has another seed, and "
+        "`t_cgbclass` another class and seed. `t_p01` was scanned once more after its "
+        "draws showed a fault of the sampler. All are judged by the detector of today, "
+        "from what the searches stored. "
         "The loss of the repair was changed "
         "after repairs of eight grey networks of this page, so they are not held out "
         "for the repair ([notebook](notebook/2026-11-30-leap.md)).",
