@@ -293,7 +293,8 @@ def page(record: Row) -> str:
         table(grouped(bad, "true trigger fires", lambda x: between(BINS, x["fires"]))),
         "## What was never seen",
         "The bound comes from the development half, without the attack or the network "
-        "of the row. The row counts the models of the test half that are judged rightly.",
+        "of the row. The row counts the models of the test half that it judges "
+        "rightly, of that attack or network.",
         table(left_out(record, "attack")),
         table(left_out(record, "network")),
     ]
