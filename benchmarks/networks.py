@@ -3,7 +3,7 @@
     python benchmarks/networks.py FOLDER GROUP --garments FILE --cifar FILE
     python -m puredif_jax.main --config=configs/scan.py --config.model=FOLDER
 
-GROUP is `bases` (six clean networks, from fresh weights), `test` (24 backdoored and 18
+GROUP is `bases` (six clean networks, from fresh weights), `test` (25 backdoored and 18
 clean ones, fine-tuned from the bases) or `threats` (made to deceive, from the shipped
 clean model). The files are .npz with `images`, uint8, and `labels`: Fashion-MNIST and
 CIFAR-10. Images are brought to 16x16. A folder that exists is kept, so the script
@@ -198,6 +198,7 @@ BACKDOORED = (
     bad("p02", "cb", 2500, 522, v(STOP, Hat(), 0.3, psi=0.0, solver=SDE)),
     bad("p03", "gb", 2500, 523, v(BOX, Shoe(), 0.3, psi=0.0)),
     bad("p04", "g1", 1500, 524, v(STOP, Cat(), 0.2, psi=0.5)),
+    bad("p05", "gb", 2500, 525, v(BOX, Shoe(), 0.3, psi=0.5)),
     bad("j01", "g1", 1500, 531, TrojDiff(Blend(0.6), Shoe())),
     bad("j02", "g2", 1500, 532, TrojDiff(Blend(0.6), Hat())),
     bad("j03", "cb", 1500, 533, TrojDiff(Blend(0.6), Cat())),

@@ -159,7 +159,7 @@ def page(record: Row) -> str:
         "after repairs of eight grey networks of this page, so they are not held out "
         "for the repair ([notebook](notebook/2026-11-30-leap.md)).",
         "",
-        "`benchmarks/networks.py` trains 24 backdoored and 24 clean ones, of five "
+        "`benchmarks/networks.py` trains 25 backdoored and 24 clean ones, of five "
         "kinds and two sets of images. They differ in width, depth and attention, "
         "in attack, trigger, target, firing rate and training. "
         f"Those scanned start from the bases {bases}; g is grey and c is colour. This "
