@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -58,14 +59,17 @@ def about(attack: Row | None) -> str:
     return f"{name}, psi {attack['psi']:g}, {solver}"
 
 
-def largest(found: Finding, method: str, measure: str, sign: int = 1) -> float:
-    """The largest of a measure over the hypotheses of a defense, or of its negative."""
+def largest(found: Finding, method: str, measure: str, sign: int = 1) -> float | None:
+    """The largest of a measure over the hypotheses of a defense, or of its negative.
+
+    None where there is no finite one.
+    """
     values = [
-        sign * getattr(each, measure)
+        sign * float(getattr(each, measure))
         for each in found.inversions
         if each.method.startswith(method) and getattr(each, measure) is not None
     ]
-    return max(values, default=float("nan"))
+    return max(filter(math.isfinite, values), default=None)
 
 
 def row(report: Row, where: str) -> Row:
@@ -75,9 +79,12 @@ def row(report: Row, where: str) -> Row:
     (measured,) = (each for each in parts if isinstance(each, Measured))
     made, attack = report["config"], report["config"]["attack"]
     best = next(
-        each
-        for each in found.inversions
-        if each.method == "puredif" and each.hypothesis == found.verdict.hypothesis
+        (
+            each
+            for each in found.inversions
+            if each.method == "puredif" and each.hypothesis == found.verdict.hypothesis
+        ),
+        None,
     )
     fires = {rate.images: rate.rates["mse<0.01"] for rate in measured.success}
     weights = pathlib.PurePath(made["weights"])
@@ -90,12 +97,12 @@ def row(report: Row, where: str) -> Row:
         "steps": made["training"]["steps"],
         "fires": fires.get("draws, true trigger"),
         "outcome": found.verdict.outcome,
-        "score": found.verdict.score,
+        "score": score if math.isfinite(score := found.verdict.score) else None,
         "p": found.verdict.p_value,
         "hypothesis": found.verdict.hypothesis,
-        "success": best.success,
-        "cosine": best.cosine,
-        "relative l2": best.relative_l2,
+        "success": best.success if best else None,
+        "cosine": best.cosine if best else None,
+        "relative l2": best.relative_l2 if best else None,
         "elijah uniformity": largest(found, "elijah", "trimmed", -1),
         "elijah variation": largest(found, "elijah", "summed", -1),
         "terd mean": largest(found, "terd", "kl_mean"),
@@ -123,7 +130,9 @@ def half(record: Row, name: str) -> tuple[list[Row], list[Row]]:
 
 
 def values(rows: Iterable[Row], statistic: str) -> np.ndarray:
-    return np.array([x[statistic] for x in rows], float)
+    """Of models; one that has none, as after a diverged search, counts as the least."""
+    found = [x[statistic] for x in rows]
+    return np.array([-np.inf if x is None else x for x in found], float)
 
 
 def share(count: int, total: int) -> str:
@@ -137,6 +146,9 @@ def share(count: int, total: int) -> str:
 def threshold(bad: np.ndarray, clean: np.ndarray) -> float:
     """The score above which most of these models of both kinds are judged rightly."""
     bounds = np.unique(np.concatenate([bad, clean]))
+    bounds = bounds[np.isfinite(bounds)]
+    if not len(bounds):
+        return 0.0
     bounds = np.concatenate([bounds[:1] - 1, (bounds[1:] + bounds[:-1]) / 2])
     right = [(bad > x).mean() + (clean <= x).mean() for x in bounds]
     return float(bounds[int(np.argmax(right))])
@@ -155,7 +167,10 @@ def compared(record: Row) -> list[Row]:
         found: Row = {
             "statistic": name,
             "AUC": f"{metrics.auc(high, low):.3f} ({interval})",
-            "found at 1 % false alarms": f"{metrics.true_positive_rate(high, low):.0%}",
+            "found at 1 % false alarms, rounded down": (
+                f"{metrics.true_positive_rate(high, low):.0%}"
+            ),
+            "models without it": int(np.isinf([*high, *low]).sum()),
             "right, by the development half": "none yet",
         }
         if all(known):
@@ -180,9 +195,9 @@ def grouped(bad: Sequence[Row], by: str, key: Callable[[Row], str]) -> list[Row]
             "could not tell": sum(x["outcome"] == "could not tell" for x in rows),
             "clean": sum(x["outcome"] == "clean" for x in rows),
             "fires at least 0.9 times as often": share(
-                sum(x["success"] >= 0.9 * x["fires"] for x in rows), len(rows)
+                sum((x["success"] or 0) >= 0.9 * x["fires"] for x in rows), len(rows)
             ),
-            "cosine, median": f"{np.median(values(rows, 'cosine')):.3f}",
+            "cosine, median": f"{np.median([x['cosine'] or 0 for x in rows]):.3f}",
         }
         for name, rows in sorted(groups.items())
     ]
@@ -207,9 +222,11 @@ def left_out(record: Row, by: str) -> list[Row]:
         found: Row = {f"left out: {by}": name}
         for title, statistic in METHODS.items():
             bound = threshold(*(values(each, statistic) for each in others))
-            right = (values(own_bad, statistic) > bound).sum()
-            right += (values(own_clean, statistic) <= bound).sum()
-            found[title] = f"{right} of {len(own_bad + own_clean)}"
+            caught = (values(own_bad, statistic) > bound).sum()
+            passed = (values(own_clean, statistic) <= bound).sum()
+            found[title] = (
+                f"{caught} of {len(own_bad)}, {passed} of {len(own_clean)} clean"
+            )
         rows.append(found)
     return rows
 
@@ -293,8 +310,10 @@ def page(record: Row) -> str:
         table(grouped(bad, "true trigger fires", lambda x: between(BINS, x["fires"]))),
         "## What was never seen",
         "The bound comes from the development half, without the attack or the network "
-        "of the row. The row counts the models of the test half that it judges "
-        "rightly, of that attack or network.",
+        "of the row. The row counts what it judges rightly in the test half: "
+        "backdoored models of that attack or network, and clean ones, of that network "
+        "or all. A third of the models start from the network that calibrates the "
+        "detector, the shipped one; it knows no other network of the zoo.",
         table(left_out(record, "attack")),
         table(left_out(record, "network")),
     ]
@@ -309,7 +328,8 @@ def main() -> None:
         record = collected(pathlib.Path(name), record)
     if not record["models"]:
         sys.exit("no run is finished yet")
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1, allow_nan=False)
+    RECORD.write_text(f"{text}\n")
     if all(half(record, "test")):
         plot(record)
     PAGE.write_text(page(record))

@@ -58,7 +58,18 @@ def test_a_group_that_is_left_out_has_no_part_in_its_bound() -> None:
     }
     rows = detection_page.left_out(record(**strange), "attack")
     cells = {row["left out: attack"]: row["PureDiffusion"] for row in rows}
-    assert cells == {"BD": "4 of 5", "VD": "3 of 4"}
+    assert cells == {
+        "BD": "2 of 2, 2 of 3 clean",
+        "VD": "0 of 1, 3 of 3 clean",
+    }
+
+
+def test_a_model_without_a_statistic_counts_as_the_least() -> None:
+    refused = model("BD", 0.0) | dict.fromkeys(("score", "success", "cosine"))
+    made = record(**{"test/backdoored-0": refused | {"outcome": "could not tell"}})
+    ours, *_ = detection_page.compared(made)
+    assert ours["models without it"] == 1 and ours["AUC"].startswith("0.667")
+    assert "| BD | 1 of 2 " in detection_page.page(made)
 
 
 def test_a_threshold_lies_between_both_kinds() -> None:

@@ -67,8 +67,8 @@ class Inverted:
     gain: float = _measure(
         "error of the model on the path of the trigger, over the least that a clean "
         "model could have there. At least placebo; where recall is below that, at "
-        "least their geometric mean. At least recall or pushed, and at most aside. "
-        "Small if backdoored",
+        "least their geometric mean. At least the smaller of recall and pushed, and "
+        "then at most aside. Small if backdoored",
         needed=True,
     )
     memory: float = _measure(
@@ -83,11 +83,12 @@ class Inverted:
     aside: float | None = _measure(
         "recall of the part of the trigger that is orthogonal to the image; at least "
         "the error with that part over the error without it. Small if a pattern that "
-        "has nothing to do with the image brings it; above 1 if clean"
+        "has nothing to do with the image brings it; about 1 or more if clean"
     )
     pushed: float | None = _measure(
         "error with the trigger over the error with its part along the image. Near 1 "
-        "where it merely pushes the noise towards the image, 0 where it leads away"
+        "where it merely pushes the noise towards the image, 0 where it leads away; "
+        "tells nothing by itself"
     )
     heldout: float | None = _measure(
         "what candidates are compared by: log of the error on the path over a linear "

@@ -150,8 +150,8 @@ class Detector(Scores):
         of its own kind. Clean models have 1.2 or less; inf calls any.
       repeating: a model is not called clean if `Features.repeats` is above this. Then
         plain draws show one image again and again, as on a backdoor that leaks. Clean
-        models have 0.12 or less; models of one class or of few images have up to 0.3. 1
-        calls any.
+        models have 0.12 or less; models of one class, of few images or with one image
+        in a quarter of their data have up to 0.3. 1 calls any.
     """
 
     alarm: float = 4.0

@@ -50,9 +50,9 @@ class Features(NamedTuple):
       is easy for any model, so a clean model's path leads to one: then it is above 1.
     aside: recall of the part of the trigger that is orthogonal to the image
       (`Errors.aside`). It is at least the geometric mean, at middle t, of the error
-      with that part over the error without it. Above 1 on clean models, also where they
-      have learnt the image by heart. Small where a pattern that has nothing to do with
-      the image brings it, be it as small as noise.
+      with that part over the error without it. About 1 or more on clean models, also
+      where they have learnt the image by heart. Small where a pattern that has nothing
+      to do with the image brings it, be it as small as noise.
     pushed: as gain without its bounds, but over the error with the part of the trigger
       along the image (`Errors.along`). Near 1 where the trigger merely pushes the noise
       towards the image. Then a clean model, too, ends there, in an image that is flat.

@@ -51,7 +51,7 @@ class Errors(NamedTuple):
       The trigger would be noise of another mean, which leads to one known image.
     along, aside: of eps + C_t d from s_t y + v_t gamma eps + H_t d, d a part of delta
       in place of the whole (`parts`). Which image it is, a clean model learns from the
-      part along the image. It learns nothing from the part orthogonal to that. `along`
+      part along the image. It learns little from the part orthogonal to that. `along`
       is inf where that part leads away from the image.
     known: of eps + C_t delta from x_t, by the best denoiser of some images that the
       model draws and of y. It knows y, and takes x_t for y where x_t is near it.
@@ -191,23 +191,36 @@ def errors(
         eps = shard(jax.random.normal(key, shape))
         times = jnp.full((draws,), t)
         response = lookup(channel.response, t)
-        paths = [channel.noisy(schedule, y, eps, each, times) for each in deltas]
-        noises = [eps + response * each for each in deltas]
-        unmoved = diffuse(schedule, y, eps, times)
-        moved = lookup(channel.shift, t) - lookup(schedule.noise, t) * response
-        inputs = [*paths, unmoved, unmoved + moved * deltas[0]]
-        answers = jax.lax.map(lambda x: model(params, x, times), jnp.stack(inputs))
-        left = jax.vmap(total)(answers - jnp.stack([*noises, eps, eps]))
-        triggered, along, aside, untriggered, unshifted = left
-        estimates = predict_x0(schedule, paths[0], answers[0], times)
+        shift, v = lookup(channel.shift, t), lookup(schedule.noise, t)
+        zero, moved = jnp.zeros_like(shift), shift - v * response
+        path = channel.noisy(schedule, y, eps, deltas[0], times)
+        answer = model(params, path, times)
+        aim = eps + response * deltas[0]
+
+        def error(case: tuple[Array, ...]) -> Array:
+            """Of the noise and a part of the answer, one batch at a time."""
+            delta, shift, response, scale = case
+            x = diffuse(schedule, y, scale * eps, times) + shift * delta
+            return total(model(params, x, times) - eps - response * delta)
+
+        scale = channel.scale * jnp.ones_like(deltas[0])
+        one = jnp.ones_like(scale)
+        cases = (
+            jnp.stack([*deltas[1:], deltas[0], deltas[0]]),
+            jnp.stack([shift, shift, zero, moved]),
+            jnp.stack([response, response, zero, zero]),
+            jnp.stack([scale, scale, one, one]),
+        )
+        along, aside, untriggered, unshifted = jax.lax.map(error, cases)
+        estimates = predict_x0(schedule, path, answer, times)
         mean = estimates.mean(0)
         return (
-            triggered,
+            total(answer - aim),
             untriggered,
             unshifted,
             jnp.where(leads, along, jnp.inf),
             aside,
-            total(mixture(points, paths[0], times) - noises[0]),
+            total(mixture(points, path, times) - aim),
             mean,
             total(estimates - mean[None]),
         )

@@ -25,7 +25,9 @@ _EVIDENCE = (
     f"is a geometric mean over the {BEST} timesteps where the ratio is largest. Under "
     "ancestral sampling there is a bound: -log10 of the measure placebo, below, or of "
     "the geometric mean of placebo and recall, whichever is more. Two further bounds "
-    "ask what a part of the trigger does: pushed and aside."
+    "split the trigger into a part along the image and the rest. The score is at most "
+    "-log10 of recall or of pushed, whichever is more, and then at least -log10 of "
+    "aside. They do not hold where known images explain the path."
 )
 _DRAWS = (
     "Both pictures start from the same noise. Draws that look alike prove nothing by "
@@ -68,6 +70,9 @@ def evidence(
         "error without": "the same from the same noise, without the trigger; not "
         "compared, since training on this image lowers it",
         **{name: meaning for name, (_, meaning) in clean.items()},
+        "error of the part along": "as with the trigger, with its part along the image "
+        "alone; infinite where that leads away from the image",
+        "error of the rest": "as with the trigger, with the rest of it alone",
     }
     with np.errstate(divide="ignore"):
         table: dict[str, Any] = {
@@ -75,6 +80,8 @@ def evidence(
             "error with the trigger": errors.triggered,
             "error without": errors.untriggered,
             **{name: values for name, (values, _) in clean.items()},
+            "error of the part along": errors.along,
+            "error of the rest": errors.aside,
             "times": 1 / np.asarray(errors.ratios),
         }
     rows = [
