@@ -9,9 +9,9 @@ GROUPS = (networks.BASES, networks.BACKDOORED + networks.CLEAN)
 def test_recipes_have_names_and_bases_of_their_own() -> None:
     bases, tuned = GROUPS
     names = [each.name for each in bases + tuned]
-    assert len(set(names)) == len(names) == 48
+    assert len(set(names)) == len(names) == 49
     assert {each.base for each in tuned} == {each.name for each in bases}
-    assert len({each.seed for each in bases + tuned}) == 48
+    assert len({each.seed for each in bases + tuned}) == 49
 
 
 def test_every_attack_of_a_recipe_can_be_made() -> None:
