@@ -154,8 +154,8 @@ def page(record: Row) -> str:
         "called backdoored. So they count no longer: `t_b06` has another seed, and "
         "`t_cgbclass` another class and seed. `t_p01` was scanned once more after its "
         "draws showed a fault of the sampler. The backdoor of `t_p03`, psi 0 under "
-        "deterministic sampling, never fires, so `t_p05` was added. All are judged by the detector of today, "
-        "from what the searches stored. "
+        "deterministic sampling, never fires, so `t_p05` was added. All are judged by "
+        "the detector of today, from what the searches stored. "
         "The loss of the repair was changed "
         "after repairs of eight grey networks of this page, so they are not held out "
         "for the repair ([notebook](notebook/2026-11-30-leap.md)).",
