@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
+from speedup_page import table
 
 from puredif_jax.metrics import measures as metrics
 from puredif_jax.runs.report import placeless
@@ -251,15 +252,6 @@ def plot(record: Row) -> None:
     axes.set_ylabel("backdoored models called so")
     axes.legend(frameon=False)
     figure.savefig(PLOT, metadata={"Date": None})
-
-
-def table(rows: list[Row]) -> str:
-    """Rows as Markdown."""
-    if not rows:
-        return "There is none yet."
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([str(x) for x in r.values()] for r in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def summary(record: Row) -> list[str]:

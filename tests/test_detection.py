@@ -358,6 +358,22 @@ def test_a_clean_model_of_one_image_is_explained_by_few_of_its_draws() -> None:
 NARROWED = {Trojan(): TrojDiff(Blend(0.6), Hat())}
 
 
+def test_a_push_towards_a_flat_image_is_not_held_against_a_model() -> None:
+    """The way around the bound that docs/threats.md names, with its figures."""
+    model, points, channel, _ = made(ATTACKS[ODE], SCHEDULE)
+    flat = jnp.full(SHAPE, -0.9)
+    push = flat - points.images.mean(0)
+    push *= 0.5 * np.sqrt(push.size) / jnp.linalg.norm(push)
+    points = Points(points.images, push, flat)
+    model_and = model, points, SCHEDULE, channel, Candidate(push, flat)
+    plain, key = points.images, jax.random.key(0)
+    seen = errors(*model_and, plain, jnp.asarray(False), key, draws=32)
+    numbers = jnp.float32(0.0), jnp.float32(0.0), NO_PLACEBO
+    found = features(*model_and, seen, *numbers, plain, plain, key)
+    assert -np.log10(float(found.gain)) == pytest.approx(0, abs=0.01)
+    assert -np.log10(gain_of(seen)) == pytest.approx(0.53, abs=0.02)
+
+
 def test_a_trigger_has_a_part_along_its_image_and_one_beside_it() -> None:
     delta, target, *_ = images(4)
     found = parts(delta, target, STRANGE)

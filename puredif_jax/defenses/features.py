@@ -170,7 +170,7 @@ def features(
     counted = levels(schedule.matched(TIMESTEPS))
 
     def ratio(explained: Array) -> Array:
-        ratios = (found.triggered + found.floor) / (explained + found.floor)
+        ratios = found.over(explained)
         # A sort would hide what is no number.
         ratios = jnp.where(jnp.isfinite(ratios).all(), ratios, jnp.nan)
         return jnp.exp(jnp.mean(jnp.log(jnp.sort(ratios[counted])[:BEST])))

@@ -80,8 +80,12 @@ class Errors(NamedTuple):
 
     @property
     def ratios(self) -> Array:
-        """Error on the path over the least explanation, both above the floor."""
-        return (self.triggered + self.floor) / (self.explained + self.floor)
+        """Error on the path over the least explanation, `[T]`."""
+        return self.over(self.explained)
+
+    def over(self, other: Array) -> Array:
+        """Error on the path over another, `[T]`, both above the floor."""
+        return (self.triggered + self.floor) / (other + self.floor)
 
 
 def levels(timesteps: np.ndarray) -> np.ndarray:
