@@ -61,6 +61,7 @@ from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.formats.diffusers_config import write_unet
 from puredif_jax.formats.state_dict import to_torch
+from puredif_jax.networks.accumulation import Accumulation
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
 from puredif_jax.runs.report import environment, placeless
@@ -303,6 +304,7 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
             start,
             candidates=spread.candidates,
             axis=spread.axis,
+            groups=spread.groups,
         )
 
         @functools.partial(
@@ -325,8 +327,16 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
     def training() -> Run:
         channel = ATTACK.channel(SCHEDULE, unet.image_shape)
         poisoned = poison(ATTACK, unet.image_shape)
-        loss = functools.partial(training_loss, unet, SCHEDULE, channel, poisoned)
-        made = trainer(loss, Training(10_000, batch=size.batch, ema_decay=0.999))
+        how = Training(10_000, batch=size.batch, ema_decay=0.999)
+        loss = functools.partial(
+            training_loss,
+            unet,
+            SCHEDULE,
+            channel,
+            poisoned,
+            accumulate=Accumulation(how.at_once, mesh),
+        )
+        made = trainer(loss, how)
 
         @functools.partial(
             jax.jit, static_argnums=2, donate_argnums=0, out_shardings=everywhere
