@@ -14,13 +14,16 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detection_page import about
 from matplotlib.figure import Figure
 from speedup_page import table
 
+from puredif_jax.defenses.hypothesis import Fading
+from puredif_jax.defenses.puredif import Puredif
+from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.runs.report import placeless
 from puredif_jax.stages.finding import Finding
 
@@ -29,6 +32,9 @@ RECORD = DOCS / "results" / "inversion.json"
 PAGE = DOCS / "inversion.md"
 PLOT = DOCS / "figures" / "inversion.svg"
 EXACT = 0.1  # relative L2 of a trigger that counts as found
+AS_GOOD = 1.1  # times the best distance of a run
+SEARCHES = {"puredif": 1 + len(Puredif().placebos(Fading(Ancestral())))}
+"""Searches of equal cost that an inversion counts, where it is not one."""
 DEFENSES = {"puredif": "PureDiffusion", "elijah": "Elijah", "terd": "TERD"}
 KEPT = {
     "evaluations": "evaluations",
@@ -44,7 +50,8 @@ Row = dict[str, Any]
 def rows(report: Row, where: str) -> list[Row]:
     """What the record keeps of one run: a row for each inversion.
 
-    A method without a budget has the settings of its defense.
+    A method without a budget has the settings of its defense. Evaluations and seconds
+    are of the search itself, without the placebos beside it.
     """
     made = []
     for finding in Finding.some(report["numbers"], where):
@@ -55,6 +62,8 @@ def rows(report: Row, where: str) -> list[Row]:
                 k: v if v is not None and math.isfinite(v) else None
                 for k, v in values.items()
             }
+            for cost in ("evaluations", "seconds"):
+                finite[cost] = (finite[cost] or 0) / SEARCHES.get(name, 1)
             made.append({"defense": name, "budget": budget or "its own", **finite})
     return made
 
@@ -72,15 +81,18 @@ def collected(top: pathlib.Path, record: Row) -> Row:
     return record
 
 
-def lines(record: Row) -> dict[tuple[str, str], list[list[Row]]]:
-    """By backdoor and defense: the inversions of each run, the cheapest first."""
-    found: dict[tuple[str, str], list[list[Row]]] = collections.defaultdict(list)
+Runs = dict[str, list[Row]]  # the inversions of each run, the cheapest first
+
+
+def lines(record: Row) -> dict[tuple[str, str], Runs]:
+    """The runs of each backdoor and defense, by name."""
+    found: dict[tuple[str, str], Runs] = collections.defaultdict(dict)
     for name, run in sorted(record["runs"].items()):
         for defense in DEFENSES:
             own = [x for x in run["inversions"] if x["defense"] == defense]
-            own.sort(key=lambda x: x["evaluations"])
             if own:
-                found[name.split("/")[0], defense].append(own)
+                own.sort(key=lambda x: x["evaluations"])
+                found[name.split("/")[0], defense][name] = own
     return dict(sorted(found.items()))
 
 
@@ -90,15 +102,29 @@ def distance(row: Row) -> float:
     return math.inf if found is None else float(found)
 
 
-def reached(run: Sequence[Row], level: float) -> int | None:
+def reached(run: Sequence[Row], level: float) -> float | None:
     """Evaluations of the cheapest inversion at that distance; None if none is."""
     costs = (x["evaluations"] for x in run if distance(x) <= level)
     return min(costs, default=None)
 
 
-def listed(values: Sequence[int | float | None], form: str) -> str:
+def best(run: Sequence[Row]) -> Row | None:
+    """The cheapest inversion that is nearly as exact as any; None if all diverged."""
+    least = min(map(distance, run))
+    if math.isinf(least):
+        return None
+    return next(x for x in run if distance(x) <= AS_GOOD * least)
+
+
+def listed(values: Iterable[float | None], form: str) -> str:
     """A number for each run."""
     return " ".join("never" if x is None else format(x, form) for x in values)
+
+
+def times(theirs: Row | None, ours: Sequence[Row]) -> float | None:
+    """Evaluations of an inversion over ours that are as exact; None if none is."""
+    cost = None if theirs is None else reached(ours, distance(theirs))
+    return None if theirs is None or cost is None else theirs["evaluations"] / cost
 
 
 def compared(record: Row) -> list[Row]:
@@ -110,28 +136,33 @@ def compared(record: Row) -> list[Row]:
     known = lines(record)
     made = []
     for (backdoor, defense), runs in known.items():
-        best = [min(run, key=distance) for run in runs]
-        ours = known.get((backdoor, "puredif"), [])
-        times = [
-            None if cost is None else each["evaluations"] / cost
-            for each, run in zip(best, ours, strict=False)
-            for cost in [reached(run, distance(each))]
-        ]
+        found = {name: best(run) for name, run in runs.items()}
+        ours = known.get((backdoor, "puredif"), {})
+        ratios = [times(found[name], ours.get(name, [])) for name in runs]
         made.append(
             {
                 "backdoor": backdoor,
                 "defense": DEFENSES[defense],
                 f"evaluations to relative L2 {EXACT}": listed(
-                    [reached(run, EXACT) for run in runs], ",d"
+                    (reached(run, EXACT) for run in runs.values()), ",.0f"
                 ),
-                "best relative L2": listed([distance(x) for x in best], ".3f"),
-                "its evaluations": listed([x["evaluations"] for x in best], ",d"),
+                "best relative L2": listed(
+                    (x and distance(x) for x in found.values()), ".3f"
+                ),
+                "its evaluations": listed(
+                    (x and x["evaluations"] for x in found.values()), ",.0f"
+                ),
                 "times the evaluations of PureDiffusion for the same": (
-                    "" if defense == "puredif" else listed(times, ".1f")
+                    "" if defense == "puredif" else listed(ratios, ".1f")
                 ),
             }
         )
     return made
+
+
+def cell(value: float | None, form: str) -> str:
+    """A number; nothing where a search has diverged."""
+    return "" if value is None else format(value, form)
 
 
 def details(record: Row) -> list[Row]:
@@ -141,12 +172,12 @@ def details(record: Row) -> list[Row]:
             "backdoor, seed": name.replace("/", ", "),
             "defense": DEFENSES[each["defense"]],
             "settings": each["budget"],
-            "evaluations": f"{each['evaluations']:,}",
-            "relative L2": f"{distance(each):.3f}",
-            "cosine": "" if each["cosine"] is None else f"{each['cosine']:.3f}",
-            "success": "" if each["success"] is None else f"{each['success']:.0%}",
-            "true trigger": f"{each['success of the true trigger']:.0%}",
-            "seconds": f"{each['seconds']:.0f}",
+            "evaluations": f"{each['evaluations']:,.0f}",
+            "relative L2": cell(each["relative l2"], ".3f"),
+            "cosine": cell(each["cosine"], ".3f"),
+            "success": cell(each["success"], ".0%"),
+            "true trigger": cell(each["success of the true trigger"], ".0%"),
+            "seconds": cell(each["seconds"], ".0f"),
         }
         for name, run in sorted(record["runs"].items())
         for defense in DEFENSES
@@ -164,7 +195,7 @@ def plot(record: Row) -> None:
     colours = dict(zip(DEFENSES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
     for panel, backdoor in zip(panels, backdoors, strict=True):
         for defense, title in DEFENSES.items():
-            for i, run in enumerate(known.get((backdoor, defense), [])):
+            for i, run in enumerate(known.get((backdoor, defense), {}).values()):
                 x, y = [r["evaluations"] for r in run], [distance(r) for r in run]
                 label = "" if i else title
                 panel.loglog(x, y, "o-", ms=3, color=colours[defense], label=label)
@@ -188,13 +219,18 @@ def page(record: Row) -> str:
         "`benchmarks/inversion_page.py` writes this page. The record is "
         "`docs/results/inversion.json`.",
         "![Relative L2 over evaluations](figures/inversion.svg)",
-        "There is a number for each seed. The last column compares the best of a "
-        "defense, at any cost, with the cheapest inversion of PureDiffusion that is as "
-        "exact.",
+        f"The grey line is at a relative L2 of {EXACT}. A search that diverged has no "
+        "point.",
+        "There is a number for each seed. The best of a defense is its cheapest "
+        f"inversion within {AS_GOOD} times its least distance. The last column divides "
+        "its evaluations by PureDiffusion's, for the cheapest inversion that is as "
+        "exact. Budgets are a factor of three apart, and so are these numbers. "
+        "`never`: no inversion was.",
         table(compared(record)),
         "## Every inversion",
         "`its own` are the published settings of Elijah and TERD, and the default of "
-        "PureDiffusion. Success is the share of draws at an MSE of 0.01 of the target.",
+        "PureDiffusion. Success is the share of draws below an MSE of 0.01 to the "
+        "target.",
         table(details(record)),
     ]
     return "\n\n".join(parts) + "\n"

@@ -52,7 +52,6 @@ from puredif_jax.diffusion.schedules import LinearBetas, NoiseSchedule
 from puredif_jax.diffusion.solver import Ancestral, Deterministic
 from puredif_jax.formats.base import Model
 from puredif_jax.formats.diffusers import read_folder, write_folder
-from puredif_jax.networks.accumulation import Accumulation
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.stages.weights import ZOO, Truth
 
@@ -326,7 +325,6 @@ def threats(garments: str) -> tuple[Recipe, ...]:
 def stepper(network: UNet, training: Training, poisoned: bool) -> Callable[..., Any]:
     """A function that does n steps of a training, compiled once for all attacks."""
     model = predicting(network, SCHEDULE, "epsilon")
-    accumulate = Accumulation(training.at_once)
 
     @jax.jit
     def run(state: TrainState, images, attacks, n, key):
@@ -337,9 +335,7 @@ def stepper(network: UNet, training: Training, poisoned: bool) -> Callable[..., 
 
             def loss(params, x, key):
                 used = poison if poisoned else None
-                return training_loss(
-                    model, SCHEDULE, channel, used, params, x, key, accumulate
-                )
+                return training_loss(model, SCHEDULE, channel, used, params, x, key)
 
             pick = jax.random.fold_in(key, state.step)
             rows = jax.random.randint(pick, (BATCH,), 0, len(images))

@@ -128,7 +128,6 @@ def inversion(unet: UNet, mesh: Any, candidates: int, loss: Loss) -> Program:
         unet.image_shape,
         candidates=spread.candidates,
         axis=spread.axis,
-        groups=spread.groups,
     )
 
     def advance(params: Any, state: Any) -> Any:

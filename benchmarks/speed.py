@@ -61,10 +61,10 @@ from puredif_jax.diffusion.sampling import sample
 from puredif_jax.diffusion.schedules import LinearBetas
 from puredif_jax.formats.diffusers_config import write_unet
 from puredif_jax.formats.state_dict import to_torch
-from puredif_jax.networks.accumulation import Accumulation
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
 from puredif_jax.runs.report import environment, placeless
+from puredif_jax.stages.search import fitting
 from puredif_jax.types import Candidate
 
 SCHEDULE = LinearBetas().tables()
@@ -299,7 +299,7 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
         start = Candidate(jnp.full(unet.image_shape, -0.5), jnp.zeros(unet.image_shape))
         search = inverter(
             bound,
-            descent,
+            fitting(descent, mesh),
             unet.image_shape,
             start,
             candidates=spread.candidates,
@@ -327,16 +327,8 @@ def jax_runs(unet: UNet, params: Any, size: Size, images: Any) -> dict[str, Run]
     def training() -> Run:
         channel = ATTACK.channel(SCHEDULE, unet.image_shape)
         poisoned = poison(ATTACK, unet.image_shape)
-        how = Training(10_000, batch=size.batch, ema_decay=0.999)
-        loss = functools.partial(
-            training_loss,
-            unet,
-            SCHEDULE,
-            channel,
-            poisoned,
-            accumulate=Accumulation(how.at_once, mesh),
-        )
-        made = trainer(loss, how)
+        loss = functools.partial(training_loss, unet, SCHEDULE, channel, poisoned)
+        made = trainer(loss, Training(10_000, batch=size.batch, ema_decay=0.999))
 
         @functools.partial(
             jax.jit, static_argnums=2, donate_argnums=0, out_shardings=everywhere

@@ -103,9 +103,6 @@ class Objective(Protocol):
     def __call__(self, params: Params, candidate: Candidate, key: Key, /) -> Array: ...
 
 
-BatchLoss = Callable[[Params, Any], Array]
-"""(params, batch) -> the mean of a loss over a batch, a tree of arrays `[B, ...]`."""
-
 Shard = Callable[[Array], Array]
 
 

@@ -164,10 +164,3 @@ def test_groups_of_candidates_change_nothing_but_memory(together, groups) -> Non
         state, info = step(1.0, init(jax.random.key(0)))
         results.append((state.candidate, info))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *results)
-
-
-def test_a_cpu_takes_one_candidate_at_once() -> None:
-    assert Descent(candidates=16).at_once == 1
-    assert Descent(candidates=16, together=5).at_once == 5
-    with pytest.raises(ValueError, match="together must be above 0, found 0"):
-        Descent(together=0)

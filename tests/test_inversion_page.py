@@ -3,10 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 
 import inversion_page
 from test_finding import CLEAN, PLAIN
 
+from puredif_jax.defenses.hypothesis import Fading
+from puredif_jax.defenses.puredif import Puredif
+from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.runs.page import plain
 
 
@@ -58,13 +62,36 @@ def test_a_cheaper_inversion_that_is_less_exact_is_no_match() -> None:
 def test_a_search_that_diverged_found_nothing() -> None:
     lost = [row("puredif", 3000, 0.2), row("terd", 9000, None)]
     text = inversion_page.page(record(box_1=lost))
-    assert "| box, 1 | TERD | 3000 gradients | 9,000 | inf |  |  | 95% | 2 |" in text
+    assert "| box, 1 | TERD | 3000 gradients | 9,000 |  |  |  | 95% | 2 |" in text
+    theirs = inversion_page.compared(record(box_1=lost))[1]
+    assert theirs["best relative L2"] == "0.150 never"
+    assert theirs["times the evaluations of PureDiffusion for the same"] == "10.0 never"
+
+
+def test_a_defense_is_not_charged_for_what_brings_nothing() -> None:
+    flat = [
+        row("puredif", 3000, 0.2),
+        row("terd", 9000, 0.51),
+        row("terd", 90_000, 0.5),
+    ]
+    theirs = inversion_page.compared(record(box_1=flat))[1]
+    assert theirs["its evaluations"] == "90,000 9,000"
+    assert theirs["times the evaluations of PureDiffusion for the same"] == "10.0 3.0"
+
+
+def test_runs_are_compared_by_name() -> None:
+    """One run has no inversion of ours."""
+    alone = record(box_0=[row("terd", 9000, 0.6)])
+    theirs = inversion_page.compared(alone)[1]
+    assert theirs["times the evaluations of PureDiffusion for the same"] == "never 10.0"
 
 
 def test_the_plot_has_a_line_for_each_run(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(inversion_page, "PLOT", tmp_path / "plot.svg")
     inversion_page.plot(record())
-    assert "</svg>" in (tmp_path / "plot.svg").read_text()
+    text = (tmp_path / "plot.svg").read_text()
+    dotted = re.findall(r"clip-path=[^>]*stroke: #([0-9a-f]{6})", text)
+    assert dotted.count("1f77b4") == dotted.count("2ca02c") == 2
 
 
 def test_runs_are_added_to_a_record(tmp_path) -> None:
@@ -88,3 +115,16 @@ def test_runs_are_added_to_a_record(tmp_path) -> None:
     assert (first["defense"], first["budget"]) == ("terd", "its own")
     assert first["relative l2"] is None and second["relative l2"] == 0.5
     assert (second["defense"], second["budget"]) == ("terd", "10000 gradients")
+
+
+def test_the_cost_of_placebos_is_left_out() -> None:
+    """What a bench counts of an inversion, by a budget of 3,000 gradients."""
+    hypothesis, ours = Fading(Ancestral()), Puredif(budget=3000)
+    search = ours.inversions([hypothesis])[hypothesis]
+    every = sum(map(search.evaluations, (hypothesis, *ours.placebos(hypothesis))))
+    seen = dataclasses.replace(PLAIN, evaluations=every, method=ours.name)
+    found = dataclasses.replace(CLEAN, inversions=(seen,)).numbers()
+    (made,) = inversion_page.rows({"numbers": found}, "it")
+    assert made["defense"] == "puredif" and made["budget"] == "3000 gradients"
+    assert made["evaluations"] == search.evaluations(hypothesis)
+    assert made["seconds"] == seen.seconds / 3

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from puredif_jax.attacks.training import Training, trainer
 from puredif_jax.data import batches
 from puredif_jax.data import images as data
 from puredif_jax.data.images import FashionMNIST
-from puredif_jax.defenses.descent import GradientDescent
+from puredif_jax.defenses.descent import Descent, GradientDescent
 from puredif_jax.defenses.hypothesis import Fading, Trojan
 from puredif_jax.defenses.inversion import Inversion
 from puredif_jax.defenses.reversed_loss import Reversed
@@ -166,3 +167,10 @@ def test_a_search_is_refined_from_where_it_ended(tmp_path: pathlib.Path) -> None
         lab, "first", params, Trojan(), dataclasses.replace(first, descent=still)
     )
     assert np.abs(began.candidate.delta - one.candidate.delta).max() > 1e-4
+
+
+@pytest.mark.parametrize("platform,most", [("cpu", 1), ("gpu", 8), ("tpu", 8)])
+def test_a_cpu_takes_one_candidate_at_once(platform, most) -> None:
+    device = types.SimpleNamespace(platform=platform)
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    assert search.fitting(Descent(candidates=16), mesh).together == most

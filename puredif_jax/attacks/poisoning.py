@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -13,7 +12,7 @@ from puredif_jax.attacks.base import Attack
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.diffusion.prediction import lookup
 from puredif_jax.diffusion.schedules import NoiseSchedule
-from puredif_jax.types import Array, BatchLoss, Key, NoiseModel, Params
+from puredif_jax.types import Array, Key, NoiseModel, Params
 
 
 class Poison(NamedTuple):
@@ -43,7 +42,6 @@ def training_loss(
     params: Params,
     images: Array,
     key: Key,
-    accumulate: Callable[[BatchLoss], BatchLoss] = lambda loss: loss,
 ) -> Array:
     """mean || M(x_t, t) - eps - C_t r ||^2 over a batch, clean and poisoned samples.
 
@@ -58,7 +56,6 @@ def training_loss(
       params: parameters of the model.
       images: clean batch `[B, H, W, C]`.
       key: draws timesteps, noise and the poisoned samples.
-      accumulate: how the gradient of the mean is computed, such as `Accumulation`.
 
     Returns:
       The mean squared error over batch and pixels, a scalar.
@@ -69,14 +66,9 @@ def training_loss(
     t = jax.random.randint(key_t, (batch,), 0, schedule.steps)
     eps = jax.random.normal(key_eps, images.shape, images.dtype)
     signal, noise = lookup(schedule.signal, t), lookup(schedule.noise, t)
-
-    def error(params: Params, sample: tuple[Array, Array, Array]) -> Array:
-        x_t, t, aim = sample
-        return jnp.mean((model(params, x_t, t) - aim) ** 2)
-
-    mean = accumulate(error)
     if poison is None:
-        return mean(params, (signal * images + noise * eps, t, eps))
+        x_t = signal * images + noise * eps
+        return jnp.mean((model(params, x_t, t) - eps) ** 2)
     chosen = jax.random.bernoulli(key_poison, poison.rate, (batch,))
     chosen = chosen[:, None, None, None].astype(images.dtype)
     trigger, target, see_through = (a[None] for a in poison[:3])
@@ -85,4 +77,4 @@ def training_loss(
     gamma = chosen * channel.scale + (1 - chosen)
     x_t = signal * x0 + noise * gamma * eps + lookup(channel.shift, t) * r
     aim = eps + lookup(channel.response, t) * r
-    return mean(params, (x_t, t, aim))
+    return jnp.mean((model(params, x_t, t) - aim) ** 2)

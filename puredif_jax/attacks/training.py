@@ -50,9 +50,6 @@ class Training:
         after n steps, so that the average of a short training forgets where it began;
         0 keeps the parameters themselves.
       cosine: decay to 0 by a cosine; False holds the rate after the warm-up.
-      together: bound of the images whose gradient a device computes at once. It takes
-        the largest divisor of its own number within that. None: 16 on a CPU, whose
-        caches hold no more; all elsewhere.
     """
 
     steps: int
@@ -62,25 +59,17 @@ class Training:
     clip: float = 1.0
     ema_decay: float = 0.0
     cosine: bool = True
-    together: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "learning_rate", "clip", "together"):
-            if (found := getattr(self, name)) is not None and found <= 0:
-                raise ValueError(f"{name} must be above 0, found {found}")
+        for name in ("steps", "batch", "learning_rate", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), found {self.ema_decay}")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(
                 f"warmup must lie in 0..steps={self.steps}, found {self.warmup}"
             )
-
-    @property
-    def at_once(self) -> int:
-        """The images whose gradient a device computes at once, at most."""
-        if self.together is not None:
-            return self.together
-        return 16 if jax.default_backend() == "cpu" else self.batch
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optax transformation that these numbers describe."""

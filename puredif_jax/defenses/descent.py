@@ -22,7 +22,7 @@ class Descent:
       candidates: K, restarts optimised side by side.
       together: bound of the candidates whose gradients a device computes at once. It
         takes the largest divisor of its own number within that. Memory grows with it.
-        None: 1 on a CPU, where the images of one stay in the caches; 8 elsewhere.
+        A run takes fewer where that is faster (`stages.search.fitting`).
       scout: steps after which a run (`stages.search.invert`) goes on with the best
         candidates alone; 0 keeps all to the end, as an `inverter` by itself does.
       finalists: the most candidates that go on after the scouts. Where a backdoor is
@@ -45,7 +45,7 @@ class Descent:
 
     steps: int = 120
     candidates: int = 1
-    together: int | None = None
+    together: int = 8
     scout: int = 0
     finalists: int = 1
     learning_rate: float = 0.2
@@ -60,8 +60,8 @@ class Descent:
 
     def __post_init__(self) -> None:
         for name in ("steps", "candidates", "together", "finalists", "learning_rate"):
-            if (found := getattr(self, name)) is not None and found <= 0:
-                raise ValueError(f"{name} must be above 0, found {found}")
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if not 0 <= self.scout < self.steps:
             raise ValueError(
                 f"scout must lie in 0..steps-1={self.steps - 1}, found {self.scout}"
@@ -105,13 +105,6 @@ class Descent:
         left = factor * self.candidate_steps - count * fewer.scout
         steps = fewer.scout + max(1, round(left / fewer.last))
         return dataclasses.replace(fewer, steps=steps)
-
-    @property
-    def at_once(self) -> int:
-        """The candidates whose gradients a device computes at once, at most."""
-        if self.together is not None:
-            return self.together
-        return 1 if jax.default_backend() == "cpu" else 8
 
     @property
     def last(self) -> int:

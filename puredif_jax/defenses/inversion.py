@@ -244,7 +244,7 @@ class Inversion:
     @property
     def images(self) -> int:
         """Most images that the network may see at once."""
-        together = min(self.descent.at_once, self.descent.candidates)
+        together = min(self.descent.together, self.descent.candidates)
         most = [together * self.loss.evaluations, self.judge.evaluations]
         most += [each.images for each in (self.blocks, self.spectrum) if each]
         return max(most + ([self.refined.images] if self.refined else []))
@@ -339,14 +339,14 @@ def inverter(
         )
 
     def slopes(params: Params, candidate: Candidate, keys: Key) -> tuple[Array, Any]:
-        """Losses and gradients, `[K, ...]`; a device takes `at_once` at a time."""
+        """Losses and gradients, `[K, ...]`; a device takes `together` at a time."""
         each = jax.vmap(
             jax.value_and_grad(objective, argnums=1),
             in_axes=(None, 0, 0),
             spmd_axis_name=axis,
         )
         own = keys.shape[0] // groups  # candidates of a group of devices
-        size = next(n for n in range(min(descent.at_once, own), 0, -1) if own % n == 0)
+        size = next(n for n in range(min(descent.together, own), 0, -1) if own % n == 0)
         if size == own:
             return each(params, candidate, keys)
 

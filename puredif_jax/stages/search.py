@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from puredif_jax.attacks.channel import Channel
 from puredif_jax.defenses.denoising_consistency import estimated_target
@@ -199,6 +200,17 @@ def seconds(lab: Lab, stage: str, inversion: Inversion) -> float:
     return lab.run.metrics.seconds(*parts)
 
 
+def fitting(descent: Descent, mesh: Mesh) -> Descent:
+    """With as many candidates at once as suit the devices, within its bound.
+
+    One on a CPU: the images of one stay in its caches between forward and backward
+    pass. Its losses and gradients stay the same.
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return descent
+    return dataclasses.replace(descent, together=1)
+
+
 def inverter_of(
     setup: Setup,
     loss: Loss,
@@ -211,7 +223,7 @@ def inverter_of(
     spread = parallel.spread(setup.mesh, candidates)
     return inverter(
         loss.bind(setup.model, setup.schedule, channels, spread.noise),
-        descent,
+        fitting(descent, setup.mesh),
         setup.image_shape,
         start=start,
         candidates=spread.candidates,

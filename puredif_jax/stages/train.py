@@ -29,7 +29,6 @@ from puredif_jax.formats import diffusers as convert
 from puredif_jax.formats.base import Model, Spec
 from puredif_jax.formats.diffusers_config import ConvertError
 from puredif_jax.formats.scheduling import Scheduling
-from puredif_jax.networks.accumulation import Accumulation
 from puredif_jax.runs import checkpoint, parallel, weight_file
 from puredif_jax.runs.binding import RunError
 from puredif_jax.runs.run import wait_for
@@ -155,7 +154,6 @@ Made = Callable[[Poison | None], Trainer]
 def trainer_of(setup: Setup, training: Training, attack: Attack | None) -> Made:
     """The trainer of a model, clean or poisoned, by the arrays that it is given."""
     channel, poisoned = Channel.clean(setup.schedule), None
-    parts = Accumulation(training.at_once, setup.mesh)
     if attack is not None:
         channel = attack.channel(setup.schedule, setup.image_shape)
         poisoned = poison(attack, setup.image_shape)
@@ -163,12 +161,7 @@ def trainer_of(setup: Setup, training: Training, attack: Attack | None) -> Made:
     def made(given: Poison | None) -> Trainer:
         chosen = poisoned if given is None else given
         loss = functools.partial(
-            training_loss,
-            setup.whole,
-            setup.schedule,
-            channel,
-            chosen,
-            accumulate=parts,
+            training_loss, setup.whole, setup.schedule, channel, chosen
         )
         return trainer(loss, training)
 

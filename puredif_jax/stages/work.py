@@ -71,7 +71,8 @@ def descending(
 
     count = descent.candidates
     name = f"step of {name}, {count} candidate{'s' * (count > 1)}"
-    return Work(name, times, 3 * loss.evaluations * count, loss, program)
+    key = loss, descent.together
+    return Work(name, times, 3 * loss.evaluations * count, key, program)
 
 
 def inverting(
