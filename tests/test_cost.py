@@ -20,7 +20,7 @@ from puredif_jax.diffusion.solver import Ancestral
 from puredif_jax.networks.memory import activations
 from puredif_jax.networks.unet import SHIPPED, UNet
 from puredif_jax.runs import parallel
-from puredif_jax.stages import cost, programs, train
+from puredif_jax.stages import cost, programs, search, train
 from puredif_jax.stages.audit import Audit
 from puredif_jax.stages.evaluation import Evaluation
 from puredif_jax.stages.experiment import Experiment, Sweep
@@ -149,8 +149,9 @@ def test_what_is_compared_with_the_truth_is_drawn_as_the_backdoor_wants(
 def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -> None:
     """As the loops compile them; the audit of a scan with eight candidates and one.
 
-    Where only the one fits into memory its forward pass is still done once: of the
-    two that slices would take, the compiler keeps one.
+    A CPU takes one candidate at once, other devices eight. Where only the one fits
+    into memory its forward pass is still done once: of the two that slices would take,
+    the compiler keeps one.
     """
 
     def told(candidates: int, together: int) -> cost.Cost:
@@ -166,7 +167,10 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
     def rows(candidates: int, together: int = 8) -> dict[str, dict]:
         return {row["one"]: row for row in told(candidates, together).rows}
 
-    eight, pairs = rows(8), rows(8, together=2)
+    here = rows(8)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(search, "fitting", lambda descent, mesh: descent)
+        eight, pairs = rows(8), rows(8, together=2)
     ten = 10 * activations(TINY, shapes(TINY), TINY.image_shape)
     monkeypatch.setattr(parallel, "free_memory", lambda: 2 * ten)
     one = rows(1)
@@ -175,6 +179,7 @@ def test_memory_is_that_of_all_candidates_and_of_what_judges_them(monkeypatch) -
         one[step.format("1 candidate")],
         eight[step.format("8 candidates")],
     )
+    assert here[step.format("8 candidates")]["memory"] < 2 * alone["memory"]
     assert 4 < together["memory"] / alone["memory"] < 9
     assert together["operations"] == 8 * alone["operations"]
     assert pairs[step.format("8 candidates")]["memory"] < together["memory"] / 2
