@@ -63,7 +63,8 @@ def rows(report: Row, where: str) -> list[Row]:
                 for k, v in values.items()
             }
             for cost in ("evaluations", "seconds"):
-                finite[cost] = (finite[cost] or 0) / SEARCHES.get(name, 1)
+                if (value := finite[cost]) is not None:
+                    finite[cost] = value / SEARCHES.get(name, 1)
             made.append({"defense": name, "budget": budget or "its own", **finite})
     return made
 

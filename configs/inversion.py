@@ -9,7 +9,8 @@ network on an image. By its own settings Elijah takes 100 steps of 100 draws. TE
 3,000 steps of 16 draws, and then 1,000 through a rollout of ten steps.
 `benchmarks/inversion_page.py` makes the table and the plot.
 
-Hardware: two CPU cores. Duration: 40 minutes for each of six models on one of them.
+Hardware: two CPU cores. Duration: not measured; by its evaluations some 40 minutes
+for each of six models on one of them.
 """
 
 from puredif_jax.attacks.baddiffusion import BadDiffusion
